@@ -1,0 +1,83 @@
+"""The mesh: the ranks of one instance, with named axes.
+
+Several axes cut the same ranks in different ways (attention TP x DP, EP x MoE TP, dense TP), so an axis is a size and a
+stride, and the coordinate of a rank on it is `rank // stride % size`. This file and `layout.py` are the only ones that
+divide by a parallel size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tessera.core.errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """`size` coordinates; neighbours on the axis are `stride` ranks apart."""
+
+    name: str
+    size: int
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`size` ranks and the axes that cut them. Every axis covers all ranks: `size % (axis.size * axis.stride) == 0`."""
+
+    size: int
+    axes: tuple[Axis, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis in self.axes:
+            if self.size % (axis.size * axis.stride):
+                raise LayoutError(
+                    f"axis '{axis.name}' of size {axis.size}, stride {axis.stride} does not cut {self.size} ranks evenly"
+                )
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name; a mesh without it has it with size 1."""
+        return next((a for a in self.axes if a.name == name), Axis(name, 1))
+
+    def size_of(self, name: str | None) -> int:
+        """Number of coordinates on an axis; 1 for None."""
+        return 1 if name is None else self.axis(name).size
+
+    def coordinate(self, rank: int, name: str | None) -> int:
+        """Coordinate of `rank` on an axis; 0 for None."""
+        if name is None:
+            return 0
+        axis = self.axis(name)
+        return rank // axis.stride % axis.size
+
+    def group(self, rank: int, name: str) -> tuple[int, ...]:
+        """Ranks that differ from `rank` only in their coordinate on an axis, in order of it."""
+        axis = self.axis(name)
+        first = rank - self.coordinate(rank, name) * axis.stride
+        return tuple(first + i * axis.stride for i in range(axis.size))
+
+
+def instance_mesh(tp: int = 1, dp: int = 1, ep: int = 1, dense_tp: int | None = None) -> Mesh:
+    """Mesh of one serving instance of `tp` ranks in SGLang's meaning.
+
+    attn: attention TP = tp / dp, neighbours; dp: groups of them; moe: TP inside an expert = tp / ep; expert: EP over
+    those; dense: TP of dense MLPs; tp: all ranks.
+    """
+    dense = tp if dense_tp is None else dense_tp
+    for name, size in (("dp", dp), ("ep", ep), ("dense_tp", dense)):
+        if size < 1 or tp % size:
+            raise LayoutError(f"{name} {size} does not divide tp {tp}; choose a divisor of {tp}")
+    return Mesh(
+        tp,
+        (
+            Axis("tp", tp),
+            Axis("attn", tp // dp),
+            Axis("dp", dp, tp // dp),
+            Axis("moe", tp // ep),
+            Axis("expert", ep, tp // ep),
+            Axis("dense", dense),
+        ),
+    )
+
+
+SINGLE = instance_mesh()

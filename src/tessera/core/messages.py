@@ -1,0 +1,153 @@
+"""What travels between the front (HTTP, text), the planner and the ranks. msgspec: the type is schema and codec at once.
+
+Front -> engine: `Submit`, `Abort`, `Flush`, `Stop`. Engine -> front: `Outputs`, `StepReport`, `Ready`, `Fatal`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens of one request are drawn. Limits are checked where requests enter (`serve/schema.py`).
+
+    The noise is a pure function of (seed, position, token id), so batching, preemption and hand-over keep the tokens.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = -1  # -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # choice i of a request draws with `choice_seed(seed, i)`
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1  # -1: none; k >= 0: the token's own and the k likeliest
+    prompt_logprobs: int = -1  # the same for prompt positions
+    logprob_start: int = 0  # first prompt position whose logprob is wanted
+    token_ids_logprob: tuple[int, ...] = ()  # further tokens whose logprob is wanted at each position
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """A new request. `n` choices share the prompt; they are forked when it is computed."""
+
+    request_id: str
+    tokens: list[int]
+    params: SamplingParams = SamplingParams()
+    n: int = 1
+    priority: int = 0  # larger goes first
+    namespace: str = ""  # keys of the prefix cache are chained over it
+    received: float = 0.0  # wall clock, seconds
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """Stop a request (all choices, or one). `reason` becomes its finish reason: "abort", or "stop" for a stop string."""
+
+    request_id: str
+    choice: int | None = None
+    reason: FinishReason = "abort"
+
+
+class Flush(msgspec.Struct, tag=True, frozen=True):
+    """Drop the prefix cache."""
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """End the engine: accept nothing new, run what is there until `deadline_s` has passed, then abort the rest."""
+
+    deadline_s: float = 0.0
+
+
+Inbound = Submit | Abort | Flush | Stop
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Logprob of one token and of the likeliest (ids and values, best first), then of the tokens asked for by id."""
+
+    logprob: float | None
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+    asked_logprobs: list[float] = []
+
+
+class Output(msgspec.Struct, array_like=True):
+    """New tokens of one choice. `finish` is set on the last one of a choice, which may carry no tokens."""
+
+    request_id: str
+    choice: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # once, when the prompt is computed; first position has None
+    finish: FinishReason | None = None
+    matched: int | None = None  # the stop token that ended it
+    num_prompt: int = 0
+    num_cached: int = 0
+    error: str | None = None
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """All outputs of one step."""
+
+    items: list[Output]
+
+
+class StepReport(msgspec.Struct, tag=True):
+    """What one step did, for logs and metrics. Labels are derived from the ranges; nothing decides by them."""
+
+    index: int
+    label: str  # EXTEND, MIXED, DECODE, TARGET_VERIFY, IDLE, PREBUILT
+    num_new_seq: int
+    num_new_token: int
+    num_cached_token: int
+    num_running: int
+    num_queued: int
+    num_pages_used: int
+    num_pages: int
+    num_slots_used: int
+    num_slots: int
+    num_cached_pages: int  # pages that only the prefix cache holds
+    num_preempted: int
+    num_output_token: int
+    seconds: float
+    dp_rank: int = 0
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine can serve. `info` is the resolved configuration with its decisions and sizes."""
+
+    info: dict[str, object]
+
+
+class Fatal(msgspec.Struct, tag=True):
+    """The engine ends, and why."""
+
+    error: str
+    kind: str = "error"
+
+
+class Tick(msgspec.Struct, tag=True):
+    """The step loop is alive though it has nothing to run."""
+
+    at: float
+
+
+Outbound = Outputs | StepReport | Ready | Fatal | Tick
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """Seed with which choice `choice` draws: the request's own for the first, mixed (splitmix64) for the others."""
+    if choice == 0:
+        return seed
+    z = (seed + choice * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF
