@@ -1,0 +1,39 @@
+# Each target makes its own .venv first (tools/venv.py): a ready one costs nothing, a half-made one is made anew.
+# ARGS is appended to the command; PYTHON names the interpreter that .venv is made with; WORKERS is pytest's processes.
+SHELL := /bin/sh
+.DEFAULT_GOAL := test
+ARGS ?=
+WORKERS ?= 2
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; exit; fi; done; echo python3)
+endif
+BIN := .venv/bin
+TYPED := $(wildcard src/tessera/core src/tessera/plan src/tessera/transfer)
+
+.PHONY: venv serve test lint format bench clean distclean
+
+venv:
+	@exec $(PYTHON) tools/venv.py
+
+serve: venv
+	@exec $(BIN)/tessera serve --model-path abacus-hybrid $(ARGS)
+
+test: venv
+	@exec $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: venv
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy $(TYPED) tools
+
+format: venv
+	@$(BIN)/ruff check --fix-only --exit-zero . && $(BIN)/ruff format .
+
+bench: venv
+	@exec $(BIN)/tessera bench --model-path abacus-hybrid $(ARGS)
+
+clean:
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	@find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf .venv .venv.lock
