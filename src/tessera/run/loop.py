@@ -1,0 +1,199 @@
+"""The step loop: events to the planner, steps to the runner, results back, outputs out.
+
+Overlap: up to `max_in_flight` steps are launched before the oldest is collected, so step n + 1 is planned and launched
+while n runs (`max_in_flight` 1 is the plain loop). Waits block. Whatever goes wrong ends the loop with an error output
+for every live request and a `Fatal`: nobody waits for an answer that cannot come.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from tessera.core.messages import (
+    Abort,
+    Fatal,
+    Inbound,
+    Outbound,
+    Output,
+    Outputs,
+    StepReport,
+    Stop,
+    Submit,
+    Tick,
+)
+from tessera.plan.scheduler import Clock, Event
+from tessera.plan.step import Step, StepDone
+from tessera.run.inbox import Inbox
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0  # an idle loop wakes this often, to show that it is alive
+
+
+class Plans(Protocol):
+    """What the loop needs of a planner."""
+
+    def apply(self, events: Sequence[Event]) -> list[Output]:
+        """Takes events; returns outputs of requests that end without a step."""
+
+    def next_step(self) -> Step | None:
+        """The next step, or None when there is nothing to do now."""
+
+    def report(self, step: Step, seconds: float) -> list[StepReport]:
+        """Numbers of a step that came back, one report per DP rank."""
+
+
+class Runs(Protocol):
+    """What the loop needs of a runner."""
+
+    def launch(self, step: Step) -> Any:
+        """Starts a step and returns a ticket for it without waiting."""
+
+    def collect(self, launched: Any) -> tuple[StepDone, list[Output]]:
+        """Waits for a step and returns what it drew."""
+
+    def drop(self, request_id: str, choice: int) -> None:
+        """The choice has ended elsewhere: nothing of it may come out any more."""
+
+
+class Live:
+    """Choices that somebody waits for."""
+
+    def __init__(self) -> None:
+        self._choices: dict[str, set[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._choices))
+
+    def add(self, submit: Submit) -> None:
+        """The choices of a new request."""
+        self._choices[submit.request_id] = set(range(submit.n))
+
+    def finish(self, outputs: Sequence[Output]) -> None:
+        """Removes the choices that these outputs end."""
+        for output in outputs:
+            left = self._choices.get(output.request_id)
+            if output.finish is not None and left is not None:
+                left.discard(output.choice)
+                if not left:
+                    del self._choices[output.request_id]
+
+    def failed(self, why: str) -> list[Output]:
+        """An error output for every choice left; none is left afterwards."""
+        outputs = failures(((r, c) for r, choices in self._choices.items() for c in sorted(choices)), why)
+        self._choices.clear()
+        return outputs
+
+
+def failures(choices: Iterable[tuple[str, int]], why: str) -> list[Output]:
+    """Outputs that end choices with an error."""
+    return [Output(request_id, choice, [], finish="error", error=why) for request_id, choice in choices]
+
+
+class StepLoop:
+    """Runs steps until `Stop`, or until one fails. `turn_hook` is called after every turn (tests check there)."""
+
+    def __init__(
+        self,
+        planner: Plans,
+        runner: Runs,
+        inbox: Inbox,
+        sink: Callable[[Outbound], None],
+        max_in_flight: int = 2,
+        turn_hook: Callable[[], None] | None = None,
+    ) -> None:
+        self.planner, self.runner, self.inbox, self.sink = planner, runner, inbox, sink
+        self.max_in_flight = max_in_flight
+        self.last_tick = time.monotonic()
+        self._flying: deque[tuple[Step, Any]] = deque()
+        self._live = Live()
+        self._last_collect = 0.0
+        self._stop_at: float | None = None
+        self._stopping = False
+        self._idle = True
+        self._hook = turn_hook
+
+    def run(self, ready: Outbound) -> None:
+        """Sends `ready` and blocks until the engine ends. A failure becomes error outputs and a `Fatal`."""
+        try:
+            self.sink(ready)
+            while not (self._stopping and not self._live and not self._flying):
+                self._turn()
+                if self._hook is not None:
+                    self._hook()
+            self._end("the engine has stopped")
+        except BaseException as error:
+            log.exception("the step loop failed")
+            why = f"{type(error).__name__}: {error}"
+            self._end(f"the engine failed: {why}")
+            self.sink(Fatal(why, type(error).__name__))
+            if not isinstance(error, Exception):
+                raise
+
+    def _turn(self) -> None:
+        messages = self.inbox.drain(IDLE_WAIT_S if self._idle else 0.0)
+        now = self.last_tick = time.monotonic()
+        if self._idle and not messages:
+            self.sink(Tick(now))
+        self._note(messages, now)
+        self._settle(self.planner.apply([Clock(now), *messages, *self._overdue(now)]))
+        while len(self._flying) < self.max_in_flight:
+            step = self.planner.next_step()
+            if step is None:
+                break
+            if not self._flying:
+                self._last_collect = time.monotonic()
+            self._flying.append((step, self.runner.launch(step)))
+        self._idle = not self._flying
+        if self._flying:
+            self._collect()
+
+    def _note(self, messages: Sequence[Inbound], now: float) -> None:
+        for message in messages:
+            if isinstance(message, Submit):
+                self._live.add(message)
+            elif isinstance(message, Stop):
+                self._stopping, self._stop_at = True, now + message.deadline_s
+
+    def _overdue(self, now: float) -> list[Event]:
+        """Aborts of everything, once the deadline of a `Stop` has passed."""
+        if self._stop_at is None or now < self._stop_at:
+            return []
+        self._stop_at = None
+        return [Abort(request_id) for request_id in self._live]
+
+    def _settle(self, outputs: list[Output]) -> None:
+        """Sends outputs that the planner ended; the runner drops what is still in flight of them."""
+        for output in outputs:
+            if output.finish is not None:
+                self.runner.drop(output.request_id, output.choice)
+        self._send(outputs)
+
+    def _collect(self) -> None:
+        step, launched = self._flying.popleft()
+        done, outputs = self.runner.collect(launched)
+        now = time.monotonic()
+        seconds, self._last_collect = now - self._last_collect, now
+        self._send(outputs)
+        self._settle(self.planner.apply([Clock(now), done]))
+        for report in self.planner.report(step, seconds):
+            self.sink(report)
+
+    def _send(self, outputs: list[Output]) -> None:
+        if outputs:
+            self._live.finish(outputs)
+            self.sink(Outputs(outputs))
+
+    def _end(self, why: str) -> None:
+        left = [m for m in self.inbox.close() if isinstance(m, Submit)]
+        for submit in left:
+            self._live.add(submit)
+        self._flying.clear()
+        self._send(self._live.failed(why))
