@@ -3,20 +3,19 @@
 A dim is a row of named **sections** (`q | k | v`, `gate | up`, experts, vocabulary). A section is `units` equal units
 (heads, experts, rows) of `width` elements. Along one mesh axis a rank holds some units of *every* section, packed in
 section order. From that alone follow the slice of a weight that a rank loads (`Dim.held`), the size of its pools
-(`Layout.local_shape`) and the copies that turn one layout into another (`reshard`).
+(`Layout.local_shape`) and the copies that turn one layout into another (`reshard.py`).
 
 Valid sizes: one of units and ranks divides the other. With more ranks than units, neighbours hold the same unit:
-`rank // (size // units)`, never `rank % units`. A *derived* section (`leaders`: keys beside their values, KV heads beside
-their queries) holds the units that its leaders' units need: `leader // group`. Exceptions: `table` (experts, placed
-explicitly) and `padding` (vocabulary, trailing units that no checkpoint stores).
+`rank // (size // units)`, never `rank % units`. A *derived* section (`leaders`: keys beside their values, KV heads
+beside their queries) holds the units that its leaders' units need: `leader // group`. Exceptions: `table` (experts,
+placed explicitly) and `padding` (vocabulary, trailing units that no checkpoint stores).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import product
-from math import gcd, prod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from tessera.core.errors import LayoutError
 from tessera.core.mesh import Mesh
@@ -34,6 +33,10 @@ class Stored:
     start: int = 0
     stride: int | None = None
     per: int = 1
+
+    def dense(self, width: int) -> bool:
+        """True when all units follow each other without a gap."""
+        return self.stride is None or self.stride == width * self.per
 
     def offset(self, unit: int, width: int) -> int:
         """First stored element of `unit`."""
@@ -68,7 +71,7 @@ class Section:
         """Raises `LayoutError`, by name, when the section cannot be cut for `size` ranks."""
         if self.table is not None:
             if len(self.table) != size:
-                raise LayoutError(f"section '{self.name}': its table places units on {len(self.table)} ranks, not {size}")
+                raise LayoutError(f"section '{self.name}': its table is for {len(self.table)} ranks, not {size}")
             if set().union(*self.table) != set(range(self.units)):
                 raise LayoutError(f"section '{self.name}': its table does not place every one of {self.units} units")
             return
@@ -79,19 +82,16 @@ class Section:
                     f"one must divide the other (allowed: {_allowed(units)})"
                 )
 
-    def held(self, size: int, rank: int) -> tuple[int, ...]:
+    def held(self, size: int, rank: int) -> Sequence[int]:
         """Units that coordinate `rank` of `size` holds, in the order in which they are packed."""
         self.check(size)
         if self.table is not None:
             return self.table[rank]
         lead = self.leaders or self.units
-        if lead % size == 0:
-            share = lead // size
-            units = range(rank * share, (rank + 1) * share)
-        else:
-            units = range(rank // (size // lead), rank // (size // lead) + 1)
+        share = max(lead // size, 1)
+        first = rank * share if lead % size == 0 else rank // (size // lead)
         group = lead // self.units
-        return tuple(dict.fromkeys(u // group for u in units))
+        return range(first // group, (first + share - 1) // group + 1)
 
     def replicated(self, size: int) -> bool:
         """True when some unit has more than one holder."""
@@ -119,6 +119,26 @@ class StoredRun:
     start: int
     local: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Neighbouring units of one section that lie together in a part."""
+
+    section: Section
+    units: range
+    run: Run
+
+
+def _neighbours(units: Sequence[int]) -> Iterator[range]:
+    if isinstance(units, range):
+        yield units
+        return
+    first = 0
+    for i in range(1, len(units) + 1):
+        if i == len(units) or units[i] != units[i - 1] + 1:
+            yield range(units[first], units[i - 1] + 1)
+            first = i
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,35 +174,42 @@ class Dim:
             section.check(size)
             if self.summed and section.replicated(size):
                 raise LayoutError(
-                    f"dim '{self.name}': section '{section.name}' of {section.units} units would be replicated on {size} "
-                    f"ranks and its part of the sum counted twice; use at most {section.units} ranks"
+                    f"dim '{self.name}': section '{section.name}' of {section.units} units would be replicated on "
+                    f"{size} ranks and its part of the sum counted twice; use at most {section.units} ranks"
                 )
 
-    def _units(self, size: int, rank: int) -> Iterator[tuple[Section, int, int, int]]:
-        """(section, unit, start in the whole, start in the part) of each unit held, in packed order."""
+    def _blocks(self, size: int, rank: int) -> Iterator[_Block]:
+        """What coordinate `rank` of `size` holds, as neighbouring units of one section, in packed order."""
         self.check(size)
         base = local = 0
         for section in self.sections:
-            for unit in section.held(size, rank):
-                yield section, unit, base + unit * section.width, local
-                local += section.width
+            for units in _neighbours(section.held(size, rank)):
+                yield _Block(section, units, Run(base + units.start * section.width, local, len(units) * section.width))
+                local += len(units) * section.width
             base += section.length
 
     def held(self, size: int, rank: int) -> tuple[Run, ...]:
         """What coordinate `rank` of `size` holds, as few runs as possible."""
-        runs = [Run(start, local, section.width) for section, _, start, local in self._units(size, rank)]
+        runs = [block.run for block in self._blocks(size, rank)]
         return tuple(_joined(runs, lambda a, b: a.start + a.length == b.start))
 
     def stored(self, size: int, rank: int) -> tuple[StoredRun, ...]:
         """The runs of checkpoint tensors that fill the part of coordinate `rank`; padding has none."""
-        runs = []
-        for section, unit, _, local in self._units(size, rank):
-            if section.stored is None:
-                raise LayoutError(f"dim '{self.name}': section '{section.name}' is in no checkpoint")
-            if unit < section.units - section.padding:
-                start = section.stored.offset(unit, section.width)
-                runs.append(StoredRun(section.stored.tensor, start, local, section.width))
+        runs = [run for block in self._blocks(size, rank) for run in self._stored(block)]
         return tuple(_joined(runs, lambda a, b: a.tensor == b.tensor and a.start + a.length == b.start))
+
+    def _stored(self, block: _Block) -> Iterator[StoredRun]:
+        section, stored = block.section, block.section.stored
+        if stored is None:
+            raise LayoutError(f"dim '{self.name}': section '{section.name}' is in no checkpoint")
+        real = range(block.units.start, min(block.units.stop, section.units - section.padding))
+        at = real.start
+        while at < real.stop:
+            # Neighbouring units are neighbours in the checkpoint too up to the end of a stored group of `per`.
+            end = real.stop if stored.dense(section.width) else min(real.stop, (at // stored.per + 1) * stored.per)
+            local = block.run.local + (at - block.units.start) * section.width
+            yield StoredRun(stored.tensor, stored.offset(at, section.width), local, (end - at) * section.width)
+            at = end
 
     def local_length(self, size: int, rank: int) -> int:
         """Elements that coordinate `rank` of `size` holds."""
@@ -202,22 +229,18 @@ class Dim:
         return {s.name: len(s.held(size, rank)) for s in self.sections}
 
 
-def _joined(runs: list, fits) -> Iterator:  # type: ignore[no-untyped-def,type-arg]
-    """Joins neighbours whose local ends meet and for which `fits(a, b)`; keeps the order."""
-    from_runs = iter(runs)
-    last = next(from_runs, None)
-    for run in from_runs:
-        if last.local + last.length == run.local and fits(last, run):
-            last = type(last)(**{**_fields(last), "length": last.length + run.length})
+_AnyRun = TypeVar("_AnyRun", Run, StoredRun)
+
+
+def _joined(runs: Iterable[_AnyRun], fits: Callable[[_AnyRun, _AnyRun], bool]) -> list[_AnyRun]:
+    """Joins neighbours that meet in the part and for which `fits(a, b)`; keeps the order."""
+    out: list[_AnyRun] = []
+    for run in runs:
+        if out and out[-1].local + out[-1].length == run.local and fits(out[-1], run):
+            out[-1] = replace(out[-1], length=out[-1].length + run.length)
         else:
-            yield last
-            last = run
-    if last is not None:
-        yield last
-
-
-def _fields(run: object) -> dict[str, object]:
-    return {name: getattr(run, name) for name in run.__slots__}  # type: ignore[attr-defined]
+            out.append(run)
+    return out
 
 
 def whole(name: str, length: int) -> Dim:
@@ -259,148 +282,3 @@ class Layout:
     def local_shape(self, mesh: Mesh, rank: int) -> tuple[int, ...]:
         """Shape of the tile of `rank`."""
         return tuple(sum(run.length for run in runs) for runs in self.runs(mesh, rank))
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`length` elements along one dim: `src` in the source's tile, `dst` in the destination's."""
-
-    src: int
-    dst: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A box that moves from the tile of rank `src` to the tile of rank `dst`: one span per dim."""
-
-    src: int
-    dst: int
-    box: tuple[Span, ...]
-
-
-def reshard(src: Layout, src_mesh: Mesh, dst: Layout, dst_mesh: Mesh) -> list[Copy]:
-    """Copies that fill every tile of `dst` from the tiles of `src`: each destination element once.
-
-    Both describe the same whole tensor, perhaps on meshes of different sizes. Where several source ranks hold an
-    element, destinations take turns among them. Raises `LayoutError` when the two are not the same tensor.
-    """
-    _same_tensor(src, dst)
-    src.check(src_mesh)
-    dst.check(dst_mesh)
-    copies = []
-    for rank in range(dst_mesh.size):
-        tile = dst.runs(dst_mesh, rank)
-        choices = [_sources(s, src_mesh, runs, rank) for s, runs in zip(src.dims, tile, strict=True)]
-        for picks in product(*choices):
-            holder = _holder(src, src_mesh, [coordinate for coordinate, _ in picks], rank)
-            copies.append(Copy(holder, rank, tuple(span for _, span in picks)))
-    return copies
-
-
-def _same_tensor(src: Layout, dst: Layout) -> None:
-    def real(layout: Layout) -> list[list[tuple[str, int, int]]]:
-        return [[(s.name, s.units - s.padding, s.width) for s in d.sections] for d in layout.dims]
-
-    if real(src) != real(dst):
-        raise LayoutError(f"not the same tensor: source {real(src)}, destination {real(dst)}")
-    for a, b in zip(src.dims, dst.dims, strict=True):
-        if len(a.sections) > 1 and [s.padding for s in a.sections] != [s.padding for s in b.sections]:
-            raise LayoutError(f"dim '{a.name}': sections padded differently cannot be compared")
-
-
-def _sources(dim: Dim, mesh: Mesh, runs: tuple[Run, ...], taker: int) -> list[tuple[int, Span]]:
-    """(coordinate of the source, span) pairs that cover `runs` once. Only elements that the source has are covered."""
-    size = mesh.size_of(dim.axis)
-    holders: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for coordinate in range(size):
-        for section, _, start, local in dim._units(size, coordinate):
-            holders.setdefault((start, section.width), []).append((coordinate, local))
-    spans: list[tuple[int, Span]] = []
-    for start, width in sorted(holders):
-        among = holders[start, width]
-        coordinate, local = among[taker % len(among)]
-        for run in runs:
-            low, high = max(start, run.start), min(start + width, run.start + run.length)
-            if low < high:
-                spans.append((coordinate, Span(local + low - start, run.local + low - run.start, high - low)))
-    return _joined_spans(spans)
-
-
-def _joined_spans(spans: list[tuple[int, Span]]) -> list[tuple[int, Span]]:
-    joined: list[tuple[int, Span]] = []
-    for coordinate in sorted({c for c, _ in spans}):
-        joined += [(coordinate, s) for s in merged(s for c, s in spans if c == coordinate)]
-    return joined
-
-
-def _holder(layout: Layout, mesh: Mesh, coordinates: list[int], taker: int) -> int:
-    """A rank with these coordinates; takers of the same tile take turns among the replicas."""
-    wanted = [(d.axis, c) for d, c in zip(layout.dims, coordinates, strict=True) if d.axis is not None]
-    ranks = [r for r in range(mesh.size) if all(mesh.coordinate(r, axis) == c for axis, c in wanted)]
-    return ranks[taker % len(ranks)]
-
-
-def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same moves with neighbours joined: runs that follow each other in both source and destination."""
-    out: list[Span] = []
-    for span in sorted(spans, key=lambda s: s.dst):
-        if out and out[-1].dst + out[-1].length == span.dst and out[-1].src + out[-1].length == span.src:
-            out[-1] = Span(out[-1].src, out[-1].dst, out[-1].length + span.length)
-        else:
-            out.append(span)
-    return out
-
-
-def flat(box: tuple[Span, ...], src_shape: tuple[int, ...], dst_shape: tuple[int, ...]) -> list[Span]:
-    """The box as runs of elements of two row-major tiles, merged."""
-    if not box:
-        return [Span(0, 0, 1)]
-    src_strides = [prod(src_shape[i + 1 :]) for i in range(len(box))]
-    dst_strides = [prod(dst_shape[i + 1 :]) for i in range(len(box))]
-    spans = []
-    for index in product(*(range(s.length) for s in box[:-1])):
-        src = sum((s.src + i) * stride for s, i, stride in zip(box, index, src_strides, strict=False))
-        dst = sum((s.dst + i) * stride for s, i, stride in zip(box, index, dst_strides, strict=False))
-        spans.append(Span(src + box[-1].src, dst + box[-1].dst, box[-1].length))
-    return merged(spans)
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleTile:
-    """Scales of one tile along a dim: one per `block` elements of the tile, and the global block each stands for."""
-
-    block: int
-    blocks: tuple[int, ...]
-
-
-def scale_tile(dim: Dim, size: int, rank: int, block: int = 128) -> ScaleTile:
-    """Scales of the part of coordinate `rank` when the whole dim is quantised in global blocks of `block`.
-
-    A cut inside a block (704 columns are 5.5 blocks of 128) repeats scales at the common divisor of the block and the
-    borders of the part, so that the shard dequantises to the bit as the whole does; nothing is requantised. The phase of
-    the first row follows: block i of the tile is global block `blocks[i]`. Blocks are counted from each section's start.
-    """
-    starts, step = dim.starts(), block
-    pieces: list[tuple[int, int]] = []
-    for section, unit, start, _ in dim._units(size, rank):
-        inside = start - starts[section.name]
-        pieces.append((starts[section.name], inside))
-        # One unit's borders are its start and its end; whole sections cut nowhere need no finer step.
-        if inside % block or (section.width % block and unit + 1 < section.units):
-            step = gcd(step, gcd(inside, section.width))
-    return ScaleTile(step, _blocks_of(dim, size, rank, step, block))
-
-
-def _blocks_of(dim: Dim, size: int, rank: int, step: int, block: int) -> tuple[int, ...]:
-    first, count = {}, 0
-    for section in dim.sections:
-        first[section.name] = count
-        count += -(-section.length // block)
-    starts, blocks, carried = dim.starts(), [], 0
-    for section, _, start, local in dim._units(size, rank):
-        inside = start - starts[section.name]
-        for at in range(-local % step if carried else 0, section.width, step):
-            blocks.append(first[section.name] + (inside + at) // block)
-        carried = local + section.width
-    return tuple(blocks)

@@ -32,7 +32,7 @@ class Mesh:
         for axis in self.axes:
             if self.size % (axis.size * axis.stride):
                 raise LayoutError(
-                    f"axis '{axis.name}' of size {axis.size}, stride {axis.stride} does not cut {self.size} ranks evenly"
+                    f"axis '{axis.name}' (size {axis.size}, stride {axis.stride}) does not cut {self.size} ranks evenly"
                 )
 
     def axis(self, name: str) -> Axis:

@@ -1,4 +1,4 @@
-"""What travels between the front (HTTP, text), the planner and the ranks. msgspec: the type is schema and codec at once.
+"""What travels between the front (HTTP, text), the planner and the ranks. msgspec: a type is schema and codec at once.
 
 Front -> engine: `Submit`, `Abort`, `Flush`, `Stop`. Engine -> front: `Outputs`, `StepReport`, `Ready`, `Fatal`.
 """
@@ -50,7 +50,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Stop a request (all choices, or one). `reason` becomes its finish reason: "abort", or "stop" for a stop string."""
+    """Stop a request (all choices, or one). `reason` is its finish reason: "abort", or "stop" for a stop string."""
 
     request_id: str
     choice: int | None = None
