@@ -1,0 +1,40 @@
+"""Paged attention over ranges of any length. T tokens, H heads, D head dim, L positions, S segments.
+
+A pool is `[page, 2, H, token, D]`, keys first. The same call serves decode, chunks and verification: token t of a
+segment attends to positions 0 .. positions[t] of its sequence, its own key included (written before).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.ops.precision import wide
+from tessera.ops.segments import Segments
+
+
+def write_kv(pool: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
+    """Writes k and v [T, H, D] of the step's tokens into their pages, in the pool's dtype."""
+    pool[segments.write_page, 0, :, segments.write_offset] = k.to(pool.dtype)
+    pool[segments.write_page, 1, :, segments.write_offset] = v.to(pool.dtype)
+
+
+def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
+    """q [T, Hq, D] over the pages of each segment, causal; query head h reads key head `h // (Hq / Hk)`. -> [T, Hq, D]"""
+    dtype = wide(q.dtype)
+    out = torch.empty_like(q)
+    group = q.shape[1] // pool.shape[2]
+    for s in range(segments.num_segments):
+        tokens = segments.tokens_of(s, s + 1)
+        end = int(segments.host_starts[s] + segments.host_lengths[s])
+        pages = pool[segments.page_table[s, : -(-end // segments.page_size)].long()]  # [P, 2, H, token, D]
+        kv = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end].to(dtype)  # [2, H, L, D]
+        k, v = kv.repeat_interleave(group, 1)
+        scores = torch.einsum("thd,hld->htl", q[tokens].to(dtype), k) * scale
+        later = torch.arange(end, device=q.device) > segments.positions[tokens, None]
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        out[tokens] = torch.einsum("htl,hld->thd", weights, v).to(q.dtype)
+    return out
+
+
+paged_attention = paged_attention_reference

@@ -1,0 +1,70 @@
+"""Gated delta net: the causal convolution and the gated delta rule (Yang et al. 2024, arXiv 2412.06464).
+
+T tokens, S segments, C channels, K kernel, Hk key heads, Hv value heads (a multiple), Dk and Dv their dims.
+State lives in slots; each op reads and writes only the slots of its segments. A sequence starts in a zeroed slot.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tessera.ops.precision import wide
+from tessera.ops.segments import Segments
+
+Form = Literal["recurrent", "chunked"]
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """`x * rsqrt(sum(x^2) + 1e-6)` over the last dim."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def causal_conv_reference(x: Tensor, weight: Tensor, state: Tensor, segments: Segments) -> Tensor:
+    """Depthwise causal convolution without bias, then silu: x [T, C], weight [C, K] -> [T, C].
+
+    `state` [slot, C, K - 1] holds the last K - 1 columns before the convolution; updated in place.
+    """
+    dtype = wide(x.dtype)
+    out = torch.empty_like(x)
+    width = state.shape[-1]
+    for s in range(segments.num_segments):
+        tokens = segments.tokens_of(s, s + 1)
+        slot = int(segments.slots[s])
+        columns = torch.cat((state[slot].to(dtype), x[tokens].T.to(dtype)), 1)  # [C, K - 1 + n]
+        y = torch.nn.functional.conv1d(columns[None], weight[:, None].to(dtype), groups=len(weight))[0]
+        out[tokens] = torch.nn.functional.silu(y).T.to(x.dtype)
+        state[slot] = columns[:, columns.shape[1] - width :].to(state.dtype)
+    return out
+
+
+def gated_delta_rule_reference(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segments: Segments, form: Form = "recurrent"
+) -> Tensor:
+    """q and k [T, Hk, Dk], v [T, Hv, Dv], g (log decay) and beta [T, Hv] -> [T, Hv, Dv] in v's dtype.
+
+    In fp32 or wider: q and k are l2-normed, q divided by sqrt(Dk); per token `S *= exp(g); S += k (x) (v - S^T k) beta;
+    o = S^T q`. `state` [slot, Hv, Dk, Dv] is updated in place. `form` says how ranges longer than a token are computed;
+    the plain reference has one way.
+    """
+    dtype = wide(torch.promote_types(v.dtype, state.dtype))
+    group = v.shape[1] // k.shape[1]
+    q = (l2norm(q.to(dtype)) * q.shape[-1] ** -0.5).repeat_interleave(group, 1)
+    k = l2norm(k.to(dtype)).repeat_interleave(group, 1)
+    out = torch.empty_like(v)
+    for s in range(segments.num_segments):
+        slot = int(segments.slots[s])
+        memory = state[slot].to(dtype)
+        for t in range(*segments.tokens_of(s, s + 1).indices(len(q))):
+            memory = memory * g[t].to(dtype).exp()[:, None, None]
+            delta = (v[t].to(dtype) - torch.einsum("hkv,hk->hv", memory, k[t])) * beta[t].to(dtype)[:, None]
+            memory = memory + k[t, :, :, None] * delta[:, None, :]
+            out[t] = torch.einsum("hkv,hk->hv", memory, q[t]).to(out.dtype)
+        state[slot] = memory.to(state.dtype)
+    return out
+
+
+causal_conv = causal_conv_reference
+gated_delta_rule = gated_delta_rule_reference

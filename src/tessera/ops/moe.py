@@ -1,0 +1,63 @@
+"""Mixture of experts: routing, and the experts' MLPs. T tokens, H hidden, E experts, I intermediate, k experts a token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tessera.ops.precision import wide
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: Literal["max", "top2"] = "max",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Chooses experts: logits [T, E] -> ids int64 [T, k], weights [T, k] in fp32 or wider.
+
+    Scores are softmax or sigmoid of the logits in fp32. The choice is by score + `bias` (DeepSeek-V3's correction), the
+    weights are scores without it, divided by their sum when `normalize`, times `scale`. With `num_groups` > 1 only
+    experts of the best `top_groups` groups stand for choice; a group's score is its largest (V2's group_limited_greedy)
+    or the sum of its two largest (V3's noaux_tc).
+    """
+    logits = logits.to(wide(logits.dtype))
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias.to(scores.dtype)
+    if top_groups < num_groups:
+        grouped = choice.unflatten(-1, (num_groups, -1))
+        of_group = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+        best = of_group.topk(top_groups, -1).indices
+        shut = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
+        choice = grouped.masked_fill(shut[..., None], float("-inf")).flatten(-2)
+    ids = choice.topk(top_k, -1).indices
+    weights = scores.gather(-1, ids)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def experts_reference(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum over a token's experts of `weight * w2(silu(w1 x) * w3 x)`: x [T, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H].
+
+    `ids` [T, k] number the experts held here; -1 means an expert held elsewhere, which adds nothing. The sum over
+    experts is taken in fp32 or wider.
+    """
+    out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
+    for e in range(len(w13)):
+        tokens, nth = (ids == e).nonzero(as_tuple=True)
+        gate, up = torch.nn.functional.linear(x[tokens], w13[e]).chunk(2, -1)
+        y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[e])
+        out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
+    return out.to(x.dtype)
+
+
+experts = experts_reference

@@ -1,0 +1,36 @@
+"""Normalisation. RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467. T tokens, H heads, D head dim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.ops.precision import wide
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
+    """`x * rsqrt(mean(x^2) + eps) * w` over the last dim, in fp32 or wider, rounded once to x's dtype.
+
+    `zero_centered`: the stored weight is an offset from one (Qwen3.5, Qwen3-Next).
+    """
+    dtype = wide(x.dtype)
+    h = x.to(dtype)
+    w = weight.to(dtype)
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * (1 + w if zero_centered else w)).to(x.dtype)
+
+
+def add_rmsnorm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centered: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(rmsnorm(x + residual), x + residual)."""
+    total = x + residual
+    return rmsnorm(total, weight, eps, zero_centered), total
+
+
+def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`w * rmsnorm(o) * silu(z)` per head, in fp32 or wider: o and z [T, H, D], weight [D], result in z's dtype."""
+    dtype = wide(z.dtype)
+    h = o.to(dtype)
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    return (h * torch.nn.functional.silu(z.to(dtype))).to(z.dtype)

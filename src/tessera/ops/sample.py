@@ -1,0 +1,149 @@
+"""Sampling as a pure function of logits and parameters. N rows, V vocabulary.
+
+A token is drawn by Gumbel-max: argmax of `logits / temperature + gumbel(seed, position, token id)`. The noise depends on
+nothing else, so batching, preemption, a sharded vocabulary, speculation and hand-over keep the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Of some rows. `counts` [M, V]: how often each token was generated; `seen` [M, V] bool: prompt or output has it."""
+
+    rows: Tensor  # [M] int64
+    counts: Tensor
+    seen: Tensor
+    presence: Tensor  # [M]
+    frequency: Tensor  # [M]
+    repetition: Tensor  # [M]
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustments:
+    """Changes to the logits before anything is drawn; None where no row asks for it."""
+
+    penalties: Penalties | None = None
+    bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, token ids (int64), values
+    banned: tuple[Tensor, Tensor] | None = None  # rows, token ids: end tokens before min_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How tokens are drawn. Filters are None where no row asks for them, which then cost nothing.
+
+    `rows` (int64 [M]): the rows that are drawn; all other rows are greedy. The tensors below are of these M rows.
+    """
+
+    rows: Tensor
+    temperature: Tensor  # > 0
+    seeds: Tensor  # int64
+    positions: Tensor  # int64, position of the token that is drawn
+    top_k: Tensor | None = None  # int64; -1 (or V and more) is off
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    max_top_k: int = 0  # the largest top_k when every row has one, else 0
+
+
+def token_counts(tokens: Tensor, first: Tensor, last: Tensor, vocab_size: int) -> Tensor:
+    """How often each token stands at positions `first <= p < last`: tokens [M, L], first and last [M] -> float32 [M, V]."""
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = (at >= first[:, None]) & (at < last[:, None])
+    counts = torch.zeros(len(tokens), vocab_size, dtype=torch.float32, device=tokens.device)
+    return counts.scatter_add_(1, tokens.long().clamp(0, vocab_size - 1), inside.to(counts.dtype))
+
+
+def adjust(logits: Tensor, adjustments: Adjustments) -> Tensor:
+    """Penalties, then logit bias, then bans; in place on logits [N, V], which it returns.
+
+    Repetition (prompt and output) divides positive and multiplies negative logits; presence and frequency (output only)
+    are subtracted.
+    """
+    p = adjustments.penalties
+    if p is not None:
+        own = logits[p.rows]
+        factor = torch.where(p.seen, p.repetition[:, None], 1.0).to(logits.dtype)
+        own = torch.where(own > 0, own / factor, own * factor)
+        minus = p.counts * p.frequency[:, None] + (p.counts > 0) * p.presence[:, None]
+        logits[p.rows] = own - minus.to(logits.dtype)
+    if adjustments.bias is not None:
+        rows, ids, values = adjustments.bias
+        logits.index_put_((rows, ids), values.to(logits.dtype), accumulate=True)
+    if adjustments.banned is not None:
+        logits[adjustments.banned] = float("-inf")
+    return logits
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014) on int64, which wraps as uint64 does."""
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift: the sign is not dragged along."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, in the shape that int64 `seeds`, `positions` and `ids` broadcast to.
+
+    Element by element a pure function of (seed, position, token id): splitmix64 started from a mix of the first two.
+    """
+    key = _mix(_mix(seeds + _GOLDEN) + positions * _MIX_1 + _GOLDEN)
+    bits = _shift(_mix(key + (ids + 1) * _GOLDEN), 11)
+    # u in (0, 1) is exact near 0, where -log1p(-u) is small and the noise large: the tail that decides is not coarse.
+    u = (bits.to(torch.float64) + 0.5) * 2.0**-53
+    return -torch.log(-torch.log1p(-u))
+
+
+def keep_mask(scaled: Tensor, drawing: Drawing) -> Tensor:
+    """Which of the tokens top-k, top-p and min-p leave: scaled logits [M, V], *sorted* descending -> bool [M, V].
+
+    All three look at the distribution before any of them (SGLang's joint order). The likeliest token always stays.
+    """
+    keep = torch.ones_like(scaled, dtype=torch.bool)
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
+    if drawing.top_k is not None:
+        keep &= (rank < drawing.top_k[:, None]) | (drawing.top_k[:, None] <= 0)
+    if drawing.top_p is not None or drawing.min_p is not None:
+        probs = scaled.softmax(-1)
+        if drawing.top_p is not None:
+            keep &= probs.cumsum(-1) - probs <= drawing.top_p[:, None]
+        if drawing.min_p is not None:
+            keep &= probs >= drawing.min_p[:, None] * probs[:, :1]
+    keep[:, 0] = True
+    return keep
+
+
+def draw_reference(logits: Tensor, drawing: Drawing | None) -> Tensor:
+    """Tokens int64 [N] drawn from adjusted logits [N, V]; None: every row is greedy (ties go to the lowest id)."""
+    tokens = logits.argmax(-1)
+    if drawing is not None:
+        scaled = logits[drawing.rows] / drawing.temperature[:, None].to(logits.dtype)
+        scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+        noise = gumbel(drawing.seeds[:, None], drawing.positions[:, None], ids)
+        scores = (scaled + noise).masked_fill(~keep_mask(scaled, drawing), float("-inf"))
+        tokens[drawing.rows] = ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+    return tokens
+
+
+draw = draw_reference
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, top_n: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs of tokens: logits [N, V], ids [N] or [N, A] -> those of `ids` (same shape), the `top_n` best [N, n], their ids."""
+    total = logits.logsumexp(-1, keepdim=True)
+    own = logits.gather(1, ids.view(len(ids), -1)) - total
+    best, best_ids = logits.topk(top_n, -1)
+    return own.view(ids.shape), best - total, best_ids
