@@ -1,4 +1,4 @@
-# Each target makes its own .venv first (tools/venv.py): a ready one costs nothing, a half-made one is made anew.
+# Each target makes its own .venv first (tools/make_venv.py): a ready one costs nothing, a half-made one is made anew.
 # ARGS is appended to the command; PYTHON names the interpreter that .venv is made with; WORKERS is pytest's processes.
 SHELL := /bin/sh
 .DEFAULT_GOAL := test
@@ -14,7 +14,7 @@ TYPED := $(wildcard src/tessera/core src/tessera/plan src/tessera/transfer)
 .PHONY: venv serve test lint format bench clean distclean
 
 venv:
-	@exec $(PYTHON) tools/venv.py
+	@exec $(PYTHON) tools/make_venv.py
 
 serve: venv
 	@exec $(BIN)/tessera serve --model-path abacus-hybrid $(ARGS)

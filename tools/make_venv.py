@@ -3,7 +3,7 @@
 
 A `.venv` is ready when its stamp, written last, matches what it should hold: the `[project]` and `[build-system]`
 tables of pyproject.toml, constraints.txt, the Python version and the place. Without a stamp it was left half made, or
-somebody else made it: it is removed and made anew. With a stamp of other dependencies it is brought up to date in place.
+somebody else made it: it is removed and made anew. With the stamp of other dependencies it is updated in place.
 
 A lock lets one process work at a time. The installers inherit it, so that it is free only when none is left.
 INSTALLER=pip does without uv, which is only faster.
@@ -29,8 +29,9 @@ OLDEST = (3, 11)
 RECIPE = 1  # raise it to have every .venv updated
 EXTRAS = "dev"
 WARM = (
-    "import torch, transformers, fastapi, uvicorn, uvloop, httptools, orjson, msgspec, zmq, prometheus_client, rich, httpx;"
-    "import jinja2, psutil, openai, pytest, xdist, hypothesis; from transformers import AutoModelForCausalLM, AutoTokenizer"
+    "import torch, transformers, fastapi, uvicorn, uvloop, httptools, orjson, msgspec, zmq, prometheus_client, rich;"
+    "import httpx, jinja2, psutil, openai, pytest, xdist, hypothesis;"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer"
 )
 # What pip was told by its environment, handed on to uv under its own names.
 PIP_TO_UV = {
@@ -104,6 +105,7 @@ def run(command: list[str], lock: int, env: dict[str, str] | None = None) -> Non
             cwd=ROOT,
             env=env,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             pass_fds=(lock,),
             preexec_fn=_die_with_parent,  # noqa: PLW1509 (there are no threads here)
         )
@@ -133,7 +135,7 @@ def install(venv: Path, lock: int) -> None:
     if not (venv / "pyvenv.cfg").exists():
         say("an empty environment")
         run([sys.executable, "-m", "venv", "--without-pip", str(venv)], lock)
-        run([python, "-m", "ensurepip", "--default-pip"], lock, {**os.environ, "PIP_QUIET": "2"})
+        run([python, "-m", "ensurepip", "--default-pip"], lock)
     constrained = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     torch = next(line for line in constrained if line.startswith("torch=="))
     say(torch)
