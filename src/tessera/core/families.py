@@ -1,7 +1,7 @@
 """Reads a `ModelSpec` from a Hugging Face `config.json`: one row per architecture, one reader per family.
 
-What cannot be served exactly is refused by `ModelError`. A model with a `text_config` (`...ForConditionalGeneration`) is
-read as its text part; images are refused where requests enter.
+What cannot be served exactly is refused by `ModelError`. A model with a `text_config`
+(`...ForConditionalGeneration`) is read as its text part; images are refused where requests enter.
 """
 
 from __future__ import annotations
@@ -195,7 +195,6 @@ def _deepseek_v3(fields: Fields) -> Layers:
         _top_k(fields, experts),
         score="sigmoid",
         normalise=fields.flag("norm_topk_prob", True),
-        epsilon=1e-20,
         scale=fields.number("routed_scaling_factor", 1.0),
         num_groups=groups,
         top_groups=best,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tessera.core.errors import ModelError
-from tessera.core.spec import RopeSpec
+from tessera.core.spec import RopeKind, RopeSpec
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -76,7 +76,7 @@ def read_rope(fields: Fields, head_dim: int, interleaved: bool = False, partial:
     if kind not in ("linear", "llama3", "yarn"):
         raise rope.error("rope_type", kind, "default, linear, llama3, yarn")
     factor = rope.number("factor")
-    scaled = RopeSpec(dim, theta, kind, interleaved, factor=factor)
+    scaled = RopeSpec(dim, theta, cast(RopeKind, kind), interleaved, factor=factor)
     if kind == "linear":
         return scaled, 1.0
     original = rope.count("original_max_position_embeddings", fields.get("original_max_position_embeddings"))

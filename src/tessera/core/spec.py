@@ -1,13 +1,13 @@
 """What a model is: a declared list of layers, as pure data. `core/families.py` reads it from a `config.json`.
 
-Everything that differs between families is a field here; nothing below asks for a model's name. Numbers are those of the
-whole model; what a rank holds follows from the layouts that `core/tensors.py` derives from this.
+Everything that differs between families is a field here; nothing below asks for a model's name. Numbers are those of
+the whole model; what a rank holds follows from the layouts that `core/tensors.py` derives from this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -16,8 +16,8 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 class RopeSpec:
     """Rotary embedding of the first `dim` elements of a head (RoFormer, arXiv:2104.09864).
 
-    `interleaved`: rotates pairs (0, 1), (2, 3), ... (DeepSeek); else pairs (i, i + dim / 2). `table_scale` multiplies cos
-    and sin (yarn's attention factor, arXiv:2309.00071). The remaining fields belong to the kinds named beside them.
+    `interleaved`: rotates pairs (0, 1), (2, 3), ... (DeepSeek); else pairs (i, i + dim / 2). `table_scale` multiplies
+    cos and sin (yarn's attention factor, arXiv:2309.00071). The remaining fields belong to the kinds named beside them.
     """
 
     dim: int
@@ -32,6 +32,21 @@ class RopeSpec:
     truncate: bool = True  # yarn: the correction range is rounded to whole dims
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """The same as `rope_parameters` of a config.json (what `ops/rope.py` reads)."""
+        return {
+            "rope_type": self.kind,
+            "attention_factor": self.table_scale,
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original_max_positions,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "truncate": self.truncate,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +70,7 @@ class AttentionSpec:
 class MLASpec:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434). `q_rank` None: queries are not compressed.
 
-    `latent_dim` + `rope.dim` elements per token are cached, shared by all heads. `scale` includes yarn's mscale squared.
+    `latent_dim` + `rope.dim` elements per token are cached, shared by all heads. `scale` includes yarn's mscale^2.
     """
 
     num_heads: int
@@ -105,17 +120,17 @@ class DenseSpec:
 class RouterSpec:
     """How tokens choose experts.
 
-    `score`: softmax or sigmoid of the router's logits. With `num_groups` > 1 only experts of the best `top_groups` groups
-    may be chosen; a group scores by its best expert ("max", DeepSeek-V2) or the sum of its best two ("top2", V3).
-    `bias`: a correction is added to the scores for the choice only. `normalise`: weights are divided by their sum
-    (+ `epsilon`). `scale` multiplies them. `wide`: the router's product is in fp32 or wider, else in the model's dtype.
+    `score`: softmax or sigmoid of the router's logits. With `num_groups` > 1 only experts of the best `top_groups`
+    groups may be chosen; a group scores by its best expert ("max", DeepSeek-V2) or by the sum of its best two
+    ("top2", V3).
+    `bias`: a correction is added to the scores for the choice only. `normalise`: weights are divided by their sum.
+    `scale` multiplies them. `wide`: the router's product is in fp32 or wider, else in the model's dtype.
     """
 
     num_experts: int
     top_k: int
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True
-    epsilon: float = 0.0
     scale: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
