@@ -35,7 +35,7 @@ BRIEF = "import time; time.sleep(0.3)"
 
 
 def start(root: Path, child: str) -> subprocess.Popen[str]:
-    code = DRIVER.format(tools=str(TOOL.parent), root=str(root), child=child)
+    code = DRIVER.format(tools=str(Path(make_venv.__file__).parent), root=str(root), child=child)
     command = [sys.executable, "-c", code]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
