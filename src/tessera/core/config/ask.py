@@ -1,0 +1,134 @@
+"""What was asked, read against the table of flags: names, types, choices, and what is not built yet.
+
+Values come as text from a command line or as Python values from `Engine(**flags)` and YAML; all pass here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from tessera.core.config.flag import Flag, Ignored, Unbuilt
+from tessera.core.config.flags_engine import KERNELS, MEMORY, MESH, MODEL, SCHEDULING
+from tessera.core.config.flags_server import HANDOVER, LOGGING, SERVING, SPECULATION
+from tessera.core.config.types import Notes
+
+FLAGS: tuple[Flag, ...] = (
+    *MODEL,
+    *MESH,
+    *MEMORY,
+    *SCHEDULING,
+    *KERNELS,
+    *SPECULATION,
+    *HANDOVER,
+    *SERVING,
+    *LOGGING,
+)
+BY_KEY: Mapping[str, Flag] = {key: flag for flag in FLAGS for key in flag.keys}
+
+
+class Asked:
+    """Typed values by flag name; the default where nothing valid was asked."""
+
+    def __init__(self, given: Mapping[str, object]) -> None:
+        self._given = dict(given)
+        self._all = {flag.name: flag.default for flag in FLAGS} | self._given
+
+    def gave(self, name: str) -> bool:
+        """True when the user asked for a value."""
+        return name in self._given
+
+    def text(self, name: str) -> str | None:
+        """A text, or None where there is none."""
+        value = self._all[name]
+        assert value is None or isinstance(value, str), f"{name} is {value!r}"
+        return value
+
+    def word(self, name: str) -> str:
+        """A text that always has a value."""
+        value = self._all[name]
+        assert isinstance(value, str), f"{name} is {value!r}"
+        return value
+
+    def whole(self, name: str) -> int | None:
+        """A whole number, or None where there is none."""
+        value = self._all[name]
+        assert value is None or isinstance(value, int), f"{name} is {value!r}"
+        return value
+
+    def number(self, name: str) -> int:
+        """A whole number that always has a value."""
+        value = self._all[name]
+        assert isinstance(value, int), f"{name} is {value!r}"
+        return value
+
+    def real(self, name: str) -> float | None:
+        """A number, or None where there is none."""
+        value = self._all[name]
+        assert value is None or isinstance(value, float), f"{name} is {value!r}"
+        return value
+
+    def on(self, name: str) -> bool:
+        """A switch."""
+        value = self._all[name]
+        assert isinstance(value, bool), f"{name} is {value!r}"
+        return value
+
+
+def read(asked: Mapping[str, object], notes: Notes) -> Asked:
+    """Reads `asked` (any spelling of a flag, with - or _; None asks for nothing). What is wrong goes to `notes`."""
+    given: dict[str, object] = {}
+    for key, raw in asked.items():
+        flag = BY_KEY.get(key.removeprefix("--").replace("-", "_"))
+        if flag is None:
+            notes.refuse((key,), "there is no such flag", suggestion(key, BY_KEY))
+        elif raw is not None:
+            _take(flag, raw, given, notes)
+    return Asked(given)
+
+
+def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> None:
+    name = flag.spellings[0]
+    try:
+        value = flag.parse(raw)
+    except ValueError as error:
+        notes.refuse((name,), f"found {raw!r}", f"{_sentence(str(error))}.")
+        return
+    if flag.name in given and given[flag.name] != value:
+        notes.refuse((name,), f"asked twice, as {given[flag.name]!r} and as {value!r}", "Give it once.")
+    elif flag.choices and str(value) not in flag.choices and not flag.neutral_value(value):
+        _refuse_value(flag, str(value), notes)
+    elif isinstance(flag.state, Unbuilt) and not flag.neutral_value(value):
+        shown = "" if flag.is_switch else f" {_shown(value)}"
+        notes.refuse((name + shown,), "not built yet", f"{_sentence(flag.state.instead)}.")
+    else:
+        given[flag.name] = value
+        if isinstance(flag.state, Ignored) and value not in (False, ()):
+            notes.decide(f"{name} {_shown(value)}".removesuffix(" True"), "ignored", flag.state.reason)
+
+
+def _refuse_value(flag: Flag, value: str, notes: Notes) -> None:
+    if value in flag.unbuilt:
+        remedy = f"{_sentence(flag.instead)} (allowed: {', '.join(flag.choices)})."
+        notes.refuse((f"{flag.spellings[0]} {value}",), "not built yet", remedy)
+        return
+    near = difflib.get_close_matches(value, flag.choices, 1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    notes.refuse((flag.spellings[0],), f"found {value!r}", f"{hint}Allowed: {', '.join(flag.choices)}.")
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest known ones."""
+    wanted = key.removeprefix("--").replace("-", "_")
+    near = difflib.get_close_matches(wanted, list(known), 2, 0.6)
+    if not near:
+        return "See `tessera serve --help` for all of them."
+    return f"Did you mean {' or '.join('--' + n.replace('_', '-') for n in near)}?"
+
+
+def _shown(value: object) -> str:
+    return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,84 @@
+"""Environment variables: the only place below the command line that knows any.
+
+Names of SGLang and of Mooncake are known under `TESSERA_` too. A variable that sets a flag counts less than a file,
+which counts less than the command line. One that means nothing here is listed at start-up as ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tessera.core.config.types import Decision
+
+OURS = "TESSERA_"
+THEIRS = ("SGLANG_", "MC_")
+NO_HANDOVER = "only read where prefill and decode run as separate servers, which is not built yet"
+NO_PEERS = "there is one rank"
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """`name` without the `prefix` of whoever named it. It sets flag `flag`, or is ignored because of `reason`."""
+
+    prefix: str
+    name: str
+    flag: str | None = None
+    reason: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names, ours first: it wins over the other."""
+        return tuple(dict.fromkeys((OURS + self.name, self.prefix + self.name)))
+
+
+VARIABLES = (
+    Variable(OURS, "API_KEY", "api_key"),
+    Variable(OURS, "HOST", "host"),
+    Variable(OURS, "LOG_LEVEL", "log_level"),
+    Variable(OURS, "MODEL_PATH", "model_path"),
+    Variable(OURS, "PORT", "port"),
+    Variable("SGLANG_", "DISAGGREGATION_HEARTBEAT_MAX_FAILURE", reason=NO_HANDOVER),
+    Variable("SGLANG_", "DISAGGREGATION_BOOTSTRAP_TIMEOUT", reason=NO_HANDOVER),
+    Variable("SGLANG_", "DISAGGREGATION_WAITING_TIMEOUT", reason=NO_HANDOVER),
+    Variable("SGLANG_", "DECODE_BOOTSTRAP_TIMEOUT", reason=NO_HANDOVER),
+    Variable("SGLANG_", "HACK_SEQ_BOOTSTRAP_ROOM", reason=NO_HANDOVER),
+    Variable("SGLANG_", "MOONCAKE_CUSTOM_MEM_POOL", reason=NO_HANDOVER),
+    Variable("SGLANG_", "USE_MESSAGE_QUEUE_BROADCASTER", reason=NO_PEERS),
+    Variable("SGLANG_", "DISABLE_TP_MEMORY_INBALANCE_CHECK", reason=NO_PEERS),
+    Variable("SGLANG_", "DG_CACHE_DIR", reason="DeepGEMM is not used"),
+    Variable("MC_", "FORCE_MNNVL", reason=NO_HANDOVER),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Flags that variables set, and the variables that are ignored."""
+
+    asked: Mapping[str, object]
+    ignored: tuple[Decision, ...]
+
+
+def current() -> Mapping[str, str]:
+    """The environment of this process."""
+    return dict(os.environ)
+
+
+def read_environment(environ: Mapping[str, str]) -> Environment:
+    """Reads every variable with a prefix of ours, SGLang's or Mooncake's; none is passed over in silence."""
+    by_name = {name: (rank, v) for v in VARIABLES for rank, name in enumerate(v.names)}
+    asked: dict[str, object] = {}
+    ignored: list[Decision] = []
+    # Ours (rank 0) comes last, so that it wins.
+    for name in sorted(environ, key=lambda n: (-by_name.get(n, (9, None))[0], n)):
+        if not name.startswith((OURS, *THEIRS)):
+            continue
+        variable = by_name[name][1] if name in by_name else None
+        if variable is None:
+            ignored.append(Decision(name, "ignored", "this build knows no such variable"))
+        elif variable.flag is None:
+            ignored.append(Decision(name, "ignored", variable.reason))
+        else:
+            asked[variable.flag] = environ[name]
+    return Environment(asked, tuple(sorted(ignored, key=lambda d: d.what)))

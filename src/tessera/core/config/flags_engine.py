@@ -1,0 +1,144 @@
+"""Flags that say what the engine computes and how: model, mesh, memory, scheduling, kernels.
+
+Spelling and meaning are SGLang's where it has the flag (`docs.sglang.io`, server arguments).
+"""
+
+from __future__ import annotations
+
+from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, switch, text, whole, wholes, words
+
+ONE_RANK = Unbuilt("this build runs one rank; leave it out, or use 1")
+NO_GRAPHS = Ignored("no CUDA graphs are captured in this build, so there is nothing to size or to switch off")
+FP8_KV = "keep 'auto' (the model's dtype)"
+NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
+TORCH = "use 'torch', which runs on every device"
+
+MODEL = (
+    Flag("model_path", text, None, "Folder, hub name, or a model of this package (abacus-hybrid, abacus-mla).", "model",
+         ("--model",)),
+    Flag("tokenizer_path", text, None, "Folder or hub name of the tokeniser, if not the model's.", "model"),
+    Flag("tokenizer_mode", text, "auto", "Which tokeniser implementation.", "model", choices=("auto",),
+         unbuilt=("slow",), instead="use 'auto' (the fast tokeniser)"),
+    Flag("skip_tokenizer_init", switch, False, "Serve token ids only; no tokeniser is loaded.", "model"),
+    Flag("chat_template", text, None, "File with a Jinja chat template, instead of the model's.", "model"),
+    Flag("trust_remote_code", switch, False, "Allow code from the checkpoint.", "model",
+         state=Ignored("no code from a checkpoint is ever run")),
+    Flag("revision", text, None, "Branch, tag or commit of a hub model.", "model"),
+    Flag("download_dir", text, None, "Folder that hub models are kept in.", "model"),
+    Flag("served_model_name", text, None, "Name of the model in the API; default: the model path as given.", "model"),
+    Flag("context_length", whole(2), None, "Most tokens of one sequence, prompt and answer together.", "model"),
+    Flag("dtype", text, "auto", "Type of weights and activations.", "model",
+         choices=("auto", "bfloat16", "float16", "float32", "float64", "half", "float")),
+    Flag("quantization", text, None, "Quantisation of the weights; fp8 for a checkpoint that is stored so.", "model",
+         choices=("fp8",),
+         unbuilt=("awq", "gptq", "marlin", "w8a8_fp8", "w8a8_int8", "modelopt", "modelopt_fp4", "gguf",
+                            "bitsandbytes", "mxfp4"), instead="use an fp8 checkpoint or an unquantised one"),
+    Flag("load_format", text, "auto", "How weights are read; dummy: random weights, no checkpoint needed.", "model",
+         choices=("auto", "safetensors", "dummy"),
+         unbuilt=("pt", "npcache", "gguf", "bitsandbytes", "layered", "sharded_state", "remote"),
+         instead="convert the checkpoint to safetensors"),
+    Flag("random_seed", whole(0), 0, "Seed of requests that bring none, and of dummy weights.", "model"),
+    Flag("enable_lora", switch, False, "Serve LoRA adapters.", "model",
+         state=Unbuilt("merge the adapter into the checkpoint")),
+    Flag("lora_paths", words, (), "LoRA adapters, as name=path.", "model",
+         state=Unbuilt("merge the adapter into the checkpoint")),
+    Flag("max_loras_per_batch", whole(1), 8, "Most adapters in one step.", "model",
+         state=Ignored("only read with --enable-lora")),
+    Flag("max_lora_rank", whole(1), None, "Largest rank of an adapter.", "model",
+         state=Ignored("only read with --enable-lora")),
+    Flag("lora_target_modules", words, (), "Modules that adapters touch.", "model",
+         state=Ignored("only read with --enable-lora")),
+)  # fmt: skip
+
+MESH = (
+    Flag("device", text, "auto", "Where to run.", "mesh", choices=("auto", "cpu", "cuda"),
+         unbuilt=("xpu", "hpu", "npu", "mps"), instead="use 'cpu' or 'cuda'"),
+    Flag("tp_size", whole(1), 1, "Ranks of the instance.", "mesh", ("--tp", "--tensor-parallel-size"), state=ONE_RANK),
+    Flag("dp_size", whole(1), 1, "Data-parallel groups.", "mesh", ("--dp", "--data-parallel-size"), state=ONE_RANK),
+    Flag("ep_size", whole(1), 1, "Expert-parallel groups.", "mesh", ("--ep", "--expert-parallel-size"),
+         state=ONE_RANK),
+    Flag("pp_size", whole(1), 1, "Pipeline stages.", "mesh", ("--pp", "--pipeline-parallel-size"), state=ONE_RANK),
+    Flag("moe_dense_tp_size", whole(1), None, "Ranks that share a dense MLP of a MoE model.", "mesh", state=ONE_RANK,
+         neutral=(1,)),
+    Flag("enable_dp_attention", switch, False, "Attention data parallel over --dp groups of the --tp ranks.", "mesh"),
+    Flag("enable_dp_lm_head", switch, False, "Output head data parallel, as attention is.", "mesh"),
+    Flag("load_balance_method", text, "round_robin", "How requests are spread over data-parallel groups.", "mesh",
+         choices=("auto", "round_robin", "shortest_queue", "minimum_tokens", "total_requests", "total_tokens"),
+         state=Ignored("there is one data-parallel group")),
+    Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh", state=Unbuilt("run on one host")),
+    Flag("node_rank", whole(0), 0, "Number of this host.", "mesh", state=Unbuilt("run on one host")),
+    Flag("dist_init_addr", text, None, "Address at which ranks meet.", "mesh", ("--nccl-init-addr",),
+         state=Ignored("there is one rank")),
+)  # fmt: skip
+
+MEMORY = (
+    Flag("mem_fraction_static", positive(1), None,
+         "Share of the memory free at start that weights and pools may take (CPU: of the RAM this process can still "
+         "get, default 0.4; CUDA: of the free device memory, default 0.85).", "memory"),
+    Flag("max_total_tokens", whole(1), None, "Most tokens in the KV pool; default: what the memory allows.", "memory"),
+    Flag("page_size", whole(1, 1024), 16, "Tokens of a KV page.", "memory"),
+    Flag("kv_cache_dtype", text, "auto", "Type of the KV cache; auto: that of the model.", "memory",
+         choices=("auto", "bfloat16", "float16", "float32", "float64", "bf16"),
+         unbuilt=("fp8_e4m3", "fp8_e5m2", "fp4_e2m1"), instead=FP8_KV),
+    Flag("mamba_ssm_dtype", text, None, "Type of the recurrent state; default: the model's own, else float32.",
+         "memory", choices=("float32", "bfloat16", "float16", "float64")),
+    Flag("max_mamba_cache_size", whole(1), None, "Most recurrent states; default: one per running request.", "memory"),
+    Flag("mamba_scheduler_strategy", text, "auto", "How recurrent states meet the prefix cache.", "memory",
+         ("--mamba-radix-cache-strategy",), choices=("auto", "no_buffer"),
+         unbuilt=("extra_buffer", "extra_buffer_lazy"), instead=NO_SNAPSHOTS),
+    Flag("mamba_track_interval", whole(1), 256, "Tokens between two snapshots of a recurrent state.", "memory",
+         state=Ignored("states are not snapshotted yet")),
+    Flag("mamba_full_memory_ratio", positive(), 0.9, "Memory of states against that of KV pages.", "memory",
+         state=Ignored("states get one slot per running request")),
+    Flag("disable_radix_cache", switch, False, "No prefix cache.", "memory"),
+    Flag("cpu_offload_gb", real(0), 0.0, "Weights kept in RAM beside a GPU, GB.", "memory",
+         state=Unbuilt("use a device with enough memory"), neutral=(0.0,)),
+)  # fmt: skip
+
+SCHEDULING = (
+    Flag("max_running_requests", whole(1), None, "Most sequences in a step (rows of the row table).", "scheduling"),
+    Flag("max_queued_requests", whole(1), None, "Most requests that wait; more are refused with 503.", "scheduling"),
+    Flag("chunked_prefill_size", whole(1, also=(-1,)), None, "Most prompt tokens of a step; -1: whole prompts.",
+         "scheduling"),
+    Flag("max_prefill_tokens", whole(1), 16384, "Most prompt tokens of a step when prompts go whole.", "scheduling"),
+    Flag("enable_mixed_chunk", switch, False, "Running decodes ride along with a prefill chunk.", "scheduling"),
+    Flag("schedule_policy", text, "fcfs", "Order in which waiting requests start, within a priority.", "scheduling",
+         choices=("fcfs", "lpm"),
+         unbuilt=("random", "dfs-weight", "lof", "priority", "routing-key"),
+         instead="use 'fcfs' (first come) or 'lpm' (longest cached prefix first)"),
+    Flag("schedule_conservativeness", positive(), 1.0, "How much of a request's tokens is reserved at admission.",
+         "scheduling", state=Ignored("admission reserves the next page and preempts cleanly")),
+    Flag("enable_priority_scheduling", switch, False, "Larger priority goes first.", "scheduling",
+         state=Ignored("priorities always count")),
+    Flag("disable_overlap_schedule", switch, False, "Plan a step only when the last one has been collected.",
+         "scheduling"),
+    Flag("num_continuous_decode_steps", whole(1), 1, "Decode steps between two looks at the queue.", "scheduling",
+         state=Unbuilt("leave it out")),
+    Flag("enable_two_batch_overlap", switch, False, "Run the two halves of a step interleaved.", "scheduling",
+         state=Unbuilt("leave it out; with one rank there is no wire to hide")),
+    Flag("tbo_token_distribution_threshold", real(0, 0.5), 0.48, "When a step is cut inside one sequence.",
+         "scheduling", state=Ignored("only read with --enable-two-batch-overlap")),
+)  # fmt: skip
+
+KERNELS = (
+    Flag("attention_backend", text, "auto", "Attention kernels.", "kernels", choices=("auto", "torch", "torch_native"),
+         unbuilt=("triton", "flashinfer", "fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha",
+                                     "trtllm_mla", "intel_amx"), instead=TORCH),
+    Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels", choices=("auto", "torch"),
+         unbuilt=("triton", "cutedsl", "flashinfer"), instead=TORCH),
+    Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels", choices=("auto", "torch"),
+         unbuilt=("triton", "deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "cutlass",
+                                     "flashinfer_mxfp4", "marlin"), instead=TORCH),
+    Flag("moe_a2a_backend", text, "none", "How tokens travel between experts.", "kernels", choices=("none",),
+         unbuilt=("deepep", "mooncake", "nixl", "flashinfer"), instead="use 'none'; one rank sends nothing"),
+    Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels", choices=("auto", "torch", "pytorch"),
+         unbuilt=("flashinfer",), instead=TORCH),
+    Flag("grammar_backend", text, "none", "Structured output.", "kernels", choices=("none",),
+         unbuilt=("xgrammar", "llguidance", "outlines"), instead="use 'none'; structured output comes later"),
+    Flag("enable_deterministic_inference", switch, False, "The same bits under every layout and batch.", "kernels",
+         state=Unbuilt("leave it out; tokens are equal up to the rounding of reordered sums")),
+    Flag("enable_torch_compile", switch, False, "Compile the model.", "kernels", state=Unbuilt("leave it out")),
+    Flag("disable_cuda_graph", switch, False, "No CUDA graphs.", "kernels", state=NO_GRAPHS),
+    Flag("cuda_graph_max_bs", whole(1), None, "Largest batch with a CUDA graph.", "kernels", state=NO_GRAPHS),
+    Flag("cuda_graph_bs", wholes, (), "Batch sizes with a CUDA graph.", "kernels", state=NO_GRAPHS),
+)  # fmt: skip

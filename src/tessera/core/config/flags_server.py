@@ -1,0 +1,52 @@
+"""Flags of speculation, of hand-over between servers, of the HTTP server and of logging. See `flags_engine.py`."""
+
+from __future__ import annotations
+
+from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, size, switch, text, whole
+
+NO_DRAFTS = Ignored("only read with --speculative-algorithm")
+NO_HANDOVER = Ignored("only read with --disaggregation-mode prefill or decode")
+ALGORITHM = "leave it out; decoding is one token a step"
+MODE = "leave it out; one server does prefill and decode"
+
+SPECULATION = (
+    Flag("speculative_algorithm", text, None, "How tokens are drafted.", "speculation", choices=("none",),
+         unbuilt=("EAGLE", "EAGLE3", "NEXTN", "MTP", "NGRAM", "STANDALONE"), instead=ALGORITHM,
+         neutral=("none",)),
+    Flag("speculative_num_steps", whole(0), None, "Drafting steps.", "speculation", state=NO_DRAFTS),
+    Flag("speculative_num_draft_tokens", whole(1), None, "Drafted tokens a step.", "speculation", state=NO_DRAFTS),
+    Flag("speculative_eagle_topk", whole(1), None, "Branches of a draft.", "speculation", state=NO_DRAFTS),
+    Flag("speculative_draft_model_path", text, None, "Model that drafts.", "speculation", state=NO_DRAFTS),
+)  # fmt: skip
+
+HANDOVER = (
+    Flag("disaggregation_mode", text, "null", "Part that this server plays.", "hand-over", choices=("null",),
+         unbuilt=("prefill", "decode"), instead=MODE),
+    Flag("disaggregation_transfer_backend", text, "mooncake", "What moves the bytes.", "hand-over",
+         choices=("mooncake", "nixl", "local", "ascend", "fake"), state=NO_HANDOVER),
+    Flag("disaggregation_bootstrap_port", whole(1, 65535), 8998, "Port at which the two meet.", "hand-over",
+         state=NO_HANDOVER),
+    Flag("disaggregation_ib_device", text, None, "Network devices for the bytes.", "hand-over", state=NO_HANDOVER),
+)  # fmt: skip
+
+SERVING = (
+    Flag("host", text, "127.0.0.1", "Address to listen on.", "serving"),
+    Flag("port", whole(0, 65535), 30000, "Port to listen on; 0: any free one.", "serving"),
+    Flag("api_key", text, None, "Key that clients must send as a bearer token.", "serving"),
+    Flag("stream_interval", whole(1), 1, "Tokens between two chunks of a stream.", "serving"),
+    Flag("drain_timeout", real(0), 30.0, "Seconds that running requests get after SIGTERM.", "serving"),
+    Flag("max_body_size", size, 32 << 20, "Largest request body, bytes (or like 64M).", "serving"),
+    Flag("watchdog_timeout", positive(), 300.0, "Seconds without a step after which /health says 503.", "serving"),
+    Flag("reasoning_parser", text, None, "Takes reasoning out of answers.", "serving",
+         state=Unbuilt("leave it out; answers come as one text")),
+    Flag("tool_call_parser", text, None, "Takes tool calls out of answers.", "serving",
+         state=Unbuilt("leave it out; answers come as one text")),
+)  # fmt: skip
+
+LOGGING = (
+    Flag("log_level", text, "info", "What is logged.", "logging",
+         choices=("debug", "info", "warning", "error", "critical")),
+    Flag("log_requests", switch, False, "Log every request.", "logging"),
+    Flag("decode_log_interval", whole(1), 40, "Decode steps between two log lines.", "logging"),
+    Flag("enable_metrics", switch, False, "Serve /metrics.", "logging", state=Ignored("metrics are always on")),
+)  # fmt: skip

@@ -1,0 +1,175 @@
+"""The memory phase: how many pages and slots fit beside the weights, and how long a sequence may be.
+
+`--mem-fraction-static` is the share of the memory free at start that weights and pools may take: on a CPU of the RAM
+that this process can still get, on CUDA of the free device memory. A KV pool is never larger than all rows at full
+length need; on a CPU, where nobody asked for a share or a size, it stays at 2 GiB or one sequence of full length.
+"""
+
+from __future__ import annotations
+
+from tessera.core.config.ask import Asked
+from tessera.core.config.sizes import Sizes, sizes_of
+from tessera.core.config.types import Hardware, MemoryConfig, Notes
+from tessera.core.errors import LayoutError
+from tessera.core.mesh import Mesh
+from tessera.core.spec import ModelSpec
+from tessera.core.tensors import DTYPE_BYTES, CacheDtypes, cache_dtypes
+
+FRACTION = {"cpu": 0.8, "cuda": 0.85}
+CPU_POOL = 2 << 30
+STATE_SHARE = 0.5  # of the pools, for recurrent states, when nobody said how many requests run
+GIB = 1 << 30
+
+
+def memory_phase(
+    values: Asked, spec: ModelSpec, hardware: Hardware, mesh: Mesh, dtype: str, chunk: int, rows: int, notes: Notes
+) -> tuple[MemoryConfig, int, int]:
+    """Pools for up to `rows` sequences; returns them with the context length and the rows that fit."""
+    page = values.number("page_size")
+    kv = {"auto": None, "bf16": "bfloat16"}.get(values.word("kv_cache_dtype"), values.word("kv_cache_dtype"))
+    caches = cache_dtypes(spec, dtype, kv, values.text("mamba_ssm_dtype"))
+    sizes = _sizes(spec, mesh, page, dtype, caches, notes)
+    fraction = values.real("mem_fraction_static")
+    if fraction is None:
+        fraction = FRACTION[hardware.device]
+        notes.decide("mem-fraction-static", fraction, f"default on {hardware.device}: of {gib(hardware.memory)} free")
+    budget = int(fraction * hardware.memory)
+    pools = budget - sizes.weights
+    rows = _rows(values, spec, sizes, pools, rows, notes)
+    slots = 1 + max(rows, values.whole("max_mamba_cache_size") or 0) if spec.recurrent else 0
+    context = _context(values, spec, notes)
+    left = pools - slots * sizes.slot
+    num_pages, why = _pages(values, hardware, sizes.page, page, context, rows, left)
+    context = _fit(values, sizes, page, num_pages, context, budget, hardware, notes)
+    notes.decide("KV pool", f"{max(num_pages - 1, 0) * page} tokens, {gib(num_pages * sizes.page)}", why)
+    memory = MemoryConfig(
+        page_size=page,
+        num_pages=num_pages,
+        num_slots=slots,
+        kv_dtype=caches.kv,
+        conv_dtype=caches.conv,
+        state_dtype=caches.state,
+        weight_bytes=sizes.weights,
+        page_bytes=sizes.page,
+        slot_bytes=sizes.slot,
+        graph_bytes=0,
+        workspace_bytes=_workspace(spec, dtype, chunk, rows, context, page),
+        budget=budget,
+        available=hardware.memory,
+    )
+    return memory, context, rows
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(count) >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _sizes(spec: ModelSpec, mesh: Mesh, page: int, dtype: str, caches: CacheDtypes, notes: Notes) -> Sizes:
+    try:
+        return sizes_of(spec, mesh, page, dtype, caches)
+    except LayoutError as error:
+        notes.refuse(
+            (f"--tp-size {mesh.size}", "the model"), str(error), "Choose a size that the model can be cut for."
+        )
+        return Sizes(0, 1, 1)
+
+
+def _rows(values: Asked, spec: ModelSpec, sizes: Sizes, pools: int, rows: int, notes: Notes) -> int:
+    """Rows that the memory of states allows; fewer than asked is a conflict, fewer than the default a decision."""
+    asked, states = values.whole("max_running_requests"), values.whole("max_mamba_cache_size")
+    if spec.recurrent and asked is not None and states is not None and asked > states:
+        notes.refuse(
+            (f"--max-running-requests {asked}", f"--max-mamba-cache-size {states}"),
+            "each running request needs a recurrent state",
+            f"Use --max-running-requests {states}, or --max-mamba-cache-size {asked}.",
+        )
+    if asked is not None or states is not None:
+        count = max(asked or 0, states or 0) if spec.recurrent else 0
+        if count and (count + 1) * sizes.slot > max(pools, 0):
+            notes.refuse(
+                (f"{count} recurrent states",),
+                f"they need {gib((count + 1) * sizes.slot)} of {gib(max(pools, 0))} beside the weights",
+                f"Use --max-running-requests {max(int(max(pools, 0) * STATE_SHARE) // sizes.slot - 1, 1)}, "
+                "or raise --mem-fraction-static.",
+            )
+        if asked is None:
+            notes.decide("max-running-requests", rows, "default, or as many as there are recurrent states")
+        return rows
+    affordable = int(max(pools, 0) * STATE_SHARE) // sizes.slot - 1 if spec.recurrent else rows
+    if affordable < rows:
+        rows = max(affordable, 1)
+        notes.decide("max-running-requests", rows, f"states of {gib(sizes.slot)} each may take half of the pools")
+    else:
+        notes.decide("max-running-requests", rows, "default for this device")
+    return rows
+
+
+def _context(values: Asked, spec: ModelSpec, notes: Notes) -> int:
+    asked = values.whole("context_length")
+    if asked is not None and asked > spec.max_positions:
+        notes.refuse(
+            (f"--context-length {asked}", "the model"),
+            f"it knows {spec.max_positions} positions",
+            f"Use at most --context-length {spec.max_positions}.",
+        )
+    return min(asked or spec.max_positions, spec.max_positions)
+
+
+def _pages(
+    values: Asked, hardware: Hardware, page_bytes: int, page: int, context: int, rows: int, left: int
+) -> tuple[int, str]:
+    """Pages of the pool, the scratch page included, and why so many."""
+    one = -(-context // page)
+    asked = values.whole("max_total_tokens")
+    limits = [(left // page_bytes, "what is left beside the weights"), (one * rows + 1, "all rows at full length")]
+    if asked is not None:
+        limits[1] = (-(-asked // page) + 1, "--max-total-tokens")
+    elif hardware.device == "cpu" and not values.gave("mem_fraction_static"):
+        limits.append((max(CPU_POOL // page_bytes, one + 1), "default on cpu: 2 GiB, or one sequence of full length"))
+    pages, why = min(limits)
+    return max(pages, 0), why
+
+
+def _fit(
+    values: Asked, sizes: Sizes, page: int, num_pages: int, context: int, budget: int, hardware: Hardware, notes: Notes
+) -> int:
+    """The context length that the pool holds; refuses a pool that holds none, or less than was asked for."""
+    held = (num_pages - 1) * page
+    wanted = values.whole("max_total_tokens")
+    if wanted is not None and held < wanted:
+        notes.refuse(
+            (f"--max-total-tokens {wanted}",),
+            f"{max(held, 0)} tokens fit into {gib(budget)} beside {gib(sizes.weights)} of weights",
+            f"Use at most --max-total-tokens {max(held, 0)}, or raise --mem-fraction-static.",
+        )
+        return context
+    if held < min(context, 2 * page):
+        need = sizes.weights + 3 * sizes.page + 2 * sizes.slot
+        share = need / hardware.memory if hardware.memory else float("inf")
+        remedy = f"Raise --mem-fraction-static above {share:.3f}" if share < 1 else f"It needs {gib(need)} at least"
+        notes.refuse(
+            ("--mem-fraction-static",),
+            f"{gib(budget)} of {gib(hardware.memory)} hold weights of {gib(sizes.weights)} and no pool of use",
+            f"{remedy}, or choose a smaller --dtype or model.",
+        )
+    elif held < context and values.gave("context_length"):
+        notes.refuse(
+            (f"--context-length {context}", "the KV pool"),
+            f"the pool holds {held} tokens",
+            f"Use at most --context-length {held}, or raise --max-total-tokens or --mem-fraction-static.",
+        )
+    elif held < context:
+        notes.decide("context-length", held, f"the model knows {context} positions, the KV pool holds {held} tokens")
+        return held
+    return context
+
+
+def _workspace(spec: ModelSpec, dtype: str, chunk: int, rows: int, context: int, page: int) -> int:
+    """Bytes beside weights and pools, estimated: row tables, logits of one step, eight vectors per token of a chunk."""
+    tables = rows * 4 * (context + 1 + -(-context // page))
+    logits = rows * spec.vocab_size * 4
+    return tables + logits + chunk * spec.hidden * DTYPE_BYTES[dtype] * 8

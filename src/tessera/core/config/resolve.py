@@ -1,0 +1,208 @@
+"""`resolve`: what was asked, for this model on this hardware, becomes one frozen `Config`.
+
+Pure, in phases: flags, hardware, model, mesh, memory, features. A phase that meets something it cannot honour notes it
+and goes on with what it can, so that all conflicts are reported together. Choices made for the user are `Decision`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tessera.core.config.ask import Asked, read
+from tessera.core.config.memory import memory_phase
+from tessera.core.config.types import (
+    Config,
+    Hardware,
+    KernelConfig,
+    LoggingConfig,
+    MeshConfig,
+    ModelConfig,
+    Notes,
+    Resolved,
+    SchedulingConfig,
+    ServingConfig,
+)
+from tessera.core.errors import ConfigError
+from tessera.core.spec import ModelSpec
+
+SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
+CHUNK = {"cpu": 512, "cuda": 8192}
+MAX_RUNNING = {"cpu": 64, "cuda": 256}
+QUEUE_PER_ROW = 64
+
+
+def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) -> Resolved:
+    """The configuration for `asked` (flags in any spelling), and the decisions taken on the way.
+
+    Raises `ConfigError` with every conflict at once. Same arguments, same result; nothing is read from outside.
+    """
+    notes = Notes()
+    values = read(asked, notes)
+    device = _device(values, hardware, notes)
+    dtype = _dtype(values, spec, hardware, notes)
+    mesh = _mesh(values, device, notes)
+    chunk = _chunk(values, device, notes)
+    rows = _max_running(values, device)
+    memory, context, max_running = memory_phase(values, spec, hardware, mesh.mesh, dtype, chunk, rows, notes)
+    config = Config(
+        model=_model(values, dtype, context, notes),
+        mesh=mesh,
+        memory=memory,
+        scheduling=_scheduling(values, spec, chunk, max_running, notes),
+        kernels=_kernels(values, spec, device, notes),
+        serving=_serving(values),
+        logging=LoggingConfig(
+            values.word("log_level"), values.on("log_requests"), values.number("decode_log_interval")
+        ),
+    )
+    if notes.conflicts:
+        raise ConfigError(notes.conflicts)
+    return Resolved(config, tuple(notes.decisions))
+
+
+def _device(values: Asked, hardware: Hardware, notes: Notes) -> str:
+    asked = values.word("device")
+    if asked not in ("auto", hardware.device):
+        notes.refuse((f"--device {asked}",), f"found {hardware.device} only", f"Use --device {hardware.device}.")
+    if asked == "auto":
+        found = f"{hardware.count} device(s)" if hardware.device == "cuda" else "no usable CUDA device"
+        notes.decide("device", hardware.device, f"{found} found")
+    return hardware.device
+
+
+def _dtype(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes) -> str:
+    asked = values.word("dtype")
+    if asked != "auto":
+        return SHORT.get(asked, asked)
+    slow = hardware.device == "cpu" and (spec.dtype == "float16" or (spec.dtype == "bfloat16" and not hardware.bf16))
+    if slow:
+        why = f"the checkpoint is {spec.dtype}, which this CPU multiplies slowly; float32 holds every value of it"
+        notes.decide("dtype", "float32", why)
+        return "float32"
+    notes.decide("dtype", spec.dtype, "that of the checkpoint")
+    return spec.dtype
+
+
+def _mesh(values: Asked, device: str, notes: Notes) -> MeshConfig:
+    mesh = MeshConfig(
+        device,
+        tp=values.number("tp_size"),
+        dp=values.number("dp_size"),
+        ep=values.number("ep_size"),
+        dense_tp=values.whole("moe_dense_tp_size") or values.number("tp_size"),
+    )
+    for flag in ("enable_dp_attention", "enable_dp_lm_head"):
+        if values.on(flag) and mesh.dp == 1:
+            notes.decide(f"--{flag.replace('_', '-')}", "no effect", "with --dp 1 there is one group")
+    return mesh
+
+
+def _chunk(values: Asked, device: str, notes: Notes) -> int:
+    whole, asked = values.number("max_prefill_tokens"), values.whole("chunked_prefill_size")
+    if asked is None:
+        size = min(CHUNK[device], whole)
+        notes.decide("chunked-prefill-size", size, f"default on {device}")
+        return size
+    if asked == -1:
+        notes.decide("chunked-prefill-size", whole, "-1: as much as --max-prefill-tokens allows")
+        return whole
+    if asked > whole and values.gave("max_prefill_tokens"):
+        notes.refuse(
+            (f"--chunked-prefill-size {asked}", f"--max-prefill-tokens {whole}"),
+            "a chunk would exceed the tokens of a step",
+            f"Raise --max-prefill-tokens to {asked}, or leave it out.",
+        )
+    return asked
+
+
+def _max_running(values: Asked, device: str) -> int:
+    asked, states = values.whole("max_running_requests"), values.whole("max_mamba_cache_size")
+    return asked or min(MAX_RUNNING[device], states or MAX_RUNNING[device])
+
+
+def _model(values: Asked, dtype: str, context: int, notes: Notes) -> ModelConfig:
+    path = values.text("model_path")
+    if path is None:
+        notes.refuse(("--model-path",), "no model was named", "Give --model-path, for instance abacus-hybrid.")
+        path = ""
+    tokenizer = None if values.on("skip_tokenizer_init") else values.text("tokenizer_path") or path
+    if tokenizer is None and values.text("tokenizer_path") is not None:
+        notes.refuse(
+            ("--skip-tokenizer-init", "--tokenizer-path"), "one asks for no tokeniser", "Leave one of them out."
+        )
+    return ModelConfig(
+        path=path,
+        served_name=values.text("served_model_name") or path,
+        tokenizer_path=tokenizer,
+        revision=values.text("revision"),
+        download_dir=values.text("download_dir"),
+        chat_template=values.text("chat_template"),
+        dtype=dtype,
+        load_format=values.word("load_format"),
+        context_length=context,
+        seed=values.number("random_seed"),
+    )
+
+
+def _scheduling(values: Asked, spec: ModelSpec, chunk: int, max_running: int, notes: Notes) -> SchedulingConfig:
+    prefix = not values.on("disable_radix_cache") and not spec.recurrent
+    if spec.recurrent and not values.on("disable_radix_cache"):
+        notes.decide("prefix cache", "off", "the model has recurrent state, whose snapshots do not exist yet")
+    policy = values.word("schedule_policy")
+    if policy == "lpm" and not prefix:
+        notes.refuse(
+            (
+                "--schedule-policy lpm",
+                "--disable-radix-cache" if not spec.recurrent else "a model with recurrent state",
+            ),
+            "there is no prefix cache whose longest match could go first",
+            "Use --schedule-policy fcfs.",
+        )
+    queued = values.whole("max_queued_requests")
+    if queued is None:
+        queued = QUEUE_PER_ROW * max_running
+        notes.decide("max-queued-requests", queued, f"{QUEUE_PER_ROW} times the running ones; more get status 503")
+    return SchedulingConfig(
+        max_running=max_running,
+        max_queued=queued,
+        chunk_size=chunk,
+        mixed=values.on("enable_mixed_chunk"),
+        policy=policy,
+        prefix_cache=prefix,
+        max_in_flight=1 if values.on("disable_overlap_schedule") else 2,
+    )
+
+
+def _kernels(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> KernelConfig:
+    chosen = {}
+    for name in ("attention_backend", "linear_attn_backend", "moe_runner_backend", "sampling_backend"):
+        chosen[name] = "torch"
+        if values.word(name) == "auto" and (name != "linear_attn_backend" or spec.recurrent):
+            notes.decide(name.replace("_", "-"), "torch", f"the one that this build has on {device}")
+    if values.text("quantization") == "fp8" and spec.block is None:
+        notes.refuse(
+            ("--quantization fp8", "an unquantised checkpoint"),
+            "weights are not quantised while loading in this build",
+            "Leave --quantization out, or serve an fp8 checkpoint.",
+        )
+    if spec.block is not None:
+        rows, columns = spec.block
+        notes.decide(
+            "quantization", "dequantised while loading", f"fp8 in blocks of {rows}x{columns}; no fp8 products yet"
+        )
+    return KernelConfig(*chosen.values())
+
+
+def _serving(values: Asked) -> ServingConfig:
+    drain, watchdog = values.real("drain_timeout"), values.real("watchdog_timeout")
+    assert drain is not None, "it has a default"
+    assert watchdog is not None, "it has a default"
+    return ServingConfig(
+        host=values.word("host"),
+        port=values.number("port"),
+        api_key=values.text("api_key"),
+        stream_interval=values.number("stream_interval"),
+        drain_timeout=drain,
+        max_body_size=values.number("max_body_size"),
+        watchdog_timeout=watchdog,
+    )

@@ -1,0 +1,206 @@
+"""What `resolve` works with: the hardware that was measured, the configuration that results, and the choices made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from tessera.core.errors import Conflict
+from tessera.core.mesh import Mesh, instance_mesh
+from tessera.core.tensors import CacheDtypes
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What one host offers, measured outside (`run/hardware.py`).
+
+    `memory`: bytes free at start, of the RAM that this process can still get (cpu) or of each device (cuda).
+    `capability`: compute capability of CUDA devices. `bf16`: matrix products in bfloat16 are at least as fast as in
+    float32.
+    """
+
+    device: str
+    memory: int
+    cores: int = 1
+    count: int = 1
+    name: str = ""
+    capability: tuple[int, int] | None = None
+    bf16: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A choice made for the user, printed once at start-up. Flags and variables that mean nothing here: "ignored"."""
+
+    what: str
+    value: object
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.value} ({self.why})"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model. dtypes are torch's names. `tokenizer_path` None: no tokeniser is loaded. `seed`: of requests without
+    one, and of dummy weights. `context_length`: most tokens of one sequence."""
+
+    path: str
+    served_name: str
+    tokenizer_path: str | None
+    revision: str | None
+    download_dir: str | None
+    chat_template: str | None
+    dtype: str
+    load_format: str
+    context_length: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeshConfig:
+    """Which ranks. `device`: "cpu" or "cuda"."""
+
+    device: str
+    tp: int = 1
+    dp: int = 1
+    ep: int = 1
+    dense_tp: int = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks with their named axes."""
+        return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """Sizes of the pools of one rank, and the bytes they come to.
+
+    `num_pages` and `num_slots` count the scratch page 0 and the scratch slot 0, so requests use 1 .. num - 1;
+    `num_slots` is 0 for models without recurrent state. `page_bytes` and `slot_bytes` are those of all layers together.
+    `budget`: bytes that weights and pools may take. `workspace_bytes` is an estimate; the others are exact.
+    """
+
+    page_size: int
+    num_pages: int
+    num_slots: int
+    kv_dtype: str
+    conv_dtype: str
+    state_dtype: str
+    weight_bytes: int
+    page_bytes: int
+    slot_bytes: int
+    graph_bytes: int
+    workspace_bytes: int
+    budget: int
+    available: int
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens that the pages of requests hold."""
+        return (self.num_pages - 1) * self.page_size
+
+    @property
+    def dtypes(self) -> CacheDtypes:
+        """The dtypes of the caches."""
+        return CacheDtypes(self.kv_dtype, self.conv_dtype, self.state_dtype)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pool."""
+        return self.num_pages * self.page_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the pools of recurrent state."""
+        return self.num_slots * self.slot_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingConfig:
+    """How steps are planned. `max_running`: rows of the row table. `chunk_size`: most prompt tokens of a step. `mixed`:
+    decodes ride with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule)."""
+
+    max_running: int
+    max_queued: int
+    chunk_size: int
+    mixed: bool
+    policy: str
+    prefix_cache: bool
+    max_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """Which kernels, by the name of their backend."""
+
+    attention: str
+    delta: str
+    moe: str
+    sampling: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServingConfig:
+    """The HTTP server. Times in seconds, sizes in bytes; `stream_interval` in tokens."""
+
+    host: str
+    port: int
+    api_key: str | None = field(repr=False)
+    stream_interval: int
+    drain_timeout: float
+    max_body_size: int
+    watchdog_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoggingConfig:
+    """What is logged. `decode_interval`: decode steps between two lines."""
+
+    level: str
+    requests: bool
+    decode_interval: int
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that was asked or decided. Frozen; nothing reads flags or the environment after this."""
+
+    model: ModelConfig
+    mesh: MeshConfig
+    memory: MemoryConfig
+    scheduling: SchedulingConfig
+    kernels: KernelConfig
+    serving: ServingConfig
+    logging: LoggingConfig
+
+    def public(self) -> dict[str, dict[str, object]]:
+        """The configuration as plain data for /server_info and tables; secrets only as "set"."""
+        groups = {g.name: getattr(self, g.name) for g in fields(self)}
+        table = {name: {f.name: getattr(group, f.name) for f in fields(group)} for name, group in groups.items()}
+        table["serving"]["api_key"] = "set" if self.serving.api_key else None
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration, and every choice that was made for the user on the way."""
+
+    config: Config
+    decisions: tuple[Decision, ...]
+
+
+class Notes:
+    """Collects what the phases of `resolve` refuse and decide."""
+
+    def __init__(self) -> None:
+        self.conflicts: list[Conflict] = []
+        self.decisions: list[Decision] = []
+
+    def refuse(self, flags: tuple[str, ...], reason: str, remedy: str) -> None:
+        """One thing cannot be honoured: the flags of both sides, why, and the smallest change that helps."""
+        self.conflicts.append(Conflict(flags, reason, remedy))
+
+    def decide(self, what: str, value: object, why: str) -> None:
+        """A choice was made for the user."""
+        self.decisions.append(Decision(what, value, why))
