@@ -1,0 +1,57 @@
+"""What this host offers, measured once, before anything is resolved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from tessera.core.config.types import Hardware
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def measure(device: str = "auto") -> Hardware:
+    """The hardware that `--device` means: "cuda" or "cpu" as asked, "auto": CUDA where there is one."""
+    if device != "cpu" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(0)
+        return Hardware(
+            device="cuda",
+            memory=free,
+            cores=cores(),
+            count=torch.cuda.device_count(),
+            name=torch.cuda.get_device_name(0),
+            capability=torch.cuda.get_device_capability(0),
+        )
+    return Hardware(device="cpu", memory=free_memory(), cores=cores(), name="cpu", bf16=bf16_is_fast())
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its cgroup rounded up."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = _cgroup("cpu.max")
+    if quota and quota[0] != "max":
+        allowed = min(allowed, -(-int(quota[0]) // int(quota[1])))
+    return max(allowed, 1)
+
+
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes of RAM that this process can still get: what the host has, or what its cgroup leaves."""
+    available = psutil.virtual_memory().available
+    limit, used = _cgroup("memory.max", cgroup), _cgroup("memory.current", cgroup)
+    if limit and used and limit[0] != "max":
+        available = min(available, max(int(limit[0]) - int(used[0]), 0))
+    return int(available)
+
+
+def _cgroup(name: str, cgroup: Path = CGROUP) -> list[str]:
+    """Words of a cgroup v2 file; empty where there is none."""
+    path = cgroup / name
+    return path.read_text().split() if path.is_file() else []
+
+
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16 or AMX), and so no slower than float32."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,154 @@
+"""The runner of one rank: launches steps on the device and turns what comes back into outputs.
+
+`launch` describes a step on the host and starts its device work: the change, the forward, the drawing. Tokens drawn are
+written to the device's token table at once, so that the next step can be launched before they reach the host. `collect`
+waits for a step, decides which sequences ended (EOS, stop token, length), and drops what is past an end: a sequence is
+known by its `Sequence` object and not by its row, which may be somebody else's by then.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tessera.core.messages import Output
+from tessera.ops.segments import Segments
+from tessera.plan.step import Change, Ints, PartDone, Step, StepDone
+from tessera.run.batch import Batch, make_batch
+from tessera.run.host import Download, Executor, Inline
+from tessera.run.pools import Pools, SlotWatch
+from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores
+from tessera.run.rowparams import RowParams
+from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, plan_prompt_scores
+from tessera.run.table import Known, RowTable, Sequence
+
+
+class Model(Protocol):
+    """What a runner needs of a model: `forward` runs the layers, `logits` the head."""
+
+    vocab_size: int
+
+    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor]) -> Tensor:
+        """tokens [T] -> hidden states after the final norm [T, hidden]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab], fp32 or wider."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The device's side of a step. `entered`: sampling parameters of rows that enter."""
+
+    change: Change
+    known: list[Known]
+    entered: Any
+    batch: Batch | None
+    draw_plan: DrawPlan = GREEDY
+    prompt_scores: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step under way. `drawn` and `scored`: whose each drawn and each prompt position is."""
+
+    index: int
+    work: Work
+    drawn: list[Sequence]
+    scored: list[Sequence]
+    result: Future[Download]
+
+
+class Runner:
+    """One rank: the row table's mirror, the pools, the model. `debug` checks the position of every slot read."""
+
+    def __init__(
+        self,
+        model: Model,
+        table: RowTable,
+        params: RowParams,
+        pools: Pools,
+        sampler: Sampler,
+        page_size: int,
+        executor: Executor | None = None,
+        dp_rank: int = 0,
+        debug: bool = False,
+    ) -> None:
+        self.model, self.table, self.params, self.pools, self.sampler = model, table, params, pools, sampler
+        self.page_size, self.dp_rank = page_size, dp_rank
+        self._executor = executor or Inline()
+        self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
+
+    def launch(self, step: Step) -> Launched:
+        """Starts a step. On CUDA nothing here waits for the device."""
+        part = step.parts[self.dp_rank]
+        known = self.table.apply(part.change)
+        entered = self.params.note(part.change.enter)
+        if self._watch is not None:
+            self._watch.apply(part.change)
+            self._watch.advance(part, self.table.slots)
+        device = self.pools.device
+        batch = make_batch(part, self.table, self.page_size, device)
+        if batch is None:
+            work, drawn, scored = Work(part.change, known, entered, None), [], []
+        else:
+            drawn, scored = self._at(batch.draws.host_rows), self._at(batch.prompts.host_rows)
+            plan = plan_draws(batch.draws, drawn, self.table, self.params, device)
+            scores = plan_prompt_scores(scored, device) if scored else None
+            work = Work(part.change, known, entered, batch, plan, scores)
+        return Launched(step.index, work, drawn, scored, self._executor.submit(lambda: self._execute(work)))
+
+    def _at(self, rows: Ints) -> list[Sequence]:
+        sequences = [self.table.occupants[row] for row in rows.tolist()]
+        assert None not in sequences, f"a range for an empty row among {rows.tolist()}"
+        return sequences  # type: ignore[return-value]
+
+    @torch.inference_mode()
+    def _execute(self, work: Work) -> Download:
+        """The device's side: [tokens drawn, their scores..., scores of prompt positions...]."""
+        self.pools.apply(work.change)
+        self.table.write_known(work.known)
+        self.params.write(work.entered)
+        batch = work.batch
+        if batch is None:
+            return Download([])
+        hidden = self.model.forward(batch.input_tokens(self.table.tokens), batch.segments, self.pools.tensors)
+        results: list[Tensor] = []
+        if len(batch.draws):
+            logits = self.model.logits(hidden[batch.draws.index])
+            results += self.sampler.draw(logits, batch.draws, work.draw_plan)
+            self.table.tokens[batch.draws.rows, batch.draws.positions] = results[0].to(torch.int32)
+        if work.prompt_scores is not None:
+            wanted = hidden[batch.prompts.index]
+            results += self.sampler.score_prompts(
+                wanted, self.model.logits, batch.prompts, work.prompt_scores, self.model.vocab_size
+            )
+        return Download(results)
+
+    def collect(self, launched: Launched) -> tuple[StepDone, list[Output]]:
+        """Waits for a step; its tokens, which sequences ended, and the outputs. Raises what the step raised."""
+        arrays = launched.result.result().wait()
+        work, batch = launched.work, launched.work.batch
+        if batch is None:
+            return StepDone(launched.index, (no_part(),)), []
+        if work.prompt_scores is not None:
+            scores, arrays = arrays[-3:], arrays[:-3]
+            note_prompt_scores(launched.scored, scores)
+        if not len(batch.draws):
+            return StepDone(launched.index, (no_part(),)), []
+        logprobs = logprobs_at(work.draw_plan.scores, arrays[1:], launched.drawn)
+        done, outputs = finish(self.table, launched.drawn, batch.draws.host_positions, arrays[0], logprobs)
+        return StepDone(launched.index, (done,)), outputs
+
+    def drop(self, request_id: str, choice: int) -> None:
+        """The choice has ended elsewhere: nothing of it may come out any more."""
+        sequence = self.table.find(request_id, choice)
+        if sequence is not None:
+            sequence.ended = True
+
+    def close(self) -> None:
+        """Waits for steps under way."""
+        self._executor.close()

@@ -1,0 +1,116 @@
+"""A rank's mirror of the row table: who sits in each row, its pages and slot on the host, its tokens on the device.
+
+The host side is numpy, so that a step is described with a few vectorised operations; the token table is on the device,
+so that a token drawn by step n is the input of step n + 1 without a visit to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.core.messages import SamplingParams, TokenLogprobs
+from tessera.plan.step import Change, Enter, Ints
+
+NO_LIMIT = np.iinfo(np.int32).max
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The occupant of a row, from its entering until it leaves. Identity matters: a row may be taken again."""
+
+    row: int
+    request_id: str
+    choice: int
+    num_prompt: int
+    num_cached: int
+    params: SamplingParams
+    fresh: bool  # nothing of it was drawn yet when it entered: its prompt logprobs are still owed
+    ended: bool = False  # nothing more may come out
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Tokens to write into the token table: `tokens` from position 0 of `row`."""
+
+    row: int
+    tokens: Ints
+
+
+class RowTable:
+    """`num_rows` rows of up to `max_context` tokens and `max_pages` pages.
+
+    Tokens that end a sequence of a row (EOS and its stop ids) sit in `ends[row]`; `limit[row]` is the number of known
+    tokens at which it ends by length.
+    """
+
+    def __init__(
+        self, num_rows: int, max_context: int, page_size: int, eos: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> None:
+        self.max_context = max_context
+        self.eos = frozenset(eos)
+        self.occupants: list[Sequence | None] = [None] * num_rows
+        self.pages = np.zeros((num_rows, -(-(max_context + 1) // page_size)), np.int32)
+        self.slots = np.zeros(num_rows, np.int32)
+        self.num_prompt = np.zeros(num_rows, np.int32)
+        self.limit = np.zeros(num_rows, np.int32)
+        self.ends: list[frozenset[int]] = [frozenset()] * num_rows
+        self.tokens: Tensor = torch.zeros(num_rows, max_context + 1, dtype=torch.int32, device=device)
+        self._where: dict[tuple[str, int], Sequence] = {}
+
+    def apply(self, change: Change) -> list[Known]:
+        """Applies a change to the host's side and returns what the device's token table must be told."""
+        for row in change.leave.tolist():
+            self._leave(row)
+        known = [self._enter(enter) for enter in change.enter]
+        if len(change.pages):
+            rows, indices, pages = change.pages.T
+            self.pages[rows, indices] = pages
+        return known
+
+    def _leave(self, row: int) -> None:
+        sequence = self.occupants[row]
+        assert sequence is not None, f"row {row} leaves but is empty"
+        sequence.ended = True
+        self._where.pop((sequence.request_id, sequence.choice), None)
+        self.occupants[row] = None
+        self.pages[row] = 0
+
+    def _enter(self, enter: Enter) -> Known:
+        row, params = enter.row, enter.params
+        assert self.occupants[row] is None, f"row {row} is entered but taken"
+        fresh = len(enter.tokens) == enter.num_prompt
+        cached = min(enter.start, enter.num_prompt)
+        sequence = Sequence(row, enter.request_id, enter.choice, enter.num_prompt, cached, params, fresh)
+        self.occupants[row] = sequence
+        self._where[enter.request_id, enter.choice] = sequence
+        self.pages[row, : len(enter.pages)] = enter.pages
+        self.slots[row] = max(enter.slot, 0)
+        self.num_prompt[row] = enter.num_prompt
+        self.limit[row] = min(enter.num_prompt + params.max_new_tokens, self.max_context)
+        self.ends[row] = self.end_tokens(params)
+        return Known(row, enter.tokens)
+
+    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end a sequence with these parameters."""
+        stops = frozenset(params.stop_token_ids)
+        return stops if params.ignore_eos else stops | self.eos
+
+    def find(self, request_id: str, choice: int) -> Sequence | None:
+        """The sequence of a choice, when it sits in a row."""
+        return self._where.get((request_id, choice))
+
+    def write_known(self, known: list[Known]) -> None:
+        """Writes known tokens of entering rows into the device's token table."""
+        for entry in known:
+            tokens = torch.from_numpy(entry.tokens)
+            self.tokens[entry.row, : len(tokens)].copy_(tokens, non_blocking=True)
+
+    def taken(self) -> NDArray[np.bool_]:
+        """Per row, whether somebody sits in it."""
+        return np.array([occupant is not None for occupant in self.occupants])
