@@ -1,0 +1,71 @@
+"""Collectives behind one protocol. A call starts one and returns a `Handle`; layers yield it and get the tensor back.
+
+Every sum across ranks goes through `Comm.sum` (or `scatter_sum`), which takes ordered parts, normally one a rank: the
+order of addition is that of ranks and then parts, so that a deterministic mode can pin it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tessera.core.mesh import Mesh
+
+
+class Handle(Protocol):
+    """A collective under way. It owns its buffers until `wait` returns."""
+
+    def wait(self) -> Tensor:
+        """The result. Raises `DeadlineError` when the others do not come in time, `PeerError` when one failed."""
+        ...
+
+
+class Comm(Protocol):
+    """The collectives of rank `rank` of `mesh`. All ranks of an axis's group call the same ones in the same order."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This one."""
+        ...
+
+    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+        """Sum over the group of the ordered `parts` of each rank, all of one shape, in fp32 or wider, rounded once."""
+        ...
+
+    def gather(self, part: Tensor, axis: str, dim: int) -> Handle:
+        """The parts of the group side by side along `dim`, in order of coordinate; their lengths there may differ."""
+        ...
+
+    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+        """`sum`, of which coordinate c keeps `lengths[c]` neighbouring elements along `dim`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The handle of a collective that was over at once."""
+
+    value: Tensor
+
+    def wait(self) -> Tensor:
+        """The result."""
+        return self.value
+
+
+def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
+    """The sum from first to last, in fp32 or wider, rounded once to the parts' dtype. One part is itself."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(parts[0].dtype)

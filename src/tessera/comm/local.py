@@ -1,0 +1,139 @@
+"""Collectives between ranks that are threads of one process: for tests, and the reference of the others.
+
+Ranks meet at a numbered rendezvous per group. Sums run in the order of ranks on every rank, so all get the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tessera.comm.base import Handle, ordered_sum
+from tessera.core.errors import DeadlineError, PeerError
+from tessera.core.mesh import Mesh
+
+Key = tuple[tuple[int, ...], int]
+
+
+@dataclass
+class _Meeting:
+    """What the ranks of a group brought to one collective: its kind, and the tensors by rank."""
+
+    kind: str
+    brought: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    taken: int = 0
+
+
+class LocalGroup:
+    """The place where the threads of one mesh meet. `deadline_s`: how long a rank waits for the others."""
+
+    def __init__(self, mesh: Mesh, deadline_s: float = 30.0) -> None:
+        self.mesh = mesh
+        self.deadline_s = deadline_s
+        self._changed = threading.Condition()
+        self._meetings: dict[Key, _Meeting] = {}
+        self._failed: tuple[int, BaseException] | None = None
+
+    def comm(self, rank: int) -> LocalComm:
+        """The collectives of one rank, for the thread that runs it."""
+        return LocalComm(self, rank)
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Rank `rank` ends with `error`: all who wait, or will, get a `PeerError`."""
+        with self._changed:
+            self._failed = self._failed or (rank, error)
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raises AssertionError when a collective was begun and not ended by all of its ranks."""
+        with self._changed:
+            assert not self._meetings, f"collectives under way: {sorted(self._meetings)}"
+
+    def bring(self, key: Key, rank: int, kind: str, parts: tuple[Tensor, ...]) -> None:
+        """Deposits the parts of `rank`."""
+        with self._changed:
+            meeting = self._meetings.setdefault(key, _Meeting(kind))
+            assert meeting.kind == kind, f"rank {rank} called {kind} where the others called {meeting.kind}"
+            meeting.brought[rank] = parts
+            self._changed.notify_all()
+
+    def take(self, key: Key, rank: int) -> list[tuple[Tensor, ...]]:
+        """The parts of all ranks of the group, in order of rank; waits for them."""
+        ranks = key[0]
+        with self._changed:
+            meeting = self._meetings[key]
+            if not self._changed.wait_for(lambda: self._failed or len(meeting.brought) == len(ranks), self.deadline_s):
+                missing = sorted(set(ranks) - set(meeting.brought))
+                raise DeadlineError(f"rank {rank} waited {self.deadline_s} s in {meeting.kind} for ranks {missing}")
+            if len(meeting.brought) < len(ranks) and self._failed:
+                raise PeerError(f"rank {rank} in {meeting.kind}: rank {self._failed[0]} failed") from self._failed[1]
+            meeting.taken += 1
+            if meeting.taken == len(ranks):
+                del self._meetings[key]
+            return [meeting.brought[r] for r in ranks]
+
+
+@dataclass
+class _Sum:
+    """A sum that is taken when waited for; coordinate `at` keeps `keep` along `dim`, or everything."""
+
+    group: LocalGroup
+    key: Key
+    rank: int
+    keep: tuple[int, int, int] | None = None
+
+    def wait(self) -> Tensor:
+        """The result."""
+        parts = [part for brought in self.group.take(self.key, self.rank) for part in brought]
+        if self.keep is not None:
+            parts = [part.narrow(*self.keep) for part in parts]
+        return ordered_sum(parts) if len(parts) > 1 else parts[0].clone()
+
+
+@dataclass
+class _Gather:
+    """A gather along `dim` that is taken when waited for."""
+
+    group: LocalGroup
+    key: Key
+    rank: int
+    dim: int
+
+    def wait(self) -> Tensor:
+        """The result."""
+        return torch.cat([part for (part,) in self.group.take(self.key, self.rank)], self.dim)
+
+
+class LocalComm:
+    """The `Comm` of one thread. What a rank brings must not change until all have waited."""
+
+    def __init__(self, group: LocalGroup, rank: int) -> None:
+        self.group = group
+        self.mesh = group.mesh
+        self.rank = rank
+        self._counts: dict[tuple[int, ...], int] = {}
+
+    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+        """See `Comm.sum`."""
+        return _Sum(self.group, self._bring(axis, "sum", tuple(parts)), self.rank)
+
+    def gather(self, part: Tensor, axis: str, dim: int) -> Handle:
+        """See `Comm.gather`."""
+        return _Gather(self.group, self._bring(axis, "gather", (part,)), self.rank, dim)
+
+    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+        """See `Comm.scatter_sum`."""
+        at = self.mesh.coordinate(self.rank, axis)
+        keep = (dim, sum(lengths[:at]), lengths[at])
+        return _Sum(self.group, self._bring(axis, "scatter_sum", tuple(parts)), self.rank, keep)
+
+    def _bring(self, axis: str, kind: str, parts: tuple[Tensor, ...]) -> Key:
+        ranks = self.mesh.group(self.rank, axis)
+        count = self._counts.get(ranks, 0)
+        self._counts[ranks] = count + 1
+        self.group.bring((ranks, count), self.rank, f"{kind} over '{axis}'", parts)
+        return ranks, count
