@@ -38,10 +38,12 @@ def logprobs_at(scores: Scores | None, numbers: Numbers, drawn: Seq[Sequence]) -
     return entries
 
 
-def note_prompt_scores(scored: Seq[Sequence], numbers: Numbers) -> None:
-    """Appends the scores of prompt positions, which come in order, to their sequences."""
-    for at, sequence in enumerate(scored):
+def note_prompt_scores(scored: Seq[Sequence], positions: Ints, numbers: Numbers) -> None:
+    """Appends the scores of the tokens at `positions`, which come in order, to the sequences they are of."""
+    for at, (sequence, position) in enumerate(zip(scored, positions.tolist(), strict=True)):
         params = sequence.params
+        if position >= sequence.num_prompt:  # the end of a prompt that is only scored predicts no token
+            continue
         entry = token_logprobs_at(numbers, at, max(params.prompt_logprobs, 0), len(params.token_ids_logprob))
         sequence.prompt_logprobs.append(entry)
 
@@ -100,6 +102,26 @@ def finish(
         )
     rows = np.array([sequence.row for sequence in drawn], np.int32)
     return PartDone(rows, kept[:, None], finished), outputs
+
+
+def scored_only(sequences: Seq[Sequence]) -> list[Output]:
+    """Outputs of sequences that draw nothing and whose prompt is computed."""
+    outputs = []
+    for sequence in sequences:
+        if not sequence.ended:
+            sequence.ended = True
+            outputs.append(
+                Output(
+                    sequence.request_id,
+                    sequence.choice,
+                    [],
+                    prompt_logprobs=prompt_logprobs(sequence, sequence.num_prompt),
+                    finish="length",
+                    num_prompt=sequence.num_prompt,
+                    num_cached=sequence.num_cached,
+                )
+            )
+    return outputs
 
 
 def no_part() -> PartDone:

@@ -21,7 +21,7 @@ from tessera.plan.step import Change, Ints, PartDone, Step, StepDone
 from tessera.run.batch import Batch, make_batch
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
-from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores
+from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores, scored_only
 from tessera.run.rowparams import RowParams
 from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, plan_prompt_scores
 from tessera.run.table import Known, RowTable, Sequence
@@ -53,12 +53,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step under way. `drawn` and `scored`: whose each drawn and each prompt position is."""
+    """A step under way. `drawn` and `scored`: whose each drawn and each prompt position is; `through`: sequences that
+    draw nothing and end with this step."""
 
     index: int
     work: Work
     drawn: list[Sequence]
     scored: list[Sequence]
+    through: list[Sequence]
     result: Future[Download]
 
 
@@ -93,13 +95,15 @@ class Runner:
         device = self.pools.device
         batch = make_batch(part, self.table, self.page_size, device)
         if batch is None:
-            work, drawn, scored = Work(part.change, known, entered, None), [], []
+            work, drawn, scored, through = Work(part.change, known, entered, None), [], [], []
         else:
             drawn, scored = self._at(batch.draws.host_rows), self._at(batch.prompts.host_rows)
+            through = self._at(part.rows[self.table.limit[part.rows] <= part.starts + part.lengths])
+            through = [sequence for sequence in through if sequence.params.max_new_tokens == 0]
             plan = plan_draws(batch.draws, drawn, self.table, self.params, device)
             scores = plan_prompt_scores(scored, device) if scored else None
             work = Work(part.change, known, entered, batch, plan, scores)
-        return Launched(step.index, work, drawn, scored, self._executor.submit(lambda: self._execute(work)))
+        return Launched(step.index, work, drawn, scored, through, self._executor.submit(lambda: self._execute(work)))
 
     def _at(self, rows: Ints) -> list[Sequence]:
         sequences = [self.table.occupants[row] for row in rows.tolist()]
@@ -132,16 +136,14 @@ class Runner:
         """Waits for a step; its tokens, which sequences ended, and the outputs. Raises what the step raised."""
         arrays = launched.result.result().wait()
         work, batch = launched.work, launched.work.batch
-        if batch is None:
-            return StepDone(launched.index, (no_part(),)), []
-        if work.prompt_scores is not None:
+        done, outputs = no_part(), []
+        if batch is not None and work.prompt_scores is not None:
             scores, arrays = arrays[-3:], arrays[:-3]
-            note_prompt_scores(launched.scored, scores)
-        if not len(batch.draws):
-            return StepDone(launched.index, (no_part(),)), []
-        logprobs = logprobs_at(work.draw_plan.scores, arrays[1:], launched.drawn)
-        done, outputs = finish(self.table, launched.drawn, batch.draws.host_positions, arrays[0], logprobs)
-        return StepDone(launched.index, (done,)), outputs
+            note_prompt_scores(launched.scored, batch.prompts.host_positions, scores)
+        if batch is not None and launched.drawn:
+            logprobs = logprobs_at(work.draw_plan.scores, arrays[1:], launched.drawn)
+            done, outputs = finish(self.table, launched.drawn, batch.draws.host_positions, arrays[0], logprobs)
+        return StepDone(launched.index, (done,)), outputs + scored_only(launched.through)
 
     def drop(self, request_id: str, choice: int) -> None:
         """The choice has ended elsewhere: nothing of it may come out any more."""
