@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tessera.ops.buckets import Shape, attend, buckets, gathered
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
@@ -20,7 +21,10 @@ def write_kv(pool: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
 
 
 def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
-    """q [T, Hq, D] over the pages of each segment, causal; query head h reads key head `h // (Hq / Hk)`. -> [T, Hq, D]"""
+    """Causal attention of q [T, Hq, D] over the pages of its segment -> [T, Hq, D]; softmax in fp32 or wider.
+
+    Query head h reads key head `h // (Hq / Hk)`. The pool's dtype may differ from q's.
+    """
     dtype = wide(q.dtype)
     out = torch.empty_like(q)
     group = q.shape[1] // pool.shape[2]
@@ -37,4 +41,12 @@ def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale
     return out
 
 
-paged_attention = paged_attention_reference
+def paged_attention(q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
+    """See `paged_attention_reference`. Few flash calls, each over the gathered pages of similar ranges."""
+    heads = pool.shape[2]
+    shape = Shape(2, heads, q.shape[1] // heads, q.shape[-1], q.dtype)
+    out = torch.empty_like(q)
+    for bucket in buckets(segments, shape):
+        k, v = gathered(pool, shape, bucket)
+        attend(q, k, v, bucket, scale, out)
+    return out

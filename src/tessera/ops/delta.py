@@ -41,7 +41,14 @@ def causal_conv_reference(x: Tensor, weight: Tensor, state: Tensor, segments: Se
 
 
 def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segments: Segments, form: Form = "recurrent"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    segments: Segments,
+    form: Form = "recurrent",
 ) -> Tensor:
     """q and k [T, Hk, Dk], v [T, Hv, Dv], g (log decay) and beta [T, Hv] -> [T, Hv, Dv] in v's dtype.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tessera.ops.buckets import Shape, attend, buckets, gathered
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
@@ -68,5 +69,57 @@ def _later(segments: Segments, tokens: slice, length: int) -> Tensor:
     return torch.arange(length, device=segments.device) > segments.positions[tokens, None]
 
 
-mla_absorbed = mla_absorbed_reference
-mla_expanded = mla_expanded_reference
+def mla_absorbed(q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
+    """See `mla_absorbed_reference`: one key head that all query heads share, whose values are its first R dims.
+
+    The values are not cut to R before the product: a flash call wants keys and values of one width, and a ninth more
+    work costs less than a copy.
+    """
+    q = torch.cat((q_latent, q_rope), -1)
+    shape = Shape(1, 1, q.shape[1], q.shape[-1], q.dtype)
+    out = torch.empty_like(q_latent)
+    for bucket in buckets(segments, shape):
+        (cache,) = gathered(pool, shape, bucket)
+        attend(q, cache, cache, bucket, scale, out)
+    return out
+
+
+def mla_expanded(
+    q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    """See `mla_expanded_reference`: keys and values of a sequence are expanded once, then attended in causal blocks."""
+    nope, (heads, width, rank) = q_nope.shape[-1], kv_b.shape
+    value, q = width - nope, torch.cat((q_nope, q_rope), -1)
+    dim = max(q.shape[-1], value)  # a flash call wants keys and values of one width
+    q = torch.nn.functional.pad(q, (0, dim - q.shape[-1]))
+    out = q_nope.new_empty(len(q), heads, value)
+    for s in range(segments.num_segments):
+        tokens = segments.tokens_of(s, s + 1)
+        cache = _cached(pool, segments, s).to(q.dtype)
+        expanded = torch.nn.functional.linear(cache[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
+        kv = q.new_zeros(2, len(cache), heads, dim)
+        kv[0, :, :, :nope] = expanded[..., :nope]
+        kv[0, :, :, nope : nope + q_rope.shape[-1]] = cache[:, None, rank:]
+        kv[1, :, :, :value] = expanded[..., nope:]
+        o = _causal(q[tokens], *kv, scale)
+        out[tokens] = o[..., :value]
+    return out
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 256) -> Tensor:
+    """q [n, H, D], the last n positions, over k, v [L, H, D]: blocks of queries, each over the keys up to its end."""
+    num, length = len(q), len(k)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    at = torch.arange(length, device=q.device)
+    outs = []
+    for first in range(0, num, block):
+        last = min(first + block, num)
+        end = length - num + last
+        seen = at[:end] <= at[length - num + first : end, None]
+        keys, values = k[:, :, :end], v[:, :, :end]
+        outs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, first:last], keys, values, attn_mask=seen, scale=scale
+            )
+        )
+    return torch.cat(outs, 2)[0].transpose(0, 1)

@@ -1,0 +1,70 @@
+"""Random steps over scrambled, poisoned pools. Shared by the tests of ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.ops.segments import Segments, make_segments
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+MIXED = [(0, 200), (33, 64), (7, 5), (0, 1), (129, 1), (15, 1), (16, 1)]
+"""(start, length) of ranges: chunks that begin at 0 and in mid page, and decodes on both sides of page borders."""
+DECODES = [(n, 1) for n in (0, 1, 15, 16, 17, 63, 64, 100, 101, 102, 500)]
+VERIFY = [(n, 4) for n in (0, 3, 61, 62, 200)]
+RANGES = {"mixed": MIXED, "decodes": DECODES, "verify": VERIFY, "one": [(41, 1)], "long": [(700, 1100), (0, 300)]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Segments whose pages and slots are scattered over pools; `unused` pages and slots are nobody's."""
+
+    segments: Segments
+    num_pages: int
+    num_slots: int
+    unused_pages: Tensor
+    unused_slots: Tensor
+
+
+def case(ranges: list[tuple[int, int]], page_size: int, seed: int = 0) -> Case:
+    """Scatters the ranges' pages and slots over pools that are a third larger than needed."""
+    rng = np.random.default_rng(seed)
+    needed = [-(-(start + length) // page_size) for start, length in ranges]
+    num_pages, num_slots = sum(needed) * 4 // 3 + 2, len(ranges) * 4 // 3 + 2
+    pages = rng.permutation(np.arange(1, num_pages))
+    slots = rng.permutation(np.arange(1, num_slots))
+    tables, at = np.zeros((len(ranges), max(needed) + 1), np.int32), 0  # what lies past a range's pages is page 0
+    for row, count in enumerate(needed):
+        tables[row, :count] = pages[at : at + count]
+        at += count
+    starts, lengths = np.array(ranges, np.int32).T
+    segments = make_segments(starts, lengths, tables, slots[: len(ranges)], page_size)
+    unused_pages = torch.from_numpy(np.append(pages[at:], 0))
+    return Case(segments, num_pages, num_slots, unused_pages, torch.from_numpy(np.append(slots[len(ranges) :], 0)))
+
+
+def paged(case: Case, *middle: int, tokens: Tensor) -> Tensor:
+    """A pool [page, *middle, token, dim] with `tokens[s]` [L, *middle, dim] in the pages of segment s, NaN elsewhere."""
+    size = case.segments.page_size
+    pool = torch.full((case.num_pages, *middle, size, tokens[0].shape[-1]), float("nan"), dtype=tokens[0].dtype)
+    by_token = pool.movedim(-2, 1)
+    for s, values in enumerate(tokens):
+        at = torch.arange(len(values))
+        by_token[case.segments.page_table[s, at // size], at % size] = values
+    return pool
+
+
+def ends(case: Case) -> list[int]:
+    """Length of each sequence after the step."""
+    return (case.segments.host_starts + case.segments.host_lengths).tolist()
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Equal within the tolerance of `dtype`, relative to the largest magnitude expected. NaN never is."""
+    dtype = dtype or found.dtype
+    limit = TOLERANCE[dtype] * max(1e-6, expected.double().abs().max().item())
+    difference = (found.double() - expected.double()).abs().max().item()
+    assert difference <= limit, f"{difference:.3g} apart, allowed {limit:.3g} in {dtype}"
