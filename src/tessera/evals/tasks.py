@@ -5,7 +5,7 @@ arXiv:2311.12022) and none of their text: every question is made here, by a seed
 needs no download. The real sets can be read from a file with `load_data`.
 
 `gsm8k`   word problems on whole numbers, worked line by line, ending in `#### 42`
-`gpqa`    four choices; the answer is `Answer: C`
+`gpqa`    four choices; the answer gives the choice and its letter: `47. Answer: C`
 `recall`  pairs listed far back in the prompt, one is asked for; the answer is four digits and nothing else
 
 A question belongs to the held-out split if a hash of its text says so: no held-out question can be trained on,
@@ -126,40 +126,44 @@ def extract_number(completion: str) -> str | None:
 
 
 def four_choices(question: str, choices: list[str], right: int) -> Question:
-    """The text of a four-choice question; `right` counts from 0."""
+    """The text of a four-choice question; `right` counts from 0. The answer gives the choice, then its letter."""
     listed = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
-    return Question(f"{question}\n{listed}", f"Answer: {LETTERS[right]}", LETTERS[right])
+    return Question(f"{question}\n{listed}", f"{choices[right]}. Answer: {LETTERS[right]}", LETTERS[right])
 
 
 def make_gpqa(rng: random.Random) -> Question:
-    """One of: look a fact up in either direction, find the largest or smallest number, add two numbers."""
-    kind = rng.choice((_fact, _extreme, _sum))
-    question, choices, right = kind(rng)
-    order = rng.sample(range(4), 4)
-    return four_choices(question, [choices[i] for i in order], order.index(right))
+    """One of: look a fact up, find the largest or smallest number, add two numbers.
+
+    The choices are two-digit numbers of one decade, so the second digit decides: a decoded token, not the prefill's.
+    """
+    question, right, wrong = rng.choice((_fact, _extreme, _sum))(rng)
+    choices = rng.sample([right, *wrong], 4)
+    return four_choices(question, [str(n) for n in choices], choices.index(right))
 
 
-def _fact(rng: random.Random) -> tuple[str, list[str], int]:
+def _decade(rng: random.Random) -> list[int]:
+    start = 10 * rng.randint(1, 9)
+    return rng.sample(range(start, start + 10), 4)
+
+
+def _fact(rng: random.Random) -> tuple[str, int, list[int]]:
+    right, *wrong = numbers = _decade(rng)
     colours = rng.sample(COLOURS, 4)
-    counts = [str(n) for n in rng.sample(range(10, 100), 4)]
-    facts = ", ".join(f"{colour} {count}" for colour, count in zip(colours, counts, strict=True))
-    right = rng.randrange(4)
+    facts = rng.sample([f"{colour} {count}" for colour, count in zip(colours, numbers, strict=True)], 4)
+    return f"Boxes: {', '.join(facts)}. What does the {colours[0]} box hold?", right, wrong
+
+
+def _extreme(rng: random.Random) -> tuple[str, int, list[int]]:
+    numbers = sorted(_decade(rng))
     if rng.random() < 0.5:
-        return f"Boxes: {facts}. Which box holds {counts[right]}?", colours, right
-    return f"Boxes: {facts}. What does the {colours[right]} box hold?", counts, right
+        return "Which number is the largest?", numbers[-1], numbers[:-1]
+    return "Which number is the smallest?", numbers[0], numbers[1:]
 
 
-def _extreme(rng: random.Random) -> tuple[str, list[str], int]:
-    numbers = rng.sample(range(10, 100), 4)
-    if rng.random() < 0.5:
-        return "Which number is the largest?", [str(n) for n in numbers], numbers.index(max(numbers))
-    return "Which number is the smallest?", [str(n) for n in numbers], numbers.index(min(numbers))
-
-
-def _sum(rng: random.Random) -> tuple[str, list[str], int]:
-    a, b = rng.randint(10, 60), rng.randint(2, 9)
-    wrong = rng.sample([n for n in range(a + b - 12, a + b + 13) if n != a + b and n > 9], 3)
-    return f"What is {a} + {b}?", [str(n) for n in (a + b, *wrong)], 0
+def _sum(rng: random.Random) -> tuple[str, int, list[int]]:
+    right, *wrong = _decade(rng)
+    step = rng.randint(2, 9)
+    return f"What is {right - step} + {step}?", right, wrong
 
 
 def extract_letter(completion: str) -> str | None:
@@ -185,9 +189,9 @@ def recall_ask(name: str) -> str:
     return f"What is the code of {name}?"
 
 
-def recall_pairs(rng: random.Random) -> dict[str, str]:
-    """Six to twenty names, each with four random digits."""
-    return {name: f"{rng.randrange(10000):04d}" for name in rng.sample(NAMES, rng.randint(6, 20))}
+def recall_pairs(rng: random.Random, least: int = 6) -> dict[str, str]:
+    """Up to twenty names, each with four random digits."""
+    return {name: f"{rng.randrange(10000):04d}" for name in rng.sample(NAMES, rng.randint(least, 20))}
 
 
 def make_recall(rng: random.Random) -> Question:
@@ -204,7 +208,7 @@ def extract_code(completion: str) -> str | None:
 
 TASKS: dict[str, Task] = {
     "gsm8k": Task("gsm8k", 64, extract_number, make_gsm8k),
-    "gpqa": Task("gpqa", 8, extract_letter, make_gpqa),
+    "gpqa": Task("gpqa", 12, extract_letter, make_gpqa),
     "recall": Task("recall", 8, extract_code, make_recall),
 }
 
