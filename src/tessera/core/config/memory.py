@@ -35,8 +35,8 @@ def memory_phase(
         notes.decide("mem-fraction-static", fraction, f"default on {hardware.device}: of {gib(hardware.memory)} free")
     budget = int(fraction * hardware.memory)
     pools = budget - sizes.weights
-    rows = _rows(values, spec, sizes, pools, rows, notes)
-    slots = 1 + max(rows, values.whole("max_mamba_cache_size") or 0) if spec.recurrent else 0
+    rows, states = _rows(values, spec, sizes, pools, rows, notes)
+    slots = 1 + states if spec.recurrent else 0
     context = _context(values, spec, notes)
     left = pools - slots * sizes.slot
     num_pages, why = _pages(values, hardware, sizes.page, page, context, rows, left)
@@ -78,34 +78,35 @@ def _sizes(spec: ModelSpec, mesh: Mesh, page: int, dtype: str, caches: CacheDtyp
         return Sizes(0, 1, 1)
 
 
-def _rows(values: Asked, spec: ModelSpec, sizes: Sizes, pools: int, rows: int, notes: Notes) -> int:
-    """Rows that the memory of states allows; fewer than asked is a conflict, fewer than the default a decision."""
+def _rows(values: Asked, spec: ModelSpec, sizes: Sizes, pools: int, rows: int, notes: Notes) -> tuple[int, int]:
+    """Rows, and states for them, that the memory allows; fewer than asked conflicts, than the default is told."""
     asked, states = values.whole("max_running_requests"), values.whole("max_mamba_cache_size")
-    if spec.recurrent and asked is not None and states is not None and asked > states:
+    if not spec.recurrent:
+        if asked is None:
+            notes.decide("max-running-requests", rows, "default for this device")
+        return rows, 0
+    if asked is not None and states is not None and asked > states:
         notes.refuse(
             (f"--max-running-requests {asked}", f"--max-mamba-cache-size {states}"),
             "each running request needs a recurrent state",
             f"Use --max-running-requests {states}, or --max-mamba-cache-size {asked}.",
         )
-    if asked is not None or states is not None:
-        count = max(asked or 0, states or 0) if spec.recurrent else 0
-        if count and (count + 1) * sizes.slot > max(pools, 0):
-            notes.refuse(
-                (f"{count} recurrent states",),
-                f"they need {gib((count + 1) * sizes.slot)} of {gib(max(pools, 0))} beside the weights",
-                f"Use --max-running-requests {max(int(max(pools, 0) * STATE_SHARE) // sizes.slot - 1, 1)}, "
-                "or raise --mem-fraction-static.",
-            )
-        if asked is None:
-            notes.decide("max-running-requests", rows, "default, or as many as there are recurrent states")
-        return rows
-    affordable = int(max(pools, 0) * STATE_SHARE) // sizes.slot - 1 if spec.recurrent else rows
-    if affordable < rows:
-        rows = max(affordable, 1)
-        notes.decide("max-running-requests", rows, f"states of {gib(sizes.slot)} each may take half of the pools")
-    else:
-        notes.decide("max-running-requests", rows, "default for this device")
-    return rows
+    affordable = max(int(max(pools, 0) * STATE_SHARE) // sizes.slot - 1, 1)
+    wanted = max(asked or 0, states or 0) or min(rows, affordable)
+    if (wanted + 1) * sizes.slot > max(pools, 0) and wanted > 1:
+        name = "--max-running-requests" if wanted == asked else "--max-mamba-cache-size"
+        notes.refuse(
+            (f"{name} {wanted}",),
+            f"its states need {gib((wanted + 1) * sizes.slot)} of {gib(max(pools, 0))} beside the weights",
+            f"Use {name} {affordable}, or raise --mem-fraction-static.",
+        )
+        return affordable, affordable
+    rows = asked or min(rows, wanted)
+    if asked is None:
+        short = states is None and rows == affordable
+        why = f"states of {gib(sizes.slot)} each may take half of the pools" if short else "default for this device"
+        notes.decide("max-running-requests", rows, f"as many as --max-mamba-cache-size {states}" if states else why)
+    return rows, wanted
 
 
 def _context(values: Asked, spec: ModelSpec, notes: Notes) -> int:
@@ -150,7 +151,7 @@ def _fit(
     if held < min(context, 2 * page):
         need = sizes.weights + 3 * sizes.page + 2 * sizes.slot
         share = need / hardware.memory if hardware.memory else float("inf")
-        remedy = f"Raise --mem-fraction-static above {share:.3f}" if share < 1 else f"It needs {gib(need)} at least"
+        remedy = f"Raise --mem-fraction-static above {share:.3g}" if share < 1 else f"It needs {gib(need)} at least"
         notes.refuse(
             ("--mem-fraction-static",),
             f"{gib(budget)} of {gib(hardware.memory)} hold weights of {gib(sizes.weights)} and no pool of use",
