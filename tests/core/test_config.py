@@ -205,7 +205,9 @@ def test_states_limit_the_rows() -> None:
 def test_chunks() -> None:
     assert config_of().scheduling.chunk_size == 512
     assert config_of(hardware=CUDA).scheduling.chunk_size == 8192
-    assert config_of(chunked_prefill_size=-1, max_prefill_tokens=77).scheduling.chunk_size == 77
+    uncut = config_of(chunked_prefill_size=-1, max_prefill_tokens=77).scheduling
+    assert (uncut.chunk_size, uncut.max_prefill_tokens) == (0, 77)
+    assert config_of(chunked_prefill_size=20000).scheduling.max_prefill_tokens == 20000
     assert config_of(chunked_prefill_size=3).scheduling.chunk_size == 3
     assert config_of(max_prefill_tokens=100).scheduling.chunk_size == 100
     assert "--max-prefill-tokens 8" in refusals(chunked_prefill_size=9, max_prefill_tokens=8)[0]

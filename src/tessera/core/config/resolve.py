@@ -41,14 +41,14 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
     device = _device(values, hardware, notes)
     dtype = _dtype(values, spec, hardware, notes)
     mesh = _mesh(values, device, notes)
-    chunk = _chunk(values, device, notes)
+    chunk, most = _chunk(values, device, notes)
     rows = _max_running(values, device)
-    memory, context, max_running = memory_phase(values, spec, hardware, mesh.mesh, dtype, chunk, rows, notes)
+    memory, context, max_running = memory_phase(values, spec, hardware, mesh.mesh, dtype, chunk or most, rows, notes)
     config = Config(
         model=_model(values, dtype, context, notes),
         mesh=mesh,
         memory=memory,
-        scheduling=_scheduling(values, spec, chunk, max_running, notes),
+        scheduling=_scheduling(values, spec, (chunk, most), max_running, notes),
         kernels=_kernels(values, spec, device, notes),
         serving=_serving(values),
         logging=LoggingConfig(
@@ -97,22 +97,20 @@ def _mesh(values: Asked, device: str, notes: Notes) -> MeshConfig:
     return mesh
 
 
-def _chunk(values: Asked, device: str, notes: Notes) -> int:
-    whole, asked = values.number("max_prefill_tokens"), values.whole("chunked_prefill_size")
+def _chunk(values: Asked, device: str, notes: Notes) -> tuple[int, int]:
+    """Most tokens of a step that holds prompts (0: prompts are not cut), and most prompt tokens of a step."""
+    most, asked = values.number("max_prefill_tokens"), values.whole("chunked_prefill_size")
     if asked is None:
-        size = min(CHUNK[device], whole)
+        size = min(CHUNK[device], most)
         notes.decide("chunked-prefill-size", size, f"default on {device}")
-        return size
-    if asked == -1:
-        notes.decide("chunked-prefill-size", whole, "-1: as much as --max-prefill-tokens allows")
-        return whole
-    if asked > whole and values.gave("max_prefill_tokens"):
+        return size, most
+    if asked > most and values.gave("max_prefill_tokens"):
         notes.refuse(
-            (f"--chunked-prefill-size {asked}", f"--max-prefill-tokens {whole}"),
-            "a chunk would exceed the tokens of a step",
+            (f"--chunked-prefill-size {asked}", f"--max-prefill-tokens {most}"),
+            "a chunk would exceed the prompt tokens of a step",
             f"Raise --max-prefill-tokens to {asked}, or leave it out.",
         )
-    return asked
+    return (0, most) if asked == -1 else (asked, max(asked, most))
 
 
 def _max_running(values: Asked, device: str) -> int:
@@ -144,7 +142,9 @@ def _model(values: Asked, dtype: str, context: int, notes: Notes) -> ModelConfig
     )
 
 
-def _scheduling(values: Asked, spec: ModelSpec, chunk: int, max_running: int, notes: Notes) -> SchedulingConfig:
+def _scheduling(
+    values: Asked, spec: ModelSpec, limits: tuple[int, int], max_running: int, notes: Notes
+) -> SchedulingConfig:
     prefix = not values.on("disable_radix_cache") and not spec.recurrent
     if spec.recurrent and not values.on("disable_radix_cache"):
         notes.decide("prefix cache", "off", "the model has recurrent state, whose snapshots do not exist yet")
@@ -165,7 +165,8 @@ def _scheduling(values: Asked, spec: ModelSpec, chunk: int, max_running: int, no
     return SchedulingConfig(
         max_running=max_running,
         max_queued=queued,
-        chunk_size=chunk,
+        chunk_size=limits[0],
+        max_prefill_tokens=limits[1],
         mixed=values.on("enable_mixed_chunk"),
         policy=policy,
         prefix_cache=prefix,

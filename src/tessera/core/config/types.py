@@ -118,12 +118,17 @@ class MemoryConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulingConfig:
-    """How steps are planned. `max_running`: rows of the row table. `chunk_size`: most prompt tokens of a step. `mixed`:
-    decodes ride with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule)."""
+    """How steps are planned; see `plan/config.py`.
+
+    `max_running`: rows of the row table. `max_queued`: most requests waiting. `chunk_size`: most tokens of a step that
+    holds prompts (0: prompts are not cut). `max_prefill_tokens`: most prompt tokens of a step. `mixed`: decodes ride
+    with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule).
+    """
 
     max_running: int
     max_queued: int
     chunk_size: int
+    max_prefill_tokens: int
     mixed: bool
     policy: str
     prefix_cache: bool
