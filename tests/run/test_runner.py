@@ -7,8 +7,8 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
-from run.toy import PLAIN, greedy, history_logits, toy_runner
 
+from run.toy import PLAIN, greedy, history_logits, toy_runner
 from tessera.core.messages import Output, SamplingParams
 from tessera.plan.step import NO_CHANGE, Change, Enter, Part, Step, StepDone, ints
 from tessera.run.host import Inline, Worker
@@ -176,6 +176,6 @@ def test_a_prompt_that_is_only_scored_ends_with_its_logprobs() -> None:
     runner = toy_runner()
     results = run(runner, step(0, [(0, 0, 7, False)], arrival(params), logits=7))
     (output,) = results[0][1]
-    assert (output.tokens, output.finish) == ([], "length")
+    assert (output.tokens, output.finish) == ([], None), "the planner ends it"
     assert output.prompt_logprobs is not None
     assert [e.logprob is None for e in output.prompt_logprobs] == [True] + [False] * 6

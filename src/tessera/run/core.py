@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.run.inbox import Inbox
-from tessera.run.loop import StepLoop, failures
+from tessera.run.loop import failures
 
 if TYPE_CHECKING:
     from tessera.core.config import Config

@@ -1,4 +1,4 @@
-"""The queue in front of the step loop: any thread posts, the loop drains. A closed inbox refuses, so nothing is lost."""
+"""The queue in front of the step loop: any thread posts, the loop drains. A closed one refuses, so nothing is lost."""
 
 from __future__ import annotations
 

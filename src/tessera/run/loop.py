@@ -10,23 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from tessera.core.messages import (
-    Abort,
-    Fatal,
-    Inbound,
-    Outbound,
-    Output,
-    Outputs,
-    StepReport,
-    Stop,
-    Submit,
-    Tick,
-)
-from tessera.plan.scheduler import Clock, Event
-from tessera.plan.step import Step, StepDone
+from tessera.core.messages import Fatal, Outbound, Output, Outputs, StepReport, Submit, Tick
+from tessera.plan.step import Clock, Event, Step, StepDone
 from tessera.run.inbox import Inbox
 
 log = logging.getLogger(__name__)
@@ -36,6 +24,14 @@ IDLE_WAIT_S = 1.0  # an idle loop wakes this often, to show that it is alive
 
 class Plans(Protocol):
     """What the loop needs of a planner."""
+
+    @property
+    def idle(self) -> bool:
+        """No request is here and no step is in flight."""
+
+    @property
+    def stopping(self) -> bool:
+        """`Stop` came: the engine may end when it is idle."""
 
     def apply(self, events: Sequence[Event]) -> list[Output]:
         """Takes events; returns outputs of requests that end without a step."""
@@ -66,15 +62,9 @@ class Live:
     def __init__(self) -> None:
         self._choices: dict[str, set[int]] = {}
 
-    def __len__(self) -> int:
-        return len(self._choices)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._choices))
-
     def add(self, submit: Submit) -> None:
         """The choices of a new request."""
-        self._choices[submit.request_id] = set(range(submit.n))
+        self._choices.setdefault(submit.request_id, set(range(submit.n)))
 
     def finish(self, outputs: Sequence[Output]) -> None:
         """Removes the choices that these outputs end."""
@@ -115,8 +105,6 @@ class StepLoop:
         self._flying: deque[tuple[Step, Any]] = deque()
         self._live = Live()
         self._last_collect = 0.0
-        self._stop_at: float | None = None
-        self._stopping = False
         self._idle = True
         self._hook = turn_hook
 
@@ -124,7 +112,7 @@ class StepLoop:
         """Sends `ready` and blocks until the engine ends. A failure becomes error outputs and a `Fatal`."""
         try:
             self.sink(ready)
-            while not (self._stopping and not self._live and not self._flying):
+            while not (self.planner.stopping and self.planner.idle):
                 self._turn()
                 if self._hook is not None:
                     self._hook()
@@ -142,8 +130,10 @@ class StepLoop:
         now = self.last_tick = time.monotonic()
         if self._idle and not messages:
             self.sink(Tick(now))
-        self._note(messages, now)
-        self._settle(self.planner.apply([Clock(now), *messages, *self._overdue(now)]))
+        for message in messages:
+            if isinstance(message, Submit):
+                self._live.add(message)
+        self._settle(self.planner.apply([Clock(now), *messages]))
         while len(self._flying) < self.max_in_flight:
             step = self.planner.next_step()
             if step is None:
@@ -154,20 +144,6 @@ class StepLoop:
         self._idle = not self._flying
         if self._flying:
             self._collect()
-
-    def _note(self, messages: Sequence[Inbound], now: float) -> None:
-        for message in messages:
-            if isinstance(message, Submit):
-                self._live.add(message)
-            elif isinstance(message, Stop):
-                self._stopping, self._stop_at = True, now + message.deadline_s
-
-    def _overdue(self, now: float) -> list[Event]:
-        """Aborts of everything, once the deadline of a `Stop` has passed."""
-        if self._stop_at is None or now < self._stop_at:
-            return []
-        self._stop_at = None
-        return [Abort(request_id) for request_id in self._live]
 
     def _settle(self, outputs: list[Output]) -> None:
         """Sends outputs that the planner ended; the runner drops what is still in flight of them."""

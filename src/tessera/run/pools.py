@@ -10,31 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.core.errors import CapacityError
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.tensors import CacheSpec
 from tessera.plan.step import Change, Ints, Part
 from tessera.run.host import upload_columns
-
-
-def bytes_of(table: Sequence[CacheSpec], kind: str, mesh: Mesh = SINGLE, rank: int = 0) -> int:
-    """Bytes of one page, or of one slot, of all layers together."""
-    return sum(spec.bytes_per_unit(mesh, rank) for spec in table if spec.kind == kind)
-
-
-def num_pages_within(table: Sequence[CacheSpec], budget: int, num_slots: int, mesh: Mesh = SINGLE, rank: int = 0) -> int:
-    """Pages, scratch page included, that fit into `budget` bytes beside `num_slots` slots.
-
-    Raises `CapacityError` when not even one page for requests fits.
-    """
-    page, slot = bytes_of(table, "page", mesh, rank), bytes_of(table, "slot", mesh, rank)
-    num_pages = (budget - num_slots * slot) // max(page, 1)
-    if num_pages < 2:
-        raise CapacityError(
-            f"{budget} bytes for caches hold {num_slots} slots of {slot} bytes and {max(num_pages, 0)} pages of {page}; "
-            "at least 2 pages are needed: give more memory, fewer running requests or smaller pages"
-        )
-    return num_pages
 
 
 class Pools:

@@ -105,23 +105,13 @@ def finish(
 
 
 def scored_only(sequences: Seq[Sequence]) -> list[Output]:
-    """Outputs of sequences that draw nothing and whose prompt is computed."""
-    outputs = []
-    for sequence in sequences:
-        if not sequence.ended:
-            sequence.ended = True
-            outputs.append(
-                Output(
-                    sequence.request_id,
-                    sequence.choice,
-                    [],
-                    prompt_logprobs=prompt_logprobs(sequence, sequence.num_prompt),
-                    finish="length",
-                    num_prompt=sequence.num_prompt,
-                    num_cached=sequence.num_cached,
-                )
-            )
-    return outputs
+    """Prompt logprobs of sequences that draw nothing and whose prompt is computed; the planner ends them."""
+    owed = [(s, prompt_logprobs(s, s.num_prompt)) for s in sequences if not s.ended]
+    return [
+        Output(s.request_id, s.choice, [], prompt_logprobs=p, num_prompt=s.num_prompt, num_cached=s.num_cached)
+        for s, p in owed
+        if p is not None
+    ]
 
 
 def no_part() -> PartDone:

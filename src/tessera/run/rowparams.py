@@ -10,7 +10,6 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tessera.core.messages import SamplingParams
 from tessera.plan.step import Enter

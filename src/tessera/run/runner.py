@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessera.core.messages import Output
 from tessera.ops.segments import Segments
-from tessera.plan.step import Change, Ints, PartDone, Step, StepDone
+from tessera.plan.step import Change, Ints, Step, StepDone
 from tessera.run.batch import Batch, make_batch
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch

@@ -1,8 +1,8 @@
 """Sampling as a launch of its own, after the forward: what the drawn positions ask for, drawing, and logprobs.
 
-`plan_draws` and `plan_prompts` run on the host when a step is launched and say exactly what the device has to do, so that a
-step of plain greedy rows is one argmax; `Sampler` runs on the device and never waits for it. Logprobs are the model's own:
-of the logits before penalties, bias, temperature and filters. N drawn positions, M rows among them, A asked ids.
+`plan_draws` and `plan_prompt_scores` run on the host when a step is launched and say exactly what the device has to do,
+so that a step of plain greedy rows is one argmax; `Sampler` runs on the device and never waits for it. Logprobs are the
+model's own: of the logits before penalties, bias, temperature and filters. N drawn positions, M of them, A asked ids.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Longs = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Logprobs wanted: of which rows (host and device; None: all), how many of the likeliest, further ids [M, A]."""
+    """Logprobs wanted: of which rows (host and device), how many of the likeliest, further ids [M, A]."""
 
     host_rows: Longs
     rows: Tensor

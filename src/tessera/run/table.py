@@ -85,8 +85,7 @@ class RowTable:
         row, params = enter.row, enter.params
         assert self.occupants[row] is None, f"row {row} is entered but taken"
         fresh = len(enter.tokens) == enter.num_prompt
-        cached = min(enter.start, enter.num_prompt)
-        sequence = Sequence(row, enter.request_id, enter.choice, enter.num_prompt, cached, params, fresh)
+        sequence = Sequence(row, enter.request_id, enter.choice, enter.num_prompt, enter.num_cached, params, fresh)
         self.occupants[row] = sequence
         self._where[enter.request_id, enter.choice] = sequence
         self.pages[row, : len(enter.pages)] = enter.pages

@@ -1,0 +1,98 @@
+"""From a resolved configuration to one rank that runs: planner, pools, table, model, runner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.comm.single import SingleComm
+from tessera.core.config.types import Config
+from tessera.core.spec import ModelSpec
+from tessera.core.tensors import CacheDtypes, cache_table
+from tessera.core.weights import weight_table
+from tessera.models.build import build_model
+from tessera.models.decoder import Decoder
+from tessera.models.load import Progress, load_weights
+from tessera.models.parts import drain
+from tessera.models.source import Source
+from tessera.ops.backend import BACKENDS
+from tessera.ops.segments import Segments
+from tessera.plan.scheduler import PlannerConfig
+from tessera.run.host import Executor, Inline, Worker
+from tessera.run.pools import Pools
+from tessera.run.rowparams import RowParams
+from tessera.run.runner import Runner
+from tessera.run.sampler import Sampler
+from tessera.run.table import RowTable
+
+
+class Drained:
+    """A decoder run alone: nothing else is interleaved where its layers wait."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.vocab_size = decoder.spec.vocab_size
+
+    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor]) -> Tensor:
+        """tokens [T] -> hidden states after the final norm [T, hidden]."""
+        return drain(self.decoder.hidden(tokens, segments, caches))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab], fp32 or wider."""
+        return self.decoder.logits(hidden)
+
+
+def planner_config(config: Config) -> PlannerConfig:
+    """What the planner may use."""
+    memory, scheduling = config.memory, config.scheduling
+    return PlannerConfig(
+        max_running=scheduling.max_running,
+        num_pages=memory.num_pages,
+        page_size=memory.page_size,
+        max_context=config.model.context_length,
+        num_slots=memory.num_slots,
+        num_dp=config.mesh.dp,
+        chunk_size=scheduling.chunk_size,
+        mixed=scheduling.mixed,
+        max_in_flight=scheduling.max_in_flight,
+        prefix_cache=scheduling.prefix_cache,
+        policy=scheduling.policy,
+        max_queued=scheduling.max_queued,
+    )
+
+
+def build_runner(
+    config: Config,
+    spec: ModelSpec,
+    source: Source,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+    debug: bool = False,
+) -> Runner:
+    """Loads the weights and allocates the pools of rank 0."""
+    mesh, memory, device = config.mesh.mesh, config.memory, torch.device(config.mesh.device)
+    backend = BACKENDS[config.kernels.attention]
+    dtype = getattr(torch, config.model.dtype)
+    context = config.model.context_length
+    tiles = load_weights(source, weight_table(spec, mesh), mesh, 0, dtype, device, backend.pack, progress)
+    decoder = build_model(spec, mesh, 0, tiles, SingleComm(), backend, context)
+    caches = cache_table(spec, memory.page_size, CacheDtypes(memory.kv_dtype, memory.conv_dtype, memory.state_dtype))
+    rows = config.scheduling.max_running
+    table = RowTable(rows, context, memory.page_size, spec.eos, device)
+    params = RowParams(rows, device)
+    return Runner(
+        Drained(decoder),
+        table,
+        params,
+        Pools(caches, memory.num_pages, memory.num_slots, device, mesh),
+        Sampler(table, params, backend.draw),
+        memory.page_size,
+        executor or default_executor(config),
+        debug=debug,
+    )
+
+
+def default_executor(config: Config) -> Executor:
+    """A thread of its own where the forward blocks its caller and there is something to overlap it with."""
+    overlapped = config.mesh.device == "cpu" and config.scheduling.max_in_flight > 1
+    return Worker() if overlapped else Inline()
