@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.core.messages import SamplingParams
+from tessera.core.messages import Inbound, SamplingParams
 
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
@@ -33,7 +34,8 @@ class Enter:
     """A sequence enters row `row`: its known tokens (prompt, and what was generated before a preemption), pages, slot.
 
     `start`: position that its first range starts at; what lies before is in the pages (and in the slot) already.
-    `slot` is -1 for models without recurrent state. `num_prompt` of the tokens are the prompt.
+    `slot` is -1 for models without recurrent state. `num_prompt` of the tokens are the prompt, `num_cached` of those
+    came from the prefix cache when the sequence first entered.
     """
 
     row: int
@@ -46,6 +48,7 @@ class Enter:
     slot: int
     params: SamplingParams
     seed: int
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +165,12 @@ class StepDone:
 
     index: int
     parts: tuple[PartDone, ...]
+
+
+class Clock(msgspec.Struct, tag=True, frozen=True):
+    """The time is `now` (seconds, any origin, never backwards): the only way time reaches the planner."""
+
+    now: float
+
+
+Event = Inbound | StepDone | Clock

@@ -1,0 +1,78 @@
+"""What the planner may use, and how it chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tessera.core.errors import ConfigError, Conflict
+from tessera.plan.policy import BALANCES, POLICIES
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerConfig:
+    """Sizes and choices of one planner; sizes are those of each DP rank.
+
+    `max_running`: rows. `num_pages`, `num_slots`: sizes of the pools with scratch page 0 and scratch slot 0 (no slots:
+    0). `chunk_size`: most tokens of a step that holds a range longer than one, the decodes that ride along included;
+    decodes claim theirs first, and a step of decodes alone holds all of them. `max_prefill_tokens`: most tokens of the
+    prefill ranges of a step. Both: <= 0 is no limit; without `chunk_size` no prompt is cut, and one longer than
+    `max_prefill_tokens` goes alone. `mixed`: decodes ride along with prefill ranges; else the two take turns.
+    `max_context`: most tokens of a sequence, prompt and answer. `max_in_flight`: steps planned and not yet done.
+    `max_queued`: most requests waiting (<= 0: no limit).
+    """
+
+    max_running: int
+    num_pages: int
+    page_size: int
+    max_context: int
+    num_slots: int = 0
+    num_dp: int = 1
+    chunk_size: int = 0
+    max_prefill_tokens: int = 0
+    mixed: bool = False
+    max_in_flight: int = 1
+    prefix_cache: bool = False
+    policy: str = "fcfs"
+    load_balance: str = "round_robin"
+    max_queued: int = 0
+    weights_version: str = ""
+
+    def __post_init__(self) -> None:
+        conflicts = [
+            Conflict((f"{name} {value}",), f"at least {least} is needed", f"Use {least} or more")
+            for name, value, least in (
+                ("max_running", self.max_running, 1),
+                ("num_pages", self.num_pages, 2),
+                ("page_size", self.page_size, 1),
+                ("max_context", self.max_context, 2),
+                ("num_dp", self.num_dp, 1),
+                ("max_in_flight", self.max_in_flight, 1),
+                ("num_slots", self.num_slots, 2 if self.num_slots else 0),
+            )
+            if value < least
+        ]
+        for name, value, choices in (
+            ("policy", self.policy, sorted(POLICIES)),
+            ("load_balance", self.load_balance, sorted(BALANCES)),
+        ):
+            if value not in choices:
+                conflicts.append(Conflict((f"{name} {value}",), "it is not known", f"Use one of {', '.join(choices)}"))
+        if self.prefix_cache and self.num_slots:
+            conflicts.append(
+                Conflict(
+                    ("prefix_cache", f"num_slots {self.num_slots}"),
+                    "a cached page holds no recurrent state, so a hit could not go on from it",
+                    "Switch the prefix cache off for models with recurrent state",
+                )
+            )
+        if conflicts:
+            raise ConfigError(conflicts)
+
+    @property
+    def max_pages(self) -> int:
+        """Most pages of one sequence: width of a row's page table."""
+        return -(-self.max_context // self.page_size)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)

@@ -1,0 +1,263 @@
+"""Which ranges a DP rank computes in the next step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tessera.plan.config import PlannerConfig
+from tessera.plan.policy import standing
+from tessera.plan.request import Sequence, grouped
+from tessera.plan.state import RankState
+from tessera.plan.step import NO_INTS, Bools, Ints, Part, PartDone, empty_part, ints
+
+UNLIMITED = 1 << 30
+
+
+@dataclass(slots=True)
+class _Ranges:
+    """Ranges of a step as they are gathered: (sequence, start, length) of prompts, and the columns of ready rows."""
+
+    prefill: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    rows: Ints = field(default_factory=lambda: NO_INTS)
+    starts: Ints = field(default_factory=lambda: NO_INTS)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What a planned part needs when it is done: its ranges, and the sequences whose prompts it computed."""
+
+    index: int
+    rows: Ints
+    ends: Ints
+    samples: Bools
+    prefilled: tuple[Sequence, ...]
+
+
+class DpRank:
+    """Plans the part of one DP rank in each step, and hears how it went."""
+
+    def __init__(self, config: PlannerConfig, dp_rank: int) -> None:
+        self.config = config
+        self.state = RankState(config, dp_rank)
+        self._prefill_turn = True
+        self._rows = NO_INTS
+        self._draws = np.zeros(0, np.bool_)
+        self._slack = 0
+        self._dirty = True
+        self._ones = np.ones(config.max_running, np.int32)
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, index: int) -> tuple[Part, InFlight]:
+        """The part of step `index`. Its change is what happened since the last part that had ranges."""
+        ranges, config = _Ranges(), self.config
+        if config.mixed:
+            if self._decode(ranges, index):
+                self._prefill(ranges, index)
+        elif self._prefill_turn:
+            self._prefill(ranges, index)
+            if not ranges.prefill:
+                self._decode(ranges, index)
+        elif self._decode(ranges, index) and not len(ranges.rows):
+            self._prefill(ranges, index)
+        self._prefill_turn = not ranges.prefill
+        return self._part(ranges, index)
+
+    def _part(self, ranges: _Ranges, index: int) -> tuple[Part, InFlight]:
+        state, table = self.state, self.state.table
+        if not ranges.prefill:
+            rows, starts, count = ranges.rows, ranges.starts, len(ranges.rows)
+            if not count:
+                return empty_part(), InFlight(index, NO_INTS, NO_INTS, np.zeros(0, np.bool_), ())
+            ones = self._ones[:count]
+            samples = self._draws if rows is self._rows else table.draws[rows]
+            return Part(rows, starts, ones, ones, samples, state.change.take()), InFlight(
+                index, rows, starts + 1, samples, ()
+            )
+        prefill = sorted(ranges.prefill, key=lambda r: r[2] == 1)  # ranges of one token last
+        rows = np.concatenate([ints([s.row for s, _, _ in prefill]), ranges.rows])
+        starts = np.concatenate([ints([start for _, start, _ in prefill]), ranges.starts])
+        lengths = np.ones(len(rows), np.int32)
+        num_logits = np.ones(len(rows), np.int32)
+        samples = table.draws[rows]
+        for i, (sequence, start, length) in enumerate(prefill):
+            lengths[i] = length
+            num_logits[i] = max(start + length - max(start, sequence.logits_from), 0)
+            samples[i] &= start + length == sequence.num_known
+        part = Part(rows, starts, lengths, num_logits, samples, state.change.take())
+        return part, InFlight(index, rows, starts + lengths, samples, tuple(s for s, _, _ in prefill))
+
+    def _decode(self, ranges: _Ranges, index: int) -> bool:
+        """Every ready row computes its one token; waiting choices fork. False: pages ran out, nobody may enter."""
+        state, table = self.state, self.state.table
+        if self._dirty:
+            self._rows = np.flatnonzero(table.ready).astype(np.int32)
+            self._draws = table.draws[self._rows]
+            self._slack = int((table.goal[self._rows] - table.computed[self._rows]).min(initial=UNLIMITED))
+            self._dirty = False
+        rows, roomy = self._rows, True
+        if not len(rows):
+            return True
+        starts = table.computed[rows]
+        need = starts >= table.capacity[rows]
+        if need.any():
+            if state.pages.available < np.count_nonzero(need):
+                rows, roomy = self._make_room(rows, need)
+                starts = table.computed[rows]
+                need = starts >= table.capacity[rows]
+            self._grow(rows[need])
+        if state.leaders:
+            rows = self._fork(rows, index, UNLIMITED if roomy else 0)
+            starts = table.computed[rows]
+        table.computed[rows] = starts + 1
+        self._slack -= 1
+        if self._slack <= 0 or self._dirty:
+            table.ready[rows] = starts + 1 < table.goal[rows]
+            self._dirty = True
+        ranges.rows, ranges.starts = rows, starts
+        return roomy
+
+    def _fork(self, rows: Ints, index: int, most: int) -> Ints:
+        """Forks leaders among `rows` before they compute their last prompt token; returns rows and children."""
+        state, going = self.state, set(rows.tolist())
+        children = []
+        for leader in [s for s in state.leaders if s.row in going]:
+            state.leaders.remove(leader)
+            children += state.fork(leader, index, most)
+        self._dirty = True
+        return np.concatenate([rows, ints([child.row for child in children])])
+
+    def _grow(self, rows: Ints) -> None:
+        if not len(rows):
+            return
+        table, size = self.state.table, self.config.page_size
+        pages = self.state.take_pages(len(rows))
+        at = table.capacity[rows] // size
+        table.pages[rows, at] = pages
+        table.capacity[rows] += size
+        self.state.change.grow(rows, at, pages)
+
+    def _make_room(self, rows: Ints, need: Bools) -> tuple[Ints, bool]:
+        """Takes rows from who stands last until the others can have their next page; returns the rows that go on.
+
+        A row in flight cannot be preempted, since what it draws is not known here yet: it is not planned, so that it
+        can be in the step after, and its pages are counted on. Who would need those pages now stalls for a step.
+        """
+        state, table = self.state, self.state.table
+        order = sorted(table.running(), key=standing)
+        needy = set(rows[need].tolist())
+        going = set(rows.tolist())
+        coming = 0
+        while len(order) > 1 and state.pages.available + coming < len(needy):
+            victim = order.pop()
+            row = victim.row
+            needy.discard(row)
+            going.discard(row)
+            if table.computed[row] == table.done[row]:
+                state.preempt(victim)
+                self._dirty = True
+            else:
+                coming += int(np.count_nonzero(state.pages.refs[table.held(row)] == 1))
+        have = state.pages.available
+        for stalled in [s for s in order if s.row in needy][have:]:
+            going.discard(stalled.row)
+        return rows[np.isin(rows, ints(sorted(going)))], False
+
+    def _prefill(self, ranges: _Ranges, index: int) -> None:
+        """Prompts go on in the order in which they were admitted, then others are admitted while budget is left."""
+        config, state = self.config, self.state
+        budget = config.max_prefill_tokens if config.max_prefill_tokens > 0 else UNLIMITED
+        if config.chunk_size > 0:
+            budget = min(budget, config.chunk_size - len(ranges.rows))
+        for sequence in list(state.prefilling):
+            budget -= self._advance(ranges, sequence, budget)
+        if budget > 0 and state.queue.num_waiting and state.table.free:
+            state.queue.reorder(lambda s: len(state.match(s)[1]))
+        while budget > 0 and (sequence := state.queue.head()) is not None:
+            if config.chunk_size <= 0 and ranges.prefill and sequence.num_known > budget:
+                break
+            if not state.admit(sequence, index):
+                break
+            state.queue.pop()
+            state.prefilling.append(sequence)
+            if sequence.num_computed == sequence.target:  # all but the last token was cached, and forks wait
+                for child in state.fork(sequence, index, budget - 1):
+                    state.prefilling.append(child)
+                    budget -= self._advance(ranges, child, budget)
+            budget -= self._advance(ranges, sequence, budget)
+
+    def _advance(self, ranges: _Ranges, sequence: Sequence, budget: int) -> int:
+        """The next range of a prompt, within `budget` where prompts may be cut; returns its length."""
+        table, row, start = self.state.table, sequence.row, sequence.num_computed
+        length = sequence.target - start
+        if self.config.chunk_size > 0:
+            length = min(length, budget)
+        if length <= 0:
+            return 0
+        end = sequence.num_computed = start + length
+        table.computed[row] = end
+        ranges.prefill.append((sequence, start, length))
+        if end >= sequence.num_known - 1:
+            self.state.prefilling.remove(sequence)
+            table.ready[row] = end < sequence.goal
+            self._dirty = True
+            if sequence.forks:
+                self.state.leaders.append(sequence)
+        return length
+
+    # -- what came back --------------------------------------------------------------------------------------------
+
+    def complete(self, planned: InFlight, done: PartDone) -> list[Sequence]:
+        """Takes the results of a part; returns the sequences that ended, released.
+
+        Results of rows that were released meanwhile are dropped (see `state`).
+        """
+        state, table = self.state, self.state.table
+        sampling = planned.rows if planned.samples.all() else planned.rows[planned.samples]
+        assert np.array_equal(done.rows, sampling), f"step {planned.index}: results are not those of its ranges"
+        live = table.entered[planned.rows] <= planned.index
+        tokens, finished = done.tokens[:, 0], done.finished
+        rows, ends, samples = planned.rows, planned.ends, planned.samples
+        if not live.all():
+            kept = live[samples]
+            tokens, finished = tokens[kept], finished[kept]
+            rows, ends, samples = rows[live], ends[live], samples[live]
+        table.done[rows] = ends
+        drawn, at = (rows, ends) if len(tokens) == len(rows) else (rows[samples], ends[samples])
+        table.tokens[drawn, at] = tokens
+        ended = drawn[finished].tolist() if finished.any() else []
+        for sequence in planned.prefilled:
+            if sequence.row >= 0 and table.entered[sequence.row] <= planned.index:
+                state.publish(sequence)
+        if len(drawn) < len(rows):
+            scored = rows[~(samples | table.draws[rows])]
+            ended += scored[table.done[scored] == table.goal[scored]].tolist()
+        return [self.remove(table.occupant(row)) for row in ended]
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence, or the leader of a group, waits for a row."""
+        self.state.queue.push(sequence)
+        for s in (sequence, *sequence.forks):
+            s.dp_rank = self.state.load.dp_rank
+            self.state.load.num_requests += 1
+            self.state.load.num_tokens += s.goal
+
+    def remove(self, sequence: Sequence) -> Sequence:
+        """A sequence ends, wherever it is; choices that waited to fork from it wait in the queue instead."""
+        state = self.state
+        sequence.live = False
+        if sequence.row >= 0:
+            state.release(sequence)
+            self._dirty = True
+        elif sequence.leader is not None:
+            sequence.leader.forks.remove(sequence)
+        else:
+            state.queue.discard(sequence)
+        state.load.num_requests -= 1
+        state.load.num_tokens -= sequence.goal
+        waiting, sequence.forks = sequence.forks, []
+        for leader in grouped(waiting):
+            state.queue.push(leader)
+        return sequence

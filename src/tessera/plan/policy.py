@@ -1,0 +1,100 @@
+"""Who goes first, who waits, and which DP rank takes a request. Choices are rows of tables."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tessera.plan.request import Sequence
+
+Key = tuple[int, ...]
+MOST_REORDERED = 128  # a longer queue keeps first-come order: a match per waiting request is too dear
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Order of a queue: `key(sequence, cached tokens)`, smallest first. `matches`: it depends on the prefix tree."""
+
+    key: Callable[[Sequence, int], Key]
+    matches: bool = False
+
+
+def standing(sequence: Sequence) -> Key:
+    """Place among all: higher priority first, then first come. Who stands last is preempted first."""
+    return (-sequence.priority, sequence.arrival)
+
+
+def _first_come(sequence: Sequence, cached: int) -> Key:
+    return standing(sequence)
+
+
+def _longest_prefix(sequence: Sequence, cached: int) -> Key:
+    # what was preempted has waited once already, and goes before the rest
+    return (-sequence.priority, not sequence.entered, -cached, sequence.arrival)
+
+
+POLICIES = {
+    "fcfs": Policy(_first_come),
+    "priority": Policy(_first_come),
+    "lpm": Policy(_longest_prefix, matches=True),
+}
+
+
+class Queue:
+    """Sequences that wait for a row, best first. Removal is lazy."""
+
+    def __init__(self, policy: str) -> None:
+        self._policy = POLICIES[policy]
+        self._heap: list[tuple[Key, Sequence]] = []
+        self.num_waiting = 0
+
+    def push(self, sequence: Sequence) -> None:
+        """Adds a sequence."""
+        heapq.heappush(self._heap, (self._policy.key(sequence, 0), sequence))
+        self.num_waiting += 1
+
+    def discard(self, sequence: Sequence) -> None:
+        """Takes out a sequence that is no longer live."""
+        assert not sequence.live
+        self.num_waiting -= 1
+
+    def head(self) -> Sequence | None:
+        """Who goes next."""
+        while self._heap and not self._heap[0][1].live:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> None:
+        """Takes out the head."""
+        heapq.heappop(self._heap)
+        self.num_waiting -= 1
+
+    def reorder(self, match: Callable[[Sequence], int]) -> None:
+        """Sorts anew by what the prefix tree holds now, where the policy depends on it."""
+        if not self._policy.matches or self.num_waiting > MOST_REORDERED:
+            return
+        live = [s for _, s in self._heap if s.live]
+        self._heap = [(self._policy.key(s, match(s)), s) for s in live]
+        heapq.heapify(self._heap)
+
+    def waiting(self) -> list[Sequence]:
+        """Live members in no order."""
+        return [s for _, s in self._heap if s.live]
+
+
+@dataclass(slots=True)
+class Load:
+    """What a DP rank has taken on: requests, and the positions they compute at most."""
+
+    dp_rank: int
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_taken: int = 0
+
+
+BALANCES: dict[str, Callable[[Load], Key]] = {
+    "round_robin": lambda load: (load.num_taken, load.dp_rank),
+    "total_requests": lambda load: (load.num_requests, load.num_taken, load.dp_rank),
+    "total_tokens": lambda load: (load.num_tokens, load.num_taken, load.dp_rank),
+}

@@ -1,0 +1,121 @@
+"""A sequence: one choice of a request, wherever it is (queued, in a row, waiting for its fork)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tessera.core.messages import FinishReason, Output, SamplingParams, Submit, choice_seed
+from tessera.plan.prefix import Node
+from tessera.plan.step import Ints
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request.
+
+    `tokens`: what was known when it was last outside a row (prompt, and what was generated before a preemption).
+    `goal`: number of positions it computes at most; the token drawn last is never computed. `draws`: False when the
+    prompt is only scored. `forks`: choices that wait until all of the prompt but its last token is computed here; each
+    then computes that token itself. `leader` is who they wait for. `num_computed` is kept while a prompt is being
+    computed; the row table has it later.
+    `node`: deepest node of the prefix tree whose page it holds, `num_published` pages deep.
+    """
+
+    request_id: str
+    choice: int
+    tokens: Ints
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    goal: int
+    arrival: int
+    priority: int = 0
+    namespace: str = ""
+    forks: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
+    row: int = -1
+    slot: int = -1
+    num_computed: int = 0
+    num_cached: int = 0
+    num_published: int = 0
+    node: Node | None = None
+    dp_rank: int = 0
+    entered: bool = False
+    live: bool = True
+
+    @property
+    def draws(self) -> bool:
+        """Tokens are drawn; False when the prompt is only scored."""
+        return self.params.max_new_tokens > 0
+
+    @property
+    def num_known(self) -> int:
+        """Tokens known when it was last outside a row."""
+        return len(self.tokens)
+
+    @property
+    def target(self) -> int:
+        """Position that the computation of its prompt runs to: one short of the known tokens while forks wait."""
+        return len(self.tokens) - bool(self.forks)
+
+    @property
+    def logits_from(self) -> int:
+        """First position whose logits are needed. Prompt logprobs are the first choice's and are given once."""
+        last = len(self.tokens) - 1
+        if self.params.prompt_logprobs < 0 or self.choice or len(self.tokens) > self.num_prompt:
+            return last
+        return min(max(self.params.logprob_start - 1, 0), last)
+
+    def lead(self, others: list[Sequence]) -> None:
+        """Others wait to fork from this one, which waits for nobody."""
+        self.leader, self.forks = None, others
+        for other in others:
+            other.leader = self
+
+    def end(self, reason: FinishReason, error: str | None = None) -> Output:
+        """The output that ends it."""
+        return Output(
+            self.request_id,
+            self.choice,
+            [],
+            finish=reason,
+            num_prompt=self.num_prompt,
+            num_cached=self.num_cached,
+            error=error,
+        )
+
+
+def choices(submit: Submit, max_context: int, arrival: int) -> list[Sequence]:
+    """The sequences of a request, first choice first; `arrival` counts on from the one given."""
+    tokens = np.array(submit.tokens, np.int32)
+    num_prompt, params = len(tokens), submit.params
+    goal = max(min(num_prompt + params.max_new_tokens, max_context) - 1, num_prompt)
+    return [
+        Sequence(
+            submit.request_id,
+            i,
+            tokens,
+            num_prompt,
+            params,
+            choice_seed(params.seed, i),
+            goal,
+            arrival + i,
+            submit.priority,
+            submit.namespace,
+        )
+        for i in range(submit.n)
+    ]
+
+
+def grouped(sequences: list[Sequence]) -> list[Sequence]:
+    """Choices that share a prompt and wait together: the first leads, the others fork from it. Returns what to queue.
+
+    A prompt of one token leaves nothing to share.
+    """
+    if not sequences or sequences[0].num_prompt == 1:
+        return sequences
+    first, rest = sequences[0], sequences[1:]
+    first.lead(rest)
+    return [first]

@@ -1,0 +1,177 @@
+"""The planner: `apply(events)` takes what happened, `next_step()` gives what all ranks run next. No clock, no I/O.
+
+A step may be planned while `max_in_flight - 1` others run. Decodes advance without their tokens being known; lengths
+are known, so nothing is planned past them; a sequence that ends by a stop token has at most `max_in_flight - 1`
+overshoot ranges in flight, whose results are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from tessera.core.messages import Abort, FinishReason, Flush, Output, Stop, Submit
+from tessera.plan.config import PlannerConfig
+from tessera.plan.dp_rank import DpRank, InFlight
+from tessera.plan.policy import BALANCES
+from tessera.plan.request import Sequence, choices, grouped
+from tessera.plan.step import Clock, Event, Step, StepDone
+
+__all__ = ["Planner", "PlannerConfig"]
+
+
+class Planner:
+    """Plans the steps of one instance. State is kept by DP rank; only admission looks at all of them."""
+
+    def __init__(self, config: PlannerConfig) -> None:
+        self.config = config
+        self.ranks = [DpRank(config, i) for i in range(config.num_dp)]
+        self.now = 0.0
+        self._stop_at: float | None = None
+        self._requests: dict[str, list[Sequence]] = {}
+        self._in_flight: deque[list[InFlight]] = deque()
+        self._index = 0
+        self._arrivals = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps planned and not yet done."""
+        return len(self._in_flight)
+
+    @property
+    def idle(self) -> bool:
+        """No request is here and no step is in flight."""
+        return not self._requests and not self._in_flight
+
+    @property
+    def stopping(self) -> bool:
+        """`Stop` came: nothing new is accepted. The engine may end when it is idle too."""
+        return self._stop_at is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests and forked-off choices that wait for a row."""
+        return sum(rank.state.queue.num_waiting for rank in self.ranks)
+
+    def apply(self, events: Iterable[Event]) -> list[Output]:
+        """Takes events in order; returns the outputs of sequences that end here and not on a rank (refused, aborted,
+        scored prompts), to be sent after those of the ranks for the steps among `events`."""
+        outputs: list[Output] = []
+        for event in events:
+            match event:
+                case StepDone():
+                    outputs += self._step_done(event)
+                case Submit():
+                    outputs += self._submit(event)
+                case Abort():
+                    outputs += self._abort(event)
+                case Clock():
+                    assert event.now >= self.now, f"the clock went back from {self.now} to {event.now}"
+                    self.now = event.now
+                case Flush():
+                    for rank in self.ranks:
+                        rank.state.prefix.flush()
+                case Stop():
+                    self._stop_at = self.now + event.deadline_s
+            if self._stop_at is not None and self.now >= self._stop_at:
+                outputs += self._abort_all()
+        return outputs
+
+    def next_step(self) -> Step | None:
+        """The next step; None when `max_in_flight` steps are, or nothing can be computed now."""
+        if len(self._in_flight) >= self.config.max_in_flight:
+            return None
+        planned = [rank.plan(self._index) for rank in self.ranks]
+        if not any(len(part.rows) for part, _ in planned):
+            return None
+        step = Step(self._index, tuple(part for part, _ in planned))
+        self._in_flight.append([record for _, record in planned])
+        self._index += 1
+        return step
+
+    def check(self) -> None:
+        """Raises AssertionError when a page, a slot or a row is lost, held twice or written by two."""
+        live = {id(s) for sequences in self._requests.values() for s in sequences}
+        found: list[Sequence] = []
+        for rank in self.ranks:
+            rank.state.check()
+            members = [*rank.state.queue.waiting(), *rank.state.table.running()]
+            members += [fork for s in members for fork in s.forks]
+            assert len(members) == rank.state.load.num_requests
+            assert sum(s.goal for s in members) == rank.state.load.num_tokens
+            found += members
+        assert len(found) == len(live), "a sequence is in two places, or in none"
+        assert {id(s) for s in found} == live, "sequences and requests differ"
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _submit(self, submit: Submit) -> list[Output]:
+        sequences = choices(submit, self.config.max_context, self._arrivals)
+        error = self._refusal(submit, sequences)
+        if error is not None:
+            return [s.end("error", error) for s in sequences]
+        self._arrivals += submit.n
+        self._requests[submit.request_id] = list(sequences)
+        balance = BALANCES[self.config.load_balance]
+        rank = self.ranks[0] if len(self.ranks) == 1 else min(self.ranks, key=lambda r: balance(r.state.load))
+        rank.state.load.num_taken += 1
+        for leader in grouped(sequences):
+            rank.add(leader)
+        return []
+
+    def _refusal(self, submit: Submit, sequences: list[Sequence]) -> str | None:
+        """Why a request can never be served here, or not now."""
+        config, num_prompt = self.config, len(submit.tokens)
+        if self._stop_at is not None:
+            return "the engine is stopping and accepts no new requests"
+        if submit.request_id in self._requests:
+            return f"request id '{submit.request_id}' is in use; ids must be unique among requests under way"
+        if not num_prompt:
+            return "the prompt has 0 tokens; at least 1 is needed"
+        if num_prompt + 1 > config.max_context:
+            return (
+                f"the prompt has {num_prompt} tokens; at most {config.max_context - 1} are allowed, so that one more "
+                f"fits in the context of {config.max_context}"
+            )
+        needed, allowed = config.pages_for(sequences[0].goal), config.num_pages - 1
+        if needed > allowed:
+            return (
+                f"a prompt of {num_prompt} tokens with max_new_tokens {submit.params.max_new_tokens} needs {needed} "
+                f"pages of {config.page_size} tokens; the pool has {allowed}. Ask for fewer tokens, or enlarge the pool"
+            )
+        if 0 < config.max_queued <= self.num_waiting:
+            return f"the queue is full: {self.num_waiting} requests wait, {config.max_queued} may. Try again later"
+        return None
+
+    def _abort(self, abort: Abort) -> list[Output]:
+        sequences = self._requests.get(abort.request_id, [])
+        return [
+            self._ended(self.ranks[s.dp_rank].remove(s), abort.reason)
+            for s in list(sequences)
+            if abort.choice is None or s.choice == abort.choice
+        ]
+
+    def _abort_all(self) -> list[Output]:
+        return [out for request_id in list(self._requests) for out in self._abort(Abort(request_id))]
+
+    def _ended(self, sequence: Sequence, reason: FinishReason) -> Output:
+        self._forget(sequence)
+        return sequence.end(reason)
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequences = self._requests[sequence.request_id]
+        sequences.remove(sequence)
+        if not sequences:
+            del self._requests[sequence.request_id]
+
+    def _step_done(self, done: StepDone) -> list[Output]:
+        records = self._in_flight.popleft()
+        outputs = []
+        for rank, record, part in zip(self.ranks, records, done.parts, strict=True):
+            assert record.index == done.index, f"step {done.index} came back, step {record.index} was next"
+            for sequence in rank.complete(record, part):
+                if sequence.draws:
+                    self._forget(sequence)
+                else:
+                    outputs.append(self._ended(sequence, "length"))
+        return outputs

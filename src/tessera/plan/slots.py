@@ -1,0 +1,48 @@
+"""The slot pool: one recurrent state per sequence in a row. Slot 0 is scratch and never given out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class SlotPool:
+    """`num_slots` slots, the scratch slot included; 0 for a model without recurrent state, which always has room."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._stack = np.arange(num_slots - 1, 0, -1, dtype=np.int32)
+        self.num_free = max(num_slots - 1, 0)
+
+    @property
+    def has_room(self) -> bool:
+        """One more sequence can have a slot, or needs none."""
+        return self.num_free > 0 or self.num_slots == 0
+
+    @property
+    def num_used(self) -> int:
+        """Slots that a sequence holds."""
+        return max(self.num_slots - 1, 0) - self.num_free
+
+    def take(self) -> int:
+        """A free slot; -1 for a model without recurrent state."""
+        if self.num_slots == 0:
+            return -1
+        assert self.num_free, "no slot is free"
+        self.num_free -= 1
+        return int(self._stack[self.num_free])
+
+    def drop(self, slot: int) -> None:
+        """Give a slot back."""
+        if slot >= 0:
+            self._stack[self.num_free] = slot
+            self.num_free += 1
+
+    def check(self, held: Sequence[int]) -> None:
+        """Conservation, given the slots that sequences hold."""
+        if self.num_slots == 0:
+            assert all(slot == -1 for slot in held), "a slot is held though there are none"
+            return
+        free = self._stack[: self.num_free].tolist()
+        assert sorted([*free, *held]) == list(range(1, self.num_slots)), "free and held slots are not all, each once"
