@@ -1,0 +1,42 @@
+"""Builds a `Decoder` from a spec and the weights of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tessera.comm.base import Comm
+from tessera.core.mesh import Mesh
+from tessera.core.spec import DeltaSpec, ModelSpec
+from tessera.core.weights import weight_table
+from tessera.models.decoder import Decoder
+from tessera.models.parts import Tools, Weights
+from tessera.ops.backend import TORCH, Backend
+from tessera.ops.linear import PackedLinear, pack_reference
+from tessera.ops.rope import rope_tables
+
+
+def build_model(
+    spec: ModelSpec,
+    mesh: Mesh,
+    rank: int,
+    tensors: Mapping[str, Tensor | PackedLinear],
+    comm: Comm,
+    backend: Backend = TORCH,
+    max_positions: int | None = None,
+) -> Decoder:
+    """The model on rank `rank` of `mesh`, from what `models/load.py` loaded. Serves up to `max_positions` positions.
+
+    A tied head multiplies with the embedding's own rows, unpacked: packing would keep a second copy.
+    """
+    weights = Weights({t.name: t for t in weight_table(spec, mesh)}, tensors, mesh, rank)
+    embed = weights.tensor("embed")
+    positions = max_positions or spec.max_positions
+    ropes = {
+        rope: rope_tables(rope.dim, positions, rope.theta, rope.scaling, embed.dtype, embed.device)
+        for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
+    }
+    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred)
+    head = pack_reference(embed) if spec.tied else weights.linear("head")
+    return Decoder(spec, weights, tools, head)

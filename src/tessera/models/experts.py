@@ -1,0 +1,62 @@
+"""Mixture of experts. T tokens, E experts, k experts a token.
+
+Each rank computes its share of the experts it holds, and its share of the shared expert; one sum joins all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.core.spec import MoESpec
+from tessera.models.layers import GatedMLP
+from tessera.models.parts import Tools, Waits, Weights
+from tessera.ops.linear import linear
+from tessera.ops.moe import route
+from tessera.ops.precision import wide
+
+
+class MoE:
+    """Routed experts, plus a shared one where the model has it."""
+
+    def __init__(self, spec: MoESpec, weights: Weights, tools: Tools) -> None:
+        self.spec, self.tools = spec, tools
+        self.router = weights.linear("router")
+        self.bias = weights.tensor("router_bias") if spec.router.bias else None
+        self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
+        self.local = self._local_ids(weights.held("experts_in"))
+        self.shared = GatedMLP(weights.at("shared")) if spec.shared else None
+        self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
+
+    def __call__(self, x: Tensor) -> Waits[Tensor]:
+        """x [T, hidden] -> [T, hidden]."""
+        ids, scores = self._route(x)
+        part = self.tools.backend.experts(x, self.w_in, self.w_out, self.local[ids], scores)
+        if self.shared is not None:
+            shared = self.shared.part(x)
+            if self.shared_gate is not None:
+                shared = linear(x, self.shared_gate).sigmoid() * shared
+            part = part + shared
+        return (yield self.tools.comm.sum([part], "tp"))
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [T, k] by their number in the model, and their weights."""
+        r = self.spec.router
+        logits = linear(x.to(wide(x.dtype)) if r.wide else x, self.router)
+        return route(
+            logits,
+            r.top_k,
+            scoring=r.score,
+            bias=self.bias,
+            num_groups=r.num_groups,
+            top_groups=r.top_groups,
+            group_score=r.group_score,
+            normalize=r.normalise,
+            scale=r.scale,
+        )
+
+    def _local_ids(self, held: list[int]) -> Tensor:
+        """[E]: where this rank keeps each expert, -1 for those held elsewhere."""
+        local = torch.full((self.spec.router.num_experts,), -1, dtype=torch.int64)
+        local[held] = torch.arange(len(held))
+        return local.to(self.w_in.device)

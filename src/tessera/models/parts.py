@@ -1,0 +1,106 @@
+"""What the layers of a model share: weights by name with their layouts, a step's inputs, and the driver of generators."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from tessera.comm.base import Comm, Handle
+from tessera.core.layout import Dim
+from tessera.core.mesh import Mesh
+from tessera.core.spec import RopeSpec
+from tessera.core.tensors import TensorSpec
+from tessera.models.forms import Forms
+from tessera.ops.backend import Backend
+from tessera.ops.linear import PackedLinear
+from tessera.ops.rope import RopeTables
+from tessera.ops.segments import Segments
+
+Result = TypeVar("Result")
+Waits = Generator[Handle, Tensor, Result]  # yields what it waits for, is sent the tensor, returns a Result
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tiles of one rank by run-time name, and what their layouts say. "linear" tensors may be packed."""
+
+    table: Mapping[str, TensorSpec]
+    tensors: Mapping[str, Tensor | PackedLinear]
+    mesh: Mesh
+    rank: int
+    prefix: str = ""
+
+    def at(self, name: str) -> Weights:
+        """The weights under `name`."""
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tile that is a plain tensor."""
+        tile = self.tensors[self.prefix + name]
+        assert isinstance(tile, Tensor), f"{self.prefix}{name} is packed"
+        return tile
+
+    def linear(self, name: str) -> PackedLinear:
+        """A tile that was prepared for `ops.linear`."""
+        tile = self.tensors[self.prefix + name]
+        assert isinstance(tile, PackedLinear), f"{self.prefix}{name} is not packed"
+        return tile
+
+    def slices(self, name: str, dim: int = 0) -> dict[str, slice]:
+        """Where each section of a dim lies in the tile."""
+        return self._dim(name, dim).local(*self._place(name, dim))
+
+    def units(self, name: str, dim: int = 0) -> dict[str, int]:
+        """Units of each section in the tile."""
+        return self._dim(name, dim).local_units(*self._place(name, dim))
+
+    def held(self, name: str, dim: int = 0) -> list[int]:
+        """The units of a dim of one section that the tile holds, in order."""
+        (section,) = self._dim(name, dim).sections
+        return list(section.held(*self._place(name, dim)))
+
+    def _dim(self, name: str, dim: int) -> Dim:
+        return self.table[self.prefix + name].layout.dims[dim]
+
+    def _place(self, name: str, dim: int) -> tuple[int, int]:
+        axis = self._dim(name, dim).axis
+        return self.mesh.size_of(axis), self.mesh.coordinate(self.rank, axis)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What layers compute and talk with. `eps`, `zero_centred`: of the model's norms."""
+
+    comm: Comm
+    backend: Backend
+    ropes: Mapping[RopeSpec, RopeTables]
+    eps: float
+    zero_centred: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step as layers see it: its ranges, the caches by `CacheSpec.name`, and the form of each op."""
+
+    segments: Segments
+    caches: Mapping[str, Tensor]
+    forms: Forms
+
+    def rotation(self, rope: RopeSpec, tables: RopeTables) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, dim / 2] of the step's tokens, looked up once for all layers."""
+        at = self.segments.positions
+        return self.segments.once(("rope", rope), lambda: (tables.cos[at][:, None], tables.sin[at][:, None]))
+
+
+def drain(waits: Waits[Result]) -> Result:
+    """Runs a generator alone: waits where it waits."""
+    try:
+        handle = next(waits)
+        while True:
+            handle = waits.send(handle.wait())
+    except StopIteration as end:
+        result: Result = end.value
+        return result

@@ -1,0 +1,39 @@
+"""Where weights come from: a checkpoint in safetensors, or noise. A source copies boxes of named tensors; it keeps none.
+
+Tensors are seen as matrices [rows, columns] (further dims flattened into columns, a vector as one column).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+Span = tuple[int, int]  # start, length
+
+BLOCK_BYTES = 1 << 25  # what is read at a time: small beside any model, large beside the cost of a read
+
+
+class Source(Protocol):
+    """Named tensors that can be copied in boxes. Names are the canonical ones of `core/weights.py`."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor; None when there is none of that name."""
+        ...
+
+    def copy(self, name: str, rows: Span, columns: Span, out: Tensor) -> None:
+        """Writes the box of tensor `name` into `out` [rows, columns], converting to its dtype."""
+        ...
+
+    def leftovers(self, used: Iterable[str]) -> list[str]:
+        """Names that none of the tensors `used` accounts for."""
+        ...
+
+
+def blocks(rows: Span, row_bytes: int) -> Iterator[Span]:
+    """The rows in blocks of about `BLOCK_BYTES`."""
+    step = max(1, BLOCK_BYTES // row_bytes)
+    start, length = rows
+    for at in range(start, start + length, step):
+        yield at, min(step, start + length - at)

@@ -1,0 +1,83 @@
+"""Runs a `Decoder` over pages and slots without the run room: one sequence or several, in ranges of any length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.comm.base import Comm
+from tessera.comm.single import SingleComm
+from tessera.core.mesh import SINGLE, Mesh
+from tessera.core.spec import ModelSpec
+from tessera.core.tensors import CacheSpec, cache_dtypes, cache_table
+from tessera.core.weights import weight_table
+from tessera.models.build import build_model
+from tessera.models.decoder import Decoder
+from tessera.models.load import load_weights
+from tessera.models.parts import drain
+from tessera.models.source import Source
+from tessera.ops.backend import TORCH, Backend
+from tessera.ops.segments import make_segments
+
+PAGE = 4
+
+
+@dataclass
+class Rank:
+    """A model on one rank with pools for `sequences` sequences of up to `length` tokens, pages in a scattered order."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    caches: dict[str, Tensor]
+    tables: np.ndarray
+    computed: list[int] = field(default_factory=list)
+
+    def run(self, ranges: list[tuple[int, list[int]]]) -> Tensor:
+        """Computes the next tokens of some sequences, in one step: logits [T, V] of all of them."""
+        sequences = np.array([s for s, _ in ranges])
+        starts = np.array([self.computed[s] for s in sequences], np.int32)
+        lengths = np.array([len(tokens) for _, tokens in ranges], np.int32)
+        segments = make_segments(starts, lengths, self.tables[sequences], (sequences + 1).astype(np.int32), PAGE)
+        flat = torch.tensor([t for _, tokens in ranges for t in tokens], dtype=torch.int32)
+        with torch.inference_mode():
+            hidden = drain(self.decoder.hidden(flat, segments, self.caches))
+            logits = self.decoder.logits(hidden)
+        for s, tokens in ranges:
+            self.computed[s] += len(tokens)
+        return logits
+
+    def chunks(self, sequence: int, tokens: list[int], size: int) -> Tensor:
+        """Computes `tokens` in ranges of `size`: logits [T, V]."""
+        return torch.cat([self.run([(sequence, tokens[i : i + size])]) for i in range(0, len(tokens), size)])
+
+
+def make_rank(
+    spec: ModelSpec,
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    mesh: Mesh = SINGLE,
+    rank: int = 0,
+    comm: Comm | None = None,
+    backend: Backend = TORCH,
+    sequences: int = 2,
+    length: int = 160,
+) -> Rank:
+    """Loads a rank's weights from `source` and makes its pools."""
+    tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, pack_linear=backend.pack)
+    decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, max_positions=length)
+    pages = -(-length // PAGE)
+    dtypes = cache_dtypes(spec, str(dtype).removeprefix("torch."))
+    caches = {c.name: _pool(c, mesh, rank, pages, sequences) for c in cache_table(spec, PAGE, dtypes)}
+    shuffled = np.random.default_rng(0).permutation(sequences * pages) + 1
+    return Rank(spec, decoder, caches, shuffled.reshape(sequences, pages).astype(np.int32), [0] * sequences)
+
+
+def _pool(cache: CacheSpec, mesh: Mesh, rank: int, pages: int, sequences: int) -> Tensor:
+    count = 1 + sequences * (pages if cache.kind == "page" else 1)
+    shape = (count, *cache.layout.local_shape(mesh, rank))
+    dtype = getattr(torch, cache.dtype)
+    # Pages hold rubbish until they are written; a sequence's slot starts from nothing.
+    return torch.randn(shape).to(dtype) if cache.kind == "page" else torch.zeros(shape, dtype=dtype)
