@@ -1,7 +1,7 @@
 """Random weights (`--load-format dummy`): no checkpoint is needed, and every layout sees the same whole model.
 
 An element is a pure function of (seed, tensor name, index), so ranks draw parts of the same tensors. A buffer of normal
-noise of prime length is read round and round from a start that depends on the name, so that copying is as fast as memory.
+noise of prime length is read round and round from a start that depends on the name: as fast as memory copies.
 """
 
 from __future__ import annotations

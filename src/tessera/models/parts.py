@@ -1,4 +1,4 @@
-"""What the layers of a model share: weights by name with their layouts, a step's inputs, and the driver of generators."""
+"""What layers share: weights by name with their layouts, a step's inputs, and the driver of generators."""
 
 from __future__ import annotations
 

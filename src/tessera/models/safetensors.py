@@ -186,7 +186,7 @@ def _files(folder: Path) -> list[Path]:
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise ModelError(
-                f"{folder}: {INDEX} names {len(missing)} files that are not there: {', '.join(missing[:5])}"
+                f"{folder}: {INDEX} names {len(missing)} missing files: {', '.join(missing[:5])}"
             )
         return paths
     paths = sorted(folder.glob("*.safetensors"))

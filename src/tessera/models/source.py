@@ -1,4 +1,4 @@
-"""Where weights come from: a checkpoint in safetensors, or noise. A source copies boxes of named tensors; it keeps none.
+"""Where weights come from: a checkpoint in safetensors, or noise. A source copies boxes of tensors and keeps none.
 
 Tensors are seen as matrices [rows, columns] (further dims flattened into columns, a vector as one column).
 """
