@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -54,39 +57,52 @@ def fixed_seeds() -> None:
 # They belong to libraries and live as long as the process.
 LASTING_THREADS = ("tqdm_monitor", "QueueManagerThread", "pytest_timeout", "AnyIO worker thread", "hf-")
 LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+PATIENCE_S = 3.0
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """A test that leaves a thread or a child process behind fails. Fixtures of a wider scope may keep theirs."""
-    threads, children = _threads(), _children()
+    """A test that leaves a thread or a child process behind fails. Fixtures of a wider scope may keep theirs.
+
+    A child left behind is killed, so that it does not disturb the tests that follow.
+    """
+    before = _running()
     yield
-    deadline = time.monotonic() + 3
-    while (left := _names(_threads() - threads, _children() - children)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := _running(without=before)) and time.monotonic() < deadline:
         time.sleep(0.02)
+    for kind, number in left:
+        if kind == "process":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
     if left:
-        pytest.fail("left running: " + ", ".join(left), pytrace=False)
+        what = sorted(f"{kind} {number} ({name})" for (kind, number), name in left.items())
+        pytest.fail("left running: " + ", ".join(what), pytrace=False)
 
 
-def _threads() -> set[threading.Thread]:
-    return {t for t in threading.enumerate() if not t.name.startswith(LASTING_THREADS)}
+Running = dict[tuple[str, int], str]
 
 
-def _children() -> set[int]:
-    return {int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()}
+def _running(without: Running | None = None) -> Running:
+    """Threads, child processes, and processes that a fork server started for us."""
+    found = {
+        ("thread", thread.ident or 0): thread.name
+        for thread in threading.enumerate()
+        if not thread.name.startswith(LASTING_THREADS)
+    }
+    for file in Path("/proc/self/task").glob("*/children"):
+        for pid in _read(file).split():
+            command = _read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
+            ended = _read(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1] in ("", "Z", "X")
+            if not ended and not any(name in command for name in LASTING_PROCESSES):
+                found["process", int(pid)] = command
+    found |= {("process", child.pid or 0): child.name for child in multiprocessing.active_children()}
+    return {key: name for key, name in found.items() if key not in (without or {})}
 
 
-def _names(threads: set[threading.Thread], children: set[int]) -> list[str]:
-    commands = {pid: _command(pid) for pid in children}
-    return [
-        *(f"thread {t.name}" for t in threads),
-        *(f"process {pid} ({c})" for pid, c in commands.items() if c and not any(n in c for n in LASTING_PROCESSES)),
-    ]
-
-
-def _command(pid: int) -> str:
-    """The command line; empty for a process that has ended."""
+def _read(file: Path) -> str:
+    """The text of a file of /proc; empty when its process has ended."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return file.read_text(errors="replace")
     except OSError:
         return ""
