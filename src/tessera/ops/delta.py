@@ -6,16 +6,12 @@ State lives in slots; each op reads and writes only the slots of its segments. A
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from tessera.ops.delta_forms import Form, Inputs, chunked, plan, recurrent
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
-
-Form = Literal["recurrent", "chunked"]
-
 
 def l2norm(x: Tensor) -> Tensor:
     """`x * rsqrt(sum(x^2) + 1e-6)` over the last dim."""
@@ -73,5 +69,51 @@ def gated_delta_rule_reference(
     return out
 
 
-causal_conv = causal_conv_reference
-gated_delta_rule = gated_delta_rule_reference
+def causal_conv(x: Tensor, weight: Tensor, state: Tensor, segments: Segments) -> Tensor:
+    """See `causal_conv_reference`: each segment's window and columns side by side in one strip, K shifted products."""
+    dtype, width = wide(x.dtype), state.shape[-1]
+    new, before, after = segments.once(("conv", width), lambda: _strip(segments, width))
+    slots = segments.once("slots", segments.slots.long)
+    strip = torch.empty(len(new) + before.numel(), x.shape[1], dtype=dtype, device=x.device)
+    strip[before] = state[slots].transpose(1, 2).to(dtype)
+    strip[new] = x.to(dtype)
+    taps = weight.to(dtype).T
+    y = strip[width:] * taps[width]
+    for j in range(width):
+        y.addcmul_(strip[j : j - width], taps[j])
+    state.index_copy_(0, slots, strip[after].transpose(1, 2).to(state.dtype))
+    return torch.nn.functional.silu(y[new - width]).to(x.dtype)
+
+
+def _strip(segments: Segments, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the strip: of the tokens [T], of the windows before [S, K - 1] and after the step [S, K - 1]."""
+    cu, at = segments.cu_lengths.long(), torch.arange(width, device=segments.device)
+    shift = torch.arange(segments.num_segments + 1, device=segments.device) * width
+    new = torch.arange(segments.num_tokens, device=segments.device) + (segments.rows.long() + 1) * width
+    return new, (cu + shift)[:-1, None] + at, (cu + shift)[1:, None] - width + at
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    segments: Segments,
+    form: Form = "recurrent",
+) -> Tensor:
+    """See `gated_delta_rule_reference`. Segments run side by side, one token at a time or one chunk of 64 at a time.
+
+    "chunked" takes ranges of one token as the recurrence does: a chunk of one is the same product.
+    """
+    dtype = wide(torch.promote_types(v.dtype, state.dtype))
+    q = l2norm(q.to(dtype)) * q.shape[-1] ** -0.5
+    inputs = Inputs(q, l2norm(k.to(dtype)), v.to(dtype), g.to(dtype), beta.to(dtype))
+    out = torch.empty_like(v)
+    tokenwise, chunkwise = segments.once(("delta", form), lambda: plan(segments, form))
+    if tokenwise is not None:
+        recurrent(inputs, state, tokenwise, out)
+    if chunkwise is not None:
+        chunked(inputs, state, chunkwise, out)
+    return out
