@@ -117,6 +117,21 @@ def _refuse_value(flag: Flag, value: str, notes: Notes) -> None:
     notes.refuse((flag.spellings[0],), f"found {value!r}", f"{hint}Allowed: {', '.join(flag.choices)}.")
 
 
+def layered(*layers: Mapping[str, object]) -> dict[str, object]:
+    """Several mappings of flags as one; a later one wins, whatever the spellings. None asks for nothing."""
+    merged: dict[str, object] = {}
+    for layer in layers:
+        asked = {key: value for key, value in layer.items() if value is not None}
+        names = {_canonical(key) for key in asked}
+        merged = {key: value for key, value in merged.items() if _canonical(key) not in names} | asked
+    return merged
+
+
+def _canonical(key: str) -> str:
+    flag = BY_KEY.get(key.removeprefix("--").replace("-", "_"))
+    return flag.name if flag else key
+
+
 def suggestion(key: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: the nearest known ones."""
     wanted = key.removeprefix("--").replace("-", "_")

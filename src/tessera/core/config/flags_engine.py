@@ -98,9 +98,10 @@ MEMORY = (
 SCHEDULING = (
     Flag("max_running_requests", whole(1), None, "Most sequences in a step (rows of the row table).", "scheduling"),
     Flag("max_queued_requests", whole(1), None, "Most requests that wait; more are refused with 503.", "scheduling"),
-    Flag("chunked_prefill_size", whole(1, also=(-1,)), None, "Most tokens of a step that holds prompts; -1: prompts are not cut.",
-         "scheduling"),
-    Flag("max_prefill_tokens", whole(1), 16384, "Most prompt tokens of a step (a prompt that is not cut may exceed it, alone).", "scheduling"),
+    Flag("chunked_prefill_size", whole(1, also=(-1,)), None,
+         "Most tokens of a step that holds prompts; -1: prompts are not cut.", "scheduling"),
+    Flag("max_prefill_tokens", whole(1), 16384,
+         "Most prompt tokens of a step (a prompt that is not cut may exceed it, alone).", "scheduling"),
     Flag("enable_mixed_chunk", switch, False, "Running decodes ride along with a prefill chunk.", "scheduling"),
     Flag("schedule_policy", text, "fcfs", "Order in which waiting requests start, within a priority.", "scheduling",
          choices=("fcfs", "lpm", "priority"),
@@ -121,7 +122,8 @@ SCHEDULING = (
 )  # fmt: skip
 
 KERNELS = (
-    Flag("attention_backend", text, "auto", "Attention kernels.", "kernels", choices=("auto", "torch", "torch_native"),
+    Flag("attention_backend", text, "auto", "Attention kernels; reference: the plain twin of every operation, slow.",
+         "kernels", choices=("auto", "torch", "torch_native", "reference"),
          unbuilt=("triton", "flashinfer", "fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha",
                                      "trtllm_mla", "intel_amx"), instead=TORCH),
     Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels", choices=("auto", "torch"),

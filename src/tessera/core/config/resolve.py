@@ -177,7 +177,7 @@ def _scheduling(
 def _kernels(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> KernelConfig:
     chosen = {}
     for name in ("attention_backend", "linear_attn_backend", "moe_runner_backend", "sampling_backend"):
-        chosen[name] = "torch"
+        chosen[name] = "reference" if values.word(name) == "reference" else "torch"
         if values.word(name) == "auto" and (name != "linear_attn_backend" or spec.recurrent):
             notes.decide(name.replace("_", "-"), "torch", f"the one that this build has on {device}")
     if values.text("quantization") == "fp8" and spec.block is None:
