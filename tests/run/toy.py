@@ -1,6 +1,6 @@
 """A model of a few lines whose every token depends on everything before it, through pages and through a slot.
 
-Pages hold the tokens, the slot a running hash of them; the logits are noise seeded with both. Whoever reads a wrong page,
+Pages hold the tokens, the slot a running hash of them; the logits are noise seeded with both. Who reads a wrong page,
 a stale slot or a wrong position gets other tokens.
 """
 

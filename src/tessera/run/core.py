@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from tessera.core.config.types import Resolved
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
+from tessera.core.spec import ModelSpec
+from tessera.models.load import Progress
+from tessera.models.source import Source
+from tessera.plan.scheduler import Planner
+from tessera.run.build import build_runner, planner_config
 from tessera.run.inbox import Inbox
-from tessera.run.loop import failures
-
-if TYPE_CHECKING:
-    from tessera.core.config import Config
+from tessera.run.loop import StepLoop, failures
+from tessera.run.report import Reporter
 
 
 class EngineCore:
-    """Builds everything of one instance from a resolved configuration: spec, weights, pools, planner, runner, loop.
+    """Builds everything of one instance from a resolved configuration: weights, pools, planner, runner, loop.
 
     `sink(message)` is called from the thread in `run()`: `Ready` first, then `Outputs`, `StepReport`, `Tick`, and
-    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`.
+    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. `debug`: slots are watched and the
+    planner is checked at every turn.
     """
 
-    def __init__(self, config: Config, sink: Callable[[Outbound], None]) -> None:
-        self.config = config
+    def __init__(
+        self,
+        resolved: Resolved,
+        spec: ModelSpec,
+        source: Source,
+        sink: Callable[[Outbound], None],
+        progress: Progress | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.resolved, self.spec = resolved, spec
         self._sink = sink
         self._inbox = Inbox()
-        self._loop = build_loop(config, self._inbox, sink)
+        self.planner = Planner(planner_config(resolved.config))
+        self.runner = build_runner(resolved.config, spec, source, progress, debug=debug)
+        hook = self.planner.check if debug else None
+        in_flight = resolved.config.scheduling.max_in_flight
+        report = Reporter(self.planner)
+        self._loop = StepLoop(self.planner, self.runner, self._inbox, sink, report, in_flight, hook)
 
     def post(self, message: Inbound) -> None:
         """Hands a message to the loop. A `Submit` after the end is answered with an error output at once."""
@@ -34,7 +51,10 @@ class EngineCore:
 
     def run(self) -> None:
         """Blocks until `Stop` has been honoured or a step has failed. Never raises an `Exception`."""
-        self._loop.run(Ready(self.info()))
+        try:
+            self._loop.run(Ready(self.info()))
+        finally:
+            self.runner.close()
 
     @property
     def last_tick(self) -> float:
@@ -42,5 +62,12 @@ class EngineCore:
         return self._loop.last_tick
 
     def info(self) -> dict[str, object]:
-        """The resolved configuration with its decisions, and the sizes of what was built."""
-        return {}
+        """The resolved configuration with its decisions, and what the model is."""
+        return {
+            "config": self.resolved.config.public(),
+            "decisions": [str(decision) for decision in self.resolved.decisions],
+            "architecture": self.spec.architecture,
+            "vocab_size": self.spec.vocab_size,
+            "context_length": self.resolved.config.model.context_length,
+            "num_layers": len(self.spec.layers),
+        }

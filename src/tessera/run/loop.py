@@ -11,11 +11,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from tessera.core.messages import Fatal, Outbound, Output, Outputs, StepReport, Submit, Tick
 from tessera.plan.step import Clock, Event, Step, StepDone
 from tessera.run.inbox import Inbox
+from tessera.run.report import Tally
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +40,25 @@ class Plans(Protocol):
     def next_step(self) -> Step | None:
         """The next step, or None when there is nothing to do now."""
 
-    def report(self, step: Step, seconds: float) -> list[StepReport]:
-        """Numbers of a step that came back, one report per DP rank."""
+
+class Ticket(Protocol):
+    """A step under way."""
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """What it computes, per DP rank."""
 
 
-class Runs(Protocol):
+TicketT = TypeVar("TicketT", bound=Ticket)
+
+
+class Runs(Protocol[TicketT]):
     """What the loop needs of a runner."""
 
-    def launch(self, step: Step) -> Any:
-        """Starts a step and returns a ticket for it without waiting."""
+    def launch(self, step: Step) -> TicketT:
+        """Starts a step without waiting for it."""
 
-    def collect(self, launched: Any) -> tuple[StepDone, list[Output]]:
+    def collect(self, launched: TicketT) -> tuple[StepDone, list[Output]]:
         """Waits for a step and returns what it drew."""
 
     def drop(self, request_id: str, choice: int) -> None:
@@ -87,22 +96,26 @@ def failures(choices: Iterable[tuple[str, int]], why: str) -> list[Output]:
     return [Output(request_id, choice, [], finish="error", error=why) for request_id, choice in choices]
 
 
-class StepLoop:
+Report = Callable[[Step, list[Tally], list[Output], float], list[StepReport]]
+
+
+class StepLoop(Generic[TicketT]):
     """Runs steps until `Stop`, or until one fails. `turn_hook` is called after every turn (tests check there)."""
 
     def __init__(
         self,
         planner: Plans,
-        runner: Runs,
+        runner: Runs[TicketT],
         inbox: Inbox,
         sink: Callable[[Outbound], None],
+        report: Report,
         max_in_flight: int = 2,
         turn_hook: Callable[[], None] | None = None,
     ) -> None:
-        self.planner, self.runner, self.inbox, self.sink = planner, runner, inbox, sink
+        self.planner, self.runner, self.inbox, self.sink, self.report = planner, runner, inbox, sink, report
         self.max_in_flight = max_in_flight
         self.last_tick = time.monotonic()
-        self._flying: deque[tuple[Step, Any]] = deque()
+        self._flying: deque[tuple[Step, TicketT]] = deque()
         self._live = Live()
         self._last_collect = 0.0
         self._idle = True
@@ -159,7 +172,7 @@ class StepLoop:
         seconds, self._last_collect = now - self._last_collect, now
         self._send(outputs)
         self._settle(self.planner.apply([Clock(now), done]))
-        for report in self.planner.report(step, seconds):
+        for report in self.report(step, launched.tallies, outputs, seconds):
             self.sink(report)
 
     def _send(self, outputs: list[Output]) -> None:

@@ -21,6 +21,7 @@ from tessera.plan.step import Change, Ints, Step, StepDone
 from tessera.run.batch import Batch, make_batch
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
+from tessera.run.report import Tally, tally
 from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores, scored_only
 from tessera.run.rowparams import RowParams
 from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, plan_prompt_scores
@@ -54,13 +55,14 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A step under way. `drawn` and `scored`: whose each drawn and each prompt position is; `through`: sequences that
-    draw nothing and end with this step."""
+    draw nothing and end with this step. `tallies`: for logs."""
 
     index: int
     work: Work
     drawn: list[Sequence]
     scored: list[Sequence]
     through: list[Sequence]
+    tallies: list[Tally]
     result: Future[Download]
 
 
@@ -103,7 +105,15 @@ class Runner:
             plan = plan_draws(batch.draws, drawn, self.table, self.params, device)
             scores = plan_prompt_scores(scored, device) if scored else None
             work = Work(part.change, known, entered, batch, plan, scores)
-        return Launched(step.index, work, drawn, scored, through, self._executor.submit(lambda: self._execute(work)))
+        return Launched(
+            step.index,
+            work,
+            drawn,
+            scored,
+            through,
+            [tally(part, self.table)],
+            self._executor.submit(lambda: self._execute(work)),
+        )
 
     def _at(self, rows: Ints) -> list[Sequence]:
         sequences = [self.table.occupants[row] for row in rows.tolist()]
