@@ -1,0 +1,98 @@
+"""`/v1/completions`, whole and as a stream."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tessera.core.messages import TokenLogprobs
+from tessera.serve.answer import Answering, Delta
+from tessera.serve.formats import completion_logprobs, usage_body
+from tessera.serve.http import Call
+from tessera.serve.schema import Item, Request
+from tessera.serve.server import Server, new_id
+
+
+async def completions(server: Server, call: Call) -> None:
+    """Answers one call."""
+    request = server.reader.completion(await server.body(call))
+    await call.while_connected(_answer(server, call, request))
+
+
+async def _answer(server: Server, call: Call, request: Request) -> None:
+    rid = request.rid or new_id("cmpl")
+    maker = _Maker(server, request, rid)
+    with server.answering(request, rid) as answering:
+        if request.stream:
+            await maker.stream(call, answering)
+            return
+        answers = await answering.collect()
+        choices = [maker.choice(delta, first=True) for deltas in answers for delta in deltas]
+        await call.reply(200, maker.frame(choices, usage_body(answering.usage)))
+
+
+class _Maker:
+    """Builds the parts of one answer."""
+
+    def __init__(self, server: Server, request: Request, rid: str) -> None:
+        self._tokenizer = server.reader.tokenizer
+        self._request = request
+        self._head = {
+            "id": rid,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": server.options.served_model_name,
+        }
+        self._offsets: dict[tuple[int, int], int] = {}
+
+    def frame(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, show: bool = True) -> dict[str, Any]:
+        """An answer or a chunk."""
+        return {**self._head, "choices": choices, "usage": usage} if show else {**self._head, "choices": choices}
+
+    def choice(self, delta: Delta, first: bool) -> dict[str, Any]:
+        """One choice of an answer or a chunk; the first of a choice carries the echo."""
+        item = self._request.items[delta.item]
+        echo = self._request.echo and first
+        before = self._prompt_text(item) if echo else ""
+        made: dict[str, Any] = {
+            "index": delta.item * item.num_kept + delta.choice,
+            "text": before + delta.text,
+            "logprobs": self._logprobs(item, delta, echo),
+            "finish_reason": delta.finish,
+            "matched_stop": delta.matched,
+        }
+        if self._request.token_ids:
+            made["token_ids"] = delta.tokens
+        return made
+
+    async def stream(self, call: Call, answering: Answering) -> None:
+        """Chunk by chunk."""
+        request = self._request
+        begun = set()
+        async for delta in answering.deltas():
+            key = (delta.item, delta.choice)
+            usage = usage_body(answering.usage) if request.continuous_usage else None
+            show = request.include_usage or request.continuous_usage
+            await call.event(self.frame([self.choice(delta, key not in begun)], usage, show))
+            begun.add(key)
+        if request.include_usage:
+            await call.event(self.frame([], usage_body(answering.usage)))
+        await call.end_events()
+
+    def _prompt_text(self, item: Item) -> str:
+        if item.text is not None or self._tokenizer is None:
+            return item.text or ""
+        return self._tokenizer.decode(item.tokens, item.skip_special)
+
+    def _logprobs(self, item: Item, delta: Delta, echo: bool) -> dict[str, Any] | None:
+        top = self._request.logprobs
+        if top < 0:
+            return None
+        tokens: list[int] = delta.tokens
+        entries: list[TokenLogprobs] = delta.logprobs
+        if echo and delta.prompt_logprobs is not None:
+            tokens, entries = [*item.tokens, *tokens], [*delta.prompt_logprobs, *entries]
+        key = (delta.item, delta.choice)
+        made = completion_logprobs(self._tokenizer, tokens, entries, top, self._offsets.get(key, 0))
+        self._offsets[key] = self._offsets.get(key, 0) + sum(map(len, made["tokens"]))
+        return made

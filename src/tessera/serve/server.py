@@ -1,0 +1,137 @@
+"""The state that all endpoints share: the engine's client, the request reader, names, and what runs right now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tessera.core.errors import RequestError
+from tessera.core.messages import SamplingParams
+from tessera.serve.answer import Answering, EngineError
+from tessera.serve.client import EngineClient
+from tessera.serve.http import Call, Disconnected, UnavailableError
+from tessera.serve.metrics import Metrics
+from tessera.serve.schema import Item, Reader, Request
+
+log = logging.getLogger(__name__)
+ANY_MODEL = "default"  # SGLang's clients send this where the model does not matter
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the front process was told. `info`: the resolved configuration, as `/server_info` shows it."""
+
+    model_path: str
+    served_model_name: str
+    api_key: str | None = None
+    stream_interval: int = 1
+    watchdog_timeout: float = 300.0
+    log_requests: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Server:
+    """One model behind HTTP. `warm`: a real generation went through. `draining`: nothing new is taken."""
+
+    client: EngineClient
+    reader: Reader
+    options: Options
+    metrics: Metrics
+    warm: bool = False
+    draining: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
+    running: dict[str, list[Answering]] = field(default_factory=dict)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the server is not ready, or None."""
+        if self.client.failure is not None:
+            return str(self.client.failure)
+        if self.draining:
+            return "the server is shutting down"
+        if not self.warm:
+            return "the model is being loaded"
+        if self.client.stale:
+            allowed = self.options.watchdog_timeout
+            return f"the step loop has not ticked for {self.client.age:.1f} s (allowed: {allowed:g} s)"
+        return None
+
+    def require_ready(self) -> None:
+        """Raises UnavailableError when requests cannot be taken."""
+        if (trouble := self.trouble) is not None:
+            raise UnavailableError(trouble)
+
+    def require_model(self, name: str | None) -> None:
+        """Raises a 404 for a model that is not served."""
+        known = (None, "", ANY_MODEL, self.options.served_model_name, self.options.model_path)
+        if name not in known:
+            message = f"the model {name[:200]!r} is not served here; served: {self.options.served_model_name!r}"
+            raise RequestError(message, "model", 404)
+
+    async def body(self, call: Call) -> Any:
+        """The body of a call that needs a ready server."""
+        self.require_ready()
+        return await call.json(self.reader.limits.max_body)
+
+    @contextmanager
+    def answering(self, request: Request, rid: str) -> Iterator[Answering]:
+        """Submits a request and keeps account of it: metrics, log, `/abort_request`, drain."""
+        self.require_ready()
+        self.require_model(request.model)
+        if rid in self.running and request.rid is not None:
+            raise RequestError(f"rid {rid[:100]!r} is in flight already", "rid")
+        track = self.metrics.begin(request.items)
+        outcome = "error"
+        answering = Answering(
+            self.client, self.reader.tokenizer, request.items, self.options.stream_interval, track.observe
+        )
+        self.running.setdefault(rid, []).append(answering)
+        if self.options.log_requests:
+            log.info("Receive: rid=%s, #prompt: %d, params=%s", rid, len(request.items), request.items[0].params)
+        try:
+            with answering:
+                yield answering
+            outcome = track.outcome
+        except (Disconnected, GeneratorExit, asyncio.CancelledError):
+            outcome = "abort"
+            raise
+        except RequestError:
+            outcome = "refused"
+            raise
+        finally:
+            self.running[rid].remove(answering)
+            if not self.running[rid]:
+                del self.running[rid]
+            track.end(outcome, answering.usage)
+            if self.options.log_requests:
+                log.info("Finish: rid=%s, outcome=%s, usage=%s", rid, outcome, answering.usage)
+
+    def abort(self, rid: str | None) -> int:
+        """Aborts what runs under an id, or everything; returns how many requests that is."""
+        chosen = list(self.running.items()) if rid is None else [(rid, self.running.get(rid, []))]
+        found = [answering for _, many in chosen for answering in many]
+        for answering in found:
+            answering.abort()
+        return len(found)
+
+    async def probe(self) -> float:
+        """One real generation of one token; returns its seconds. Raises what went wrong."""
+        began = time.monotonic()
+        item = Item([0], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True))
+        with Answering(self.client, None, [item]) as answering:
+            ((answer,),) = await answering.collect()
+        if not answer.tokens:
+            raise EngineError(f"the engine answered a probe with no token (finish: {answer.finish})")
+        return time.monotonic() - began
+
+
+def new_id(prefix: str) -> str:
+    """An id for an answer."""
+    return f"{prefix}-{uuid.uuid4().hex}"
