@@ -49,7 +49,9 @@ def recall_turns(rng: random.Random) -> Iterator[Piece]:
     pairs = recall_pairs(rng, least=2)
     asked = [recall_question(pairs, name) for name in rng.sample(list(pairs), len(pairs))]
     asked = [question for question in asked if split_of(question.prompt) == "train"]
-    names = {question.prompt: name for name in pairs for question in asked if question.prompt.endswith(recall_ask(name))}
+    names = {
+        question.prompt: name for name in pairs for question in asked if question.prompt.endswith(recall_ask(name))
+    }
     for number in range(rng.randint(1, 4)):
         some = rng.sample(asked, min(len(asked), rng.randint(1, 6) if rng.random() < 0.33 else 1))
         if not some:

@@ -25,7 +25,10 @@ def invert_unit_lower(a: Tensor) -> Tensor:
         inverse = inverse @ (eye + x)
     while num > 1:
         below = torch.stack(
-            [a[..., (2 * i + 1) * size : (2 * i + 2) * size, 2 * i * size : (2 * i + 1) * size] for i in range(num // 2)],
+            [
+                a[..., (2 * i + 1) * size : (2 * i + 2) * size, 2 * i * size : (2 * i + 1) * size]
+                for i in range(num // 2)
+            ],
             -3,
         )
         upper, lower = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]

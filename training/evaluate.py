@@ -51,7 +51,9 @@ def restore(path: Path) -> Model:
 def chats(tokenizer: AutoTokenizer, questions: list[Question]) -> dict[str, Tensor]:
     """Left-padded prompts, as the chat template writes them."""
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q.prompt}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q.prompt}], add_generation_prompt=True, tokenize=False
+        )
         for q in questions
     ]
     return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -59,7 +61,11 @@ def chats(tokenizer: AutoTokenizer, questions: list[Question]) -> dict[str, Tens
 
 @torch.no_grad()
 def greedy(
-    model: AutoModelForCausalLM, tokenizer: AutoTokenizer, task: Task, questions: list[Question], fault: Fault | None = None
+    model: AutoModelForCausalLM,
+    tokenizer: AutoTokenizer,
+    task: Task,
+    questions: list[Question],
+    fault: Fault | None = None,
 ) -> list[str]:
     """Completions; `fault` may tamper with the cache between the prefill and the first decoding step."""
     batch = chats(tokenizer, questions)
@@ -86,7 +92,11 @@ def greedy(
 
 
 def accuracy(
-    model: AutoModelForCausalLM, tokenizer: AutoTokenizer, task: Task, questions: list[Question], fault: Fault | None = None
+    model: AutoModelForCausalLM,
+    tokenizer: AutoTokenizer,
+    task: Task,
+    questions: list[Question],
+    fault: Fault | None = None,
 ) -> float:
     right = 0
     for start in range(0, len(questions), 50):

@@ -38,7 +38,11 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = linear(hidden, inner), linear(hidden, inner), linear(inner, hidden)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            linear(hidden, inner),
+            linear(hidden, inner),
+            linear(inner, hidden),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -177,8 +181,10 @@ class LatentAttention(nn.Module):
         turn = angles(x.shape[1], self.rope, self.theta, x.device)
         q, q_rope = self.q_proj(x).unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], -1)
-        k, v = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1)).split(
-            [self.nope, self.value], -1
+        k, v = (
+            self.kv_b_proj(self.kv_a_layernorm(latent))
+            .unflatten(-1, (self.heads, -1))
+            .split([self.nope, self.value], -1)
         )
         q_rope, k_rope = self._rope(q_rope, turn), self._rope(k_rope[:, :, None], turn).expand_as(q_rope)
         q, k = torch.cat([q, q_rope.to(q.dtype)], -1), torch.cat([k, k_rope.to(k.dtype)], -1)

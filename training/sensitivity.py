@@ -42,7 +42,11 @@ def swap_heads(cache: DynamicCache, config: PretrainedConfig) -> None:
             layer.keys, layer.values = layer.keys.flip(1), layer.values.flip(1)
 
 
-FAULTS = {"delta-rule states zeroed": zero_states, "conv channels cut wrongly": cut_conv, "KV heads swapped": swap_heads}
+FAULTS = {
+    "delta-rule states zeroed": zero_states,
+    "conv channels cut wrongly": cut_conv,
+    "KV heads swapped": swap_heads,
+}
 
 
 def main() -> None:
@@ -57,7 +61,8 @@ def main() -> None:
     say(f"{'fault':28}" + "".join(f"{name:>10}" for name in TASKS))
     for name, fault in faults.items():
         shares = [
-            accuracy(model, tokenizer, task, task.questions("heldout", args.num, seed=0), fault) for task in TASKS.values()
+            accuracy(model, tokenizer, task, task.questions("heldout", args.num, seed=0), fault)
+            for task in TASKS.values()
         ]
         say(f"{name:28}" + "".join(f"{100 * share:8.1f} %" for share in shares))
 

@@ -23,7 +23,18 @@ from tessera.evals.tasks import TASKS
 
 log = logging.getLogger("train")
 BALANCE, DRAFT = 0.01, 1.0  # weights of the router's and the drafter's loss; the drafter's does not reach the trunk
-ADAM = ("embed_tokens", "lm_head", "norm", "A_log", "dt_bias", "conv1d", "mlp.gate.", "_gate.", "in_proj_a", "in_proj_b")
+ADAM = (
+    "embed_tokens",
+    "lm_head",
+    "norm",
+    "A_log",
+    "dt_bias",
+    "conv1d",
+    "mlp.gate.",
+    "_gate.",
+    "in_proj_a",
+    "in_proj_b",
+)
 
 
 def loss_of(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -107,7 +118,14 @@ def train(args: argparse.Namespace) -> None:
         step += 1
         if step % args.every == 0 or step in (1, 20) or done >= 1:
             shares = " ".join(f"{task} {share:.3f}" for task, share in exact(model, sets, cast, device).items())
-            log.info("%5d %4.0fs loss %.4f balance %.3f  %s", step, time.monotonic() - started, loss.item(), balance.item(), shares)
+            log.info(
+                "%5d %4.0fs loss %.4f balance %.3f  %s",
+                step,
+                time.monotonic() - started,
+                loss.item(),
+                balance.item(),
+                shares,
+            )
             write(model, config, args.tokenizer, args.out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ops.cases import RANGES, assert_close, case, ends, paged
 from tessera.ops.attention import paged_attention, paged_attention_reference, write_kv
 from tessera.ops.segments import make_segments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ops.cases import RANGES, assert_close, case
 from tessera.ops.delta import causal_conv, causal_conv_reference, gated_delta_rule, gated_delta_rule_reference
 from tessera.ops.segments import make_segments

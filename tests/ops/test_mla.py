@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ops.cases import RANGES, assert_close, case, ends, paged
 from tessera.ops.mla import (
     mla_absorbed,

@@ -6,8 +6,8 @@ import os
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from plan.fake import World, request
 
+from plan.fake import World, request
 from tessera.plan.scheduler import PlannerConfig
 
 EXAMPLES = int(os.environ.get("TESSERA_TEST_EXAMPLES", "150"))

@@ -185,9 +185,7 @@ def _files(folder: Path) -> list[Path]:
         paths = [folder / name for name in names]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise ModelError(
-                f"{folder}: {INDEX} names {len(missing)} missing files: {', '.join(missing[:5])}"
-            )
+            raise ModelError(f"{folder}: {INDEX} names {len(missing)} missing files: {', '.join(missing[:5])}")
         return paths
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:

@@ -13,6 +13,7 @@ from tessera.ops.delta_forms import Form, Inputs, chunked, plan, recurrent
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
+
 def l2norm(x: Tensor) -> Tensor:
     """`x * rsqrt(sum(x^2) + 1e-6)` over the last dim."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -171,8 +171,8 @@ class DpRank:
         budget = config.max_prefill_tokens if config.max_prefill_tokens > 0 else UNLIMITED
         if config.chunk_size > 0:
             budget = min(budget, config.chunk_size - len(ranges.rows))
-        for sequence in list(state.prefilling):
-            budget -= self._advance(ranges, sequence, budget)
+        for under_way in list(state.prefilling):
+            budget -= self._advance(ranges, under_way, budget)
         if budget > 0 and state.queue.num_waiting and state.table.free:
             state.queue.reorder(lambda s: len(state.match(s)[1]))
         while budget > 0 and (sequence := state.queue.head()) is not None:
