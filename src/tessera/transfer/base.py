@@ -1,0 +1,94 @@
+"""The protocol of a transfer engine: one side writes bytes into memory that the other side registered.
+
+An engine moves bytes and knows nothing of pages, heads or models: what to copy where follows from the layouts
+(`core/reshard.py`). Both sides run an engine. The reader registers its pools and publishes `endpoint()`; the writer
+registers its own, connects, and posts one batch of runs per step and peer. Whether a batch has landed is asked with
+`poll`, which never blocks, so an engine needs no thread of the step loop's.
+
+The promise that an engine must keep: after `fence(writer)` has returned, no write of that writer lands any more, however
+early it was posted. A reader that gives up on a writer fences it before it hands the pages to somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.core.errors import TesseraError
+
+Runs = NDArray[np.int64]  # [n, 5]: source region, source offset, destination region, destination offset, length; bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A batch is over. `error` is None when every byte of it has landed; otherwise some may have and some may not."""
+
+    ticket: int
+    error: TesseraError | None = None
+
+
+class Engine(Protocol):
+    """One side of the wire. Regions are numbered by the side that registers them. Not thread-safe unless it says so."""
+
+    def register(self, region: int, memory: Tensor) -> None:
+        """Makes `memory` (contiguous; host or device) readable and writable as `region`, until `close`."""
+        ...
+
+    def endpoint(self) -> bytes:
+        """What a writer needs to reach this side; opaque, travels in the manifest. Register every region before."""
+        ...
+
+    def connect(self, endpoint: bytes, deadline_s: float) -> str:
+        """Makes the side behind `endpoint` a peer and returns its name.
+
+        Raises `DeadlineError` when it does not answer in time, `PeerError` when it refuses or speaks another protocol.
+        """
+        ...
+
+    def write(self, peer: str, runs: Runs) -> int:
+        """Posts copies from own regions to those of `peer`; returns a ticket at once. No two runs may overlap there.
+
+        The source must not change until the ticket is done. Raises `ValueError` for a run outside a region; that a
+        peer has left or has fenced this side is told by `poll`.
+        """
+        ...
+
+    def poll(self) -> Sequence[Done]:
+        """Batches that are over since the last call. Never blocks. Every ticket comes exactly once."""
+        ...
+
+    def fence(self, writer: str) -> None:
+        """Returns when no write of `writer` (its own `name`) can land here any more; later batches of it fail.
+
+        Blocks at most for the copies under way. Lifted by that writer's next `connect`.
+        """
+        ...
+
+    @property
+    def name(self) -> str:
+        """This side's name: unique to the process and its start, so that a successor is somebody else."""
+        ...
+
+    def close(self) -> None:
+        """Leaves: batches under way fail, memory is no longer registered. Safe to call twice."""
+        ...
+
+
+def check_runs(runs: Runs, own: dict[int, int], theirs: dict[int, int]) -> None:
+    """Raises `ValueError` when a run lies outside a region. `own`, `theirs`: bytes of each region."""
+    if runs.ndim != 2 or runs.shape[1] != 5:
+        raise ValueError(f"runs have shape {runs.shape}, expected [n, 5]")
+    for side, regions, region, offset in (("source", own, 0, 1), ("destination", theirs, 2, 3)):
+        for number in np.unique(runs[:, region]).tolist():
+            if number not in regions:
+                raise ValueError(f"{side} region {number} is not registered; registered: {sorted(regions)}")
+            mine = runs[runs[:, region] == number]
+            first, end = mine[:, offset].min(), (mine[:, offset] + mine[:, 4]).max()
+            if first < 0 or end > regions[number] or (mine[:, 4] < 0).any():
+                size = regions[number]
+                raise ValueError(f"{side} region {number} has {size} bytes; runs reach from {first} to {end}")
