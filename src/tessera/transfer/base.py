@@ -5,8 +5,8 @@ An engine moves bytes and knows nothing of pages, heads or models: what to copy 
 registers its own, connects, and posts one batch of runs per step and peer. Whether a batch has landed is asked with
 `poll`, which never blocks, so an engine needs no thread of the step loop's.
 
-The promise that an engine must keep: after `fence(writer)` has returned, no write of that writer lands any more, however
-early it was posted. A reader that gives up on a writer fences it before it hands the pages to somebody else.
+The promise that an engine must keep: after `fence(writer)` has returned, no write of that writer lands any more,
+however early it was posted. A reader that gives up on a writer fences it before it gives the pages to somebody else.
 """
 
 from __future__ import annotations
