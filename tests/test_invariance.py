@@ -1,4 +1,4 @@
-"""The layout of the work never changes the answer: batching, chunks, mixing, preemption, cached prefixes, overlap, forks."""
+"""The layout of the work never changes the answer: batches, chunks, mixing, preemption, cached prefixes, overlap, forks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tessera.core.messages import SamplingParams, Submit
+from tessera.core.messages import SamplingParams, Submit, choice_seed
 from tiny import TINY, Run, TinyModel, serve, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
-SAMPLED = SamplingParams(
-    temperature=0.8, top_p=0.95, top_k=40, max_new_tokens=12, repetition_penalty=1.1, ignore_eos=True
-)
+SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.8)
+ENDS = tuple(range(2, 14))  # one token in eight ends an answer
+
+# One request each: whatever a row may ask for, side by side in the same steps.
+VARIED: list[dict[str, Any]] = [
+    {"top_k": 12, "top_p": 0.9, "repetition_penalty": 1.5},
+    {"temperature": 0.0, "stop_token_ids": ENDS},
+    {"stop_token_ids": ENDS},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7, "max_new_tokens": 30},
+    {"min_p": 0.3, "ignore_eos": False, "max_new_tokens": 40},
+    {"logit_bias": {5: 3.0, 17: -4.0, 40: 2.5}},
+    {"min_new_tokens": 9, "stop_token_ids": ENDS, "max_new_tokens": 20},
+    {"temperature": 0.0, "repetition_penalty": 1.4, "logit_bias": {9: 1.0}},
+    {"temperature": 1.7, "top_k": 3},
+    {"top_p": 0.6, "stop_token_ids": ENDS, "max_new_tokens": 25},
+]
 PLAIN: dict[str, Any] = {"disable_overlap_schedule": True, "disable_radix_cache": True}
 
 # How the work is laid out: flags beside those of `tiny.FLAGS`, and whether the requests come together.
@@ -39,7 +54,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def prompts() -> list[list[int]]:
     """Ten prompts of 1 to 70 tokens; some begin alike."""
     rng = np.random.default_rng(7)
-    draw = lambda n: rng.integers(2, 96, n).tolist()  # noqa: E731
+
+    def draw(n: int) -> list[int]:
+        return rng.integers(2, 96, n).tolist()  # type: ignore[no-any-return]
+
     shared = draw(33)
     return [
         draw(70),
@@ -55,10 +73,13 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def requests(params: SamplingParams) -> list[Submit]:
-    """A request per prompt, each with a seed of its own."""
+def requests(kind: str) -> list[Submit]:
+    """A request per prompt, each with a seed of its own: all greedy, or each with other parameters."""
+    changes: list[dict[str, Any]] = VARIED if kind == "varied" else [{}] * 10
+    base = {"varied": SAMPLED, "sampled": SAMPLED, "greedy": GREEDY}[kind]
     return [
-        Submit(f"r{i}", prompt, msgspec.structs.replace(params, seed=100 + i)) for i, prompt in enumerate(prompts())
+        Submit(f"r{i}", prompt, msgspec.structs.replace(base, seed=100 + i, **change))
+        for i, (prompt, change) in enumerate(zip(prompts(), changes, strict=True))
     ]
 
 
@@ -68,75 +89,126 @@ def model(name: str) -> TinyModel:
 
 
 @cache
-def alone(name: str, params: str, dtype: str) -> Run:
+def alone(name: str, kind: str, dtype: str = "float64") -> Run:
     """Every request alone, in the plain loop: what all layouts must give."""
-    chosen = {"greedy": GREEDY, "sampled": SAMPLED}[params]
-    return serve(model(name), requests(chosen), together=False, dtype=dtype, **PLAIN)
+    return serve(model(name), requests(kind), together=False, dtype=dtype, **PLAIN)
+
+
+@cache
+def laid_out(name: str, kind: str, layout: str) -> Run:
+    return serve(model(name), requests(kind), dtype="float64", **LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("params", ["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["greedy", "varied"])
 @pytest.mark.parametrize("name", TINY)
-def test_tokens_are_those_of_each_request_alone(name: str, params: str, layout: str) -> None:
-    expected = alone(name, params, "float64")
-    chosen = {"greedy": GREEDY, "sampled": SAMPLED}[params]
-    run = serve(model(name), requests(chosen), dtype="float64", **LAYOUTS[layout])
-    assert run.tokens() == expected.tokens()
-    assert len({tuple(t) for t in run.tokens().values()}) > 5, "the answers must differ to prove anything"
+def test_answers_are_those_of_each_request_alone(name: str, kind: str, layout: str) -> None:
+    expected = alone(name, kind)
+    assert laid_out(name, kind, layout).ends() == expected.ends()
+    assert len({tuple(t) for t in expected.tokens().values()}) > 5, "the answers must differ to prove anything"
+
+
+@settings(max_examples=12)
+@given(
+    name=st.sampled_from(sorted(TINY)),
+    page=st.sampled_from([1, 2, 8, 32]),
+    pool=st.integers(128, 400),
+    rows=st.integers(1, 10),
+    chunk=st.integers(1, 70) | st.just(-1),
+    mixed=st.booleans(),
+    off=st.sets(st.sampled_from(sorted(PLAIN))),
+    together=st.booleans(),
+)
+def test_any_layout_will_do(
+    name: str, page: int, pool: int, rows: int, chunk: int, mixed: bool, off: set[str], together: bool
+) -> None:
+    flags = {"page_size": page, "max_total_tokens": pool, "max_running_requests": rows, "chunked_prefill_size": chunk}
+    run = serve(
+        model(name),
+        requests("varied"),
+        together,
+        dtype="float64",
+        **flags,
+        **dict.fromkeys(off, True),
+        **({"enable_mixed_chunk": True} if mixed else {}),
+    )
+    assert run.ends() == alone(name, "varied").ends()
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_layouts_do_what_they_are_named_for(name: str) -> None:
-    cached = name != "hybrid"
-
     def run(layout: str) -> Run:
-        return serve(model(name), requests(GREEDY), dtype="float64", **LAYOUTS[layout])
+        return laid_out(name, "greedy", layout)
 
-    tiny, mixed, prefix = run("tiny pool"), run("mixed"), run("prefix cache, one at a time")
-    assert sum(r.num_preempted for r in tiny.reports) > 0
-    assert any(r.label == "MIXED" and r.num_running > r.num_new_seq for r in mixed.reports)
-    assert (sum(r.num_cached_token for r in prefix.reports) > 0) == cached
+    cached = name != "hybrid"
+    assert sum(r.num_preempted for r in run("tiny pool").reports) > 0
+    assert sum(r.num_preempted for r in run("tiny pool, mixed, cached").reports) > 0
+    assert any(r.label == "MIXED" and r.num_running > r.num_new_seq for r in run("mixed").reports)
+    prefix = run("prefix cache, one at a time")
     assert (prefix.answers["r8", 0].num_cached == 32) == cached
+    assert [a.num_cached for a in alone(name, "greedy").answers.values()] == [0] * 10
     chunks = [r for r in run("chunk 3").reports if r.label == "EXTEND"]
     assert max(r.num_new_token for r in chunks) == 3
+    assert max(r.num_new_seq for r in run("all at once").reports) > 5
+    assert max(r.num_running for r in run("two rows").reports) == 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_steps_overlap_and_overshoot_where_they_may(name: str) -> None:
+    plain, overlapped = alone(name, "varied"), laid_out(name, "varied", "overlapped, one at a time")
+    assert (plain.most_in_flight, overlapped.most_in_flight) == (1, 2)
+    stops = [a.finish for a in plain.answers.values()].count("stop")
+    assert stops >= 2
+    assert plain.num_overshoot == 0
+    assert overlapped.num_overshoot >= 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_varied_requests_get_what_they_ask_for(name: str) -> None:
+    varied, plain = alone(name, "varied").ends(), alone(name, "sampled").ends()
+    assert [key for key in varied if varied[key] == plain[key]] == []
+    patient, _ = varied["r6", 0]
+    assert len(patient) >= 9
+    assert not set(patient[:9]) & set(ENDS)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_teacher_forced_logprobs_agree_in_float32(name: str) -> None:
     answers = alone(name, "greedy", "float32").tokens()
     texts = [prompt + answers[f"r{i}", 0] for i, prompt in enumerate(prompts())]
-    score = SamplingParams(max_new_tokens=0, prompt_logprobs=3)
+    score = SamplingParams(max_new_tokens=0, prompt_logprobs=3, token_ids_logprob=(7, 3))
     forced = [Submit(f"r{i}", text, score) for i, text in enumerate(texts)]
     expected = serve(model(name), forced, together=False, dtype="float32", **PLAIN)
     for layout, flags in LAYOUTS.items():
         run = serve(model(name), forced, dtype="float32", **flags)
         for key, answer in run.answers.items():
-            own, wanted = (_own(a.prompt_logprobs) for a in (answer, expected.answers[key]))
-            assert len(own) == len(texts[int(key[0][1:])]) - 1
+            own, wanted = (_numbers(a.prompt_logprobs) for a in (answer, expected.answers[key]))
+            assert own.shape == (len(texts[int(key[0][1:])]) - 1, 6)
             np.testing.assert_allclose(own, wanted, atol=1e-4, err_msg=f"{layout}, {key}")
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_logprobs_of_drawn_tokens_are_those_of_scoring_them(name: str) -> None:
-    asked = msgspec.structs.replace(SAMPLED, logprobs=2, prompt_logprobs=0, logprob_start=1)
-    run = serve(model(name), requests(asked), dtype="float32", enable_mixed_chunk=True, chunked_prefill_size=9)
-    score = SamplingParams(max_new_tokens=0, prompt_logprobs=0, logprob_start=1)
+    wanted = {"logprobs": 2, "prompt_logprobs": 2, "logprob_start": 1}
+    asked = [msgspec.structs.replace(r, params=msgspec.structs.replace(r.params, **wanted)) for r in requests("varied")]
+    run = serve(model(name), asked, dtype="float32", enable_mixed_chunk=True, chunked_prefill_size=9)
+    score = SamplingParams(max_new_tokens=0, prompt_logprobs=2, logprob_start=1)
     texts = [prompt + run.answers[f"r{i}", 0].tokens for i, prompt in enumerate(prompts())]
     scored = serve(model(name), [Submit(f"r{i}", text, score) for i, text in enumerate(texts)], dtype="float32")
     for key, answer in run.answers.items():
-        together = _own(answer.prompt_logprobs) + _own(answer.logprobs)
-        np.testing.assert_allclose(together, _own(scored.answers[key].prompt_logprobs), atol=1e-4)
+        together = _numbers((answer.prompt_logprobs or []) + answer.logprobs)
+        np.testing.assert_allclose(together, _numbers(scored.answers[key].prompt_logprobs), atol=1e-4)
 
 
-def _own(entries: Any) -> list[float]:
-    return [entry.logprob for entry in entries or [] if entry.logprob is not None]
+def _numbers(entries: Any) -> np.ndarray:
+    """[positions, own, likeliest, asked]: every logprob of entries, the first of a prompt (which has none) left out."""
+    rows = [[e.logprob, *e.top_logprobs, *e.asked_logprobs] for e in entries if e.logprob is not None]
+    return np.array(rows)
 
 
 @pytest.mark.parametrize("flags", [{}, {"enable_mixed_chunk": True, "chunked_prefill_size": 7}, {"page_size": 1}])
 @pytest.mark.parametrize("name", TINY)
 def test_forked_choices_draw_what_separate_requests_draw(name: str, flags: dict[str, Any]) -> None:
-    from tessera.core.messages import choice_seed
-
     prompt = prompts()[4]
     forked = [Submit("f", prompt, msgspec.structs.replace(SAMPLED, seed=5), n=4)]
     separate = [Submit(f"s{i}", prompt, msgspec.structs.replace(SAMPLED, seed=choice_seed(5, i))) for i in range(4)]

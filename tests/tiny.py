@@ -16,6 +16,7 @@ from tessera.core.weights import weight_table
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
 from tessera.models.source import Source
+from tessera.plan.step import Step, StepDone
 from tessera.run.core import EngineCore
 
 QWEN3 = {
@@ -142,6 +143,12 @@ class Run:
     answers: dict[tuple[str, int], Answer] = field(default_factory=dict)
     reports: list[StepReport] = field(default_factory=list)
     others: list[Outbound] = field(default_factory=list)
+    most_in_flight: int = 0
+    num_overshoot: int = 0  # tokens drawn past the end of their sequence
+
+    def ends(self) -> dict[tuple[str, int], tuple[list[int], str | None]]:
+        """Tokens and finish reason by request and choice."""
+        return {key: (answer.tokens, answer.finish) for key, answer in self.answers.items()}
 
     def tokens(self) -> dict[tuple[str, int], list[int]]:
         """Tokens by request and choice."""
@@ -165,9 +172,10 @@ def serve(
     requests: Sequence[Submit],
     together: bool = True,
     also: Callable[[EngineCore, Output], None] | None = None,
+    debug: bool = True,
     **flags: Any,
 ) -> Run:
-    """Runs an engine over requests, all at once or one after the other, with every check on. `also`: sees each output."""
+    """Runs an engine over requests, all at once or one after the other. `also`: sees outputs. `debug`: check all."""
     run, waiting = Run(), list(requests)
 
     def sink(message: Outbound) -> None:
@@ -193,17 +201,35 @@ def serve(
             core.post(Stop(60.0))
 
     posted: set[str] = set()
-    core = EngineCore(resolved(model.spec, **flags), model.spec, model.source, sink, debug=True)
+    core = EngineCore(resolved(model.spec, **flags), model.spec, model.source, sink, debug=debug)
+    _watch(core, run)
     if together:
         for request in waiting:
             core.post(request)
         waiting.clear()
     _go_on()
     core.run()
-    core.planner.check()
+    if debug:
+        core.planner.check()
     fatal = [m for m in run.others if type(m).__name__ == "Fatal"]
     assert not fatal, fatal
     return run
+
+
+def _watch(core: EngineCore, run: Run) -> None:
+    """Notes what passes between the loop, the runner and the planner."""
+    launch, collect = core.runner.launch, core.runner.collect
+
+    def launched(step: Step) -> Any:
+        run.most_in_flight = max(run.most_in_flight, core.planner.num_in_flight)
+        return launch(step)
+
+    def collected(ticket: Any) -> tuple[StepDone, list[Output]]:
+        done, outputs = collect(ticket)
+        run.num_overshoot += sum(int((part.tokens < 0).sum()) for part in done.parts)
+        return done, outputs
+
+    core.runner.launch, core.runner.collect = launched, collected  # type: ignore[method-assign]
 
 
 def all_free(core: EngineCore) -> bool:
