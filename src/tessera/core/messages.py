@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Fault = Literal["request", "busy", "engine"]  # of an error: the request's own, no room for it now, or the engine's
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,6 +93,7 @@ class Output(msgspec.Struct, array_like=True):
     num_prompt: int = 0
     num_cached: int = 0
     error: str | None = None
+    fault: Fault | None = None  # set with `error`
 
 
 class Outputs(msgspec.Struct, tag=True):

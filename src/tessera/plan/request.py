@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tessera.core.messages import FinishReason, Output, SamplingParams, Submit, choice_seed
+from tessera.core.messages import Fault, FinishReason, Output, SamplingParams, Submit, choice_seed
 from tessera.plan.prefix import Node
 from tessera.plan.step import Ints
 
@@ -74,7 +74,7 @@ class Sequence:
         for other in others:
             other.leader = self
 
-    def end(self, reason: FinishReason, error: str | None = None) -> Output:
+    def end(self, reason: FinishReason, error: str | None = None, fault: Fault | None = None) -> Output:
         """The output that ends it."""
         return Output(
             self.request_id,
@@ -84,6 +84,7 @@ class Sequence:
             num_prompt=self.num_prompt,
             num_cached=self.num_cached,
             error=error,
+            fault=fault,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from tessera.core.messages import Abort, FinishReason, Flush, Output, Stop, Submit
+from tessera.core.messages import Abort, Fault, FinishReason, Flush, Output, Stop, Submit
 from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
 from tessera.plan.policy import BALANCES
@@ -107,9 +107,9 @@ class Planner:
 
     def _submit(self, submit: Submit) -> list[Output]:
         sequences = choices(submit, self.config.max_context, self._arrivals)
-        error = self._refusal(submit, sequences)
-        if error is not None:
-            return [s.end("error", error) for s in sequences]
+        refusal = self._refusal(submit, sequences)
+        if refusal is not None:
+            return [s.end("error", *refusal) for s in sequences]
         self._arrivals += submit.n
         self._requests[submit.request_id] = list(sequences)
         balance = BALANCES[self.config.load_balance]
@@ -119,11 +119,20 @@ class Planner:
             rank.add(leader)
         return []
 
-    def _refusal(self, submit: Submit, sequences: list[Sequence]) -> str | None:
-        """Why a request can never be served here, or not now."""
-        config, num_prompt = self.config, len(submit.tokens)
+    def _refusal(self, submit: Submit, sequences: list[Sequence]) -> tuple[str, Fault] | None:
+        """Why a request cannot be served here, ever or now."""
         if self._stop_at is not None:
-            return "the engine is stopping and accepts no new requests"
+            return "the engine is stopping and accepts no new requests", "busy"
+        if (why := self._misfit(submit, sequences)) is not None:
+            return why, "request"
+        if 0 < self.config.max_queued <= self.num_waiting:
+            waiting, most = self.num_waiting, self.config.max_queued
+            return f"the queue is full: {waiting} requests wait, {most} may. Try again later", "busy"
+        return None
+
+    def _misfit(self, submit: Submit, sequences: list[Sequence]) -> str | None:
+        """Why a request can never be served here."""
+        config, num_prompt = self.config, len(submit.tokens)
         if submit.request_id in self._requests:
             return f"request id '{submit.request_id}' is in use; ids must be unique among requests under way"
         if not num_prompt:
@@ -139,8 +148,6 @@ class Planner:
                 f"a prompt of {num_prompt} tokens with max_new_tokens {submit.params.max_new_tokens} needs {needed} "
                 f"pages of {config.page_size} tokens; the pool has {allowed}. Ask for fewer tokens, or enlarge the pool"
             )
-        if 0 < config.max_queued <= self.num_waiting:
-            return f"the queue is full: {self.num_waiting} requests wait, {config.max_queued} may. Try again later"
         return None
 
     def _abort(self, abort: Abort) -> list[Output]:

@@ -93,7 +93,7 @@ class Live:
 
 def failures(choices: Iterable[tuple[str, int]], why: str) -> list[Output]:
     """Outputs that end choices with an error."""
-    return [Output(request_id, choice, [], finish="error", error=why) for request_id, choice in choices]
+    return [Output(request_id, choice, [], finish="error", error=why, fault="engine") for request_id, choice in choices]
 
 
 Report = Callable[[Step, list[Tally], list[Output], float], list[StepReport]]
