@@ -1,4 +1,4 @@
-"""The layout of the work never changes the answer: batches, chunks, mixing, preemption, cached prefixes, overlap, forks."""
+"""The layout of the work never changes the answer: batches, chunks, mixing, preemption, cached prefixes, forks."""
 
 from __future__ import annotations
 
