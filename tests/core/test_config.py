@@ -219,10 +219,6 @@ def test_the_longest_prefix_policy_needs_a_prefix_cache() -> None:
     assert "recurrent" in refusals(spec_of(HYBRID), schedule_policy="lpm")[0]
 
 
-def test_dp_attention_over_one_group_is_told() -> None:
-    assert decided(resolved(enable_dp_attention=True), "--enable-dp-attention").value == "no effect"
-
-
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert "found cpu only" in refusals(device="cuda")[0]
     assert config_of(hardware=CUDA, device="cuda").mesh.device == "cuda"

@@ -30,9 +30,7 @@ FORBIDDEN = {"core": HEAVY, "plan": HEAVY | CLOCK_AND_IO}
 
 # Imports inside functions: only factories of optional back ends, and commands that must start without loading all.
 # (file, function; * is any) -> the reason.
-LATE: dict[tuple[str, str], str] = {
-    ("cli.py", "*"): "a command loads what it needs, so that --help does not load torch",
-}
+LATE: dict[tuple[str, str], str] = {}
 
 
 def _imports(module: Module) -> Iterator[tuple[ast.stmt, str]]:

@@ -80,7 +80,6 @@ GOOD: list[tuple[Rule, str, str]] = [
     (imports.pure, "plan/a.py", "import heapq\nimport numpy as np"),
     (imports.pure, "run/a.py", "import time, torch"),
     (imports.at_the_top, "run/a.py", "try:\n    import zmq\nexcept ImportError:\n    zmq = None"),
-    (imports.at_the_top, "cli.py", "def serve():\n    import tessera.serve.launch"),
     (tiling.no_sharding_arithmetic, "core/layout.py", "heads = num_heads // tp_size"),
     (tiling.no_sharding_arithmetic, "models/a.py", "pages = length // page_size\ngroup = q_heads // kv_heads"),
     (tiling.no_sharding_arithmetic, "models/a.py", "free = pools[rank].free // page_size"),

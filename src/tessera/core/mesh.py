@@ -80,4 +80,14 @@ def instance_mesh(tp: int = 1, dp: int = 1, ep: int = 1, dense_tp: int | None = 
     )
 
 
+def divisors(ranks: int) -> list[int]:
+    """Sizes into which `ranks` can be cut evenly, smallest first."""
+    return [n for n in range(1, ranks + 1) if ranks % n == 0]
+
+
+def share(total: int, ranks: int) -> int:
+    """What each of `ranks` gets of something that they have in common, rounded down."""
+    return total // ranks
+
+
 SINGLE = instance_mesh()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
+from tessera.core.config.built import BUILT
 from tessera.core.config.flag import Flag, Ignored, Unbuilt
 from tessera.core.config.flags_engine import KERNELS, MEMORY, MESH, MODEL, SCHEDULING
 from tessera.core.config.flags_server import HANDOVER, LOGGING, SERVING, SPECULATION
@@ -75,19 +76,22 @@ class Asked:
         return value
 
 
-def read(asked: Mapping[str, object], notes: Notes) -> Asked:
-    """Reads `asked` (any spelling of a flag, with - or _; None asks for nothing). What is wrong goes to `notes`."""
+def read(asked: Mapping[str, object], notes: Notes, built: frozenset[str] = BUILT) -> Asked:
+    """Reads `asked` (any spelling of a flag, with - or _; None asks for nothing). What is wrong goes to `notes`.
+
+    The value of a flag that is not built is kept beside its refusal, so that its combinations are checked too.
+    """
     given: dict[str, object] = {}
     for key, raw in asked.items():
         flag = BY_KEY.get(key.removeprefix("--").replace("-", "_"))
         if flag is None:
             notes.refuse((key,), "there is no such flag", suggestion(key, BY_KEY))
         elif raw is not None:
-            _take(flag, raw, given, notes)
+            _take(flag, raw, given, notes, built)
     return Asked(given)
 
 
-def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> None:
+def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes, built: frozenset[str]) -> None:
     name = flag.spellings[0]
     try:
         value = flag.parse(raw)
@@ -96,22 +100,22 @@ def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> No
         return
     if flag.name in given and given[flag.name] != value:
         notes.refuse((name,), f"asked twice, as {given[flag.name]!r} and as {value!r}", "Give it once.")
-    elif flag.choices and str(value) not in flag.choices and not flag.neutral_value(value):
-        _refuse_value(flag, str(value), notes)
-    elif isinstance(flag.state, Unbuilt) and not flag.neutral_value(value):
-        shown = "" if flag.is_switch else f" {_shown(value)}"
-        notes.refuse((name + shown,), "not built yet", f"{_sentence(flag.state.instead)}.")
+    elif flag.choices and str(value) not in (*flag.choices, *flag.unbuilt) and not flag.neutral_value(value):
+        _refuse_unknown(flag, str(value), notes)
+    elif str(value) in flag.unbuilt and flag.refused(value, built):
+        notes.refuse(
+            (f"{name} {value}",), "not built yet", f"{_sentence(flag.instead)} (allowed: {', '.join(flag.choices)})."
+        )
     else:
         given[flag.name] = value
+        if isinstance(flag.state, Unbuilt) and flag.refused(value, built):
+            shown = "" if flag.is_switch else f" {_shown(value)}"
+            notes.refuse((name + shown,), "not built yet", f"{_sentence(flag.state.instead)}.")
         if isinstance(flag.state, Ignored) and value not in (False, ()):
             notes.decide(f"{name} {_shown(value)}".removesuffix(" True"), "ignored", flag.state.reason)
 
 
-def _refuse_value(flag: Flag, value: str, notes: Notes) -> None:
-    if value in flag.unbuilt:
-        remedy = f"{_sentence(flag.instead)} (allowed: {', '.join(flag.choices)})."
-        notes.refuse((f"{flag.spellings[0]} {value}",), "not built yet", remedy)
-        return
+def _refuse_unknown(flag: Flag, value: str, notes: Notes) -> None:
     near = difflib.get_close_matches(value, flag.choices, 1)
     hint = f"Did you mean {near[0]}? " if near else ""
     notes.refuse((flag.spellings[0],), f"found {value!r}", f"{hint}Allowed: {', '.join(flag.choices)}.")

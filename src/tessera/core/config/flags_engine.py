@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, switch, text, whole, wholes, words
 
+FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
+
 ONE_RANK = Unbuilt("this build runs one rank; leave it out, or use 1")
 NO_GRAPHS = Ignored("no CUDA graphs are captured in this build, so there is nothing to size or to switch off")
 FP8_KV = "keep 'auto' (the model's dtype)"
@@ -54,27 +56,30 @@ MESH = (
     Flag("device", text, "auto", "Where to run.", "mesh", choices=("auto", "cpu", "cuda"),
          unbuilt=("xpu", "hpu", "npu", "mps"), instead="use 'cpu' or 'cuda'"),
     Flag("tp_size", whole(1), 1, "Ranks of the instance.", "mesh", ("--tp", "--tensor-parallel-size"), state=ONE_RANK),
-    Flag("dp_size", whole(1), 1, "Data-parallel groups.", "mesh", ("--dp", "--data-parallel-size"), state=ONE_RANK),
+    Flag("dp_size", whole(1), 1, "Data-parallel groups: of the attention with --enable-dp-attention, else replicas.",
+         "mesh", ("--dp", "--data-parallel-size"), state=ONE_RANK),
     Flag("ep_size", whole(1), 1, "Expert-parallel groups.", "mesh", ("--ep", "--expert-parallel-size"),
          state=ONE_RANK),
     Flag("pp_size", whole(1), 1, "Pipeline stages.", "mesh", ("--pp", "--pipeline-parallel-size"), state=ONE_RANK),
-    Flag("moe_dense_tp_size", whole(1), None, "Ranks that share a dense MLP of a MoE model.", "mesh", state=ONE_RANK,
+    Flag("moe_dense_tp_size", whole(1), None, "Ranks that share a dense MLP; default: all.", "mesh", state=ONE_RANK,
          neutral=(1,)),
-    Flag("enable_dp_attention", switch, False, "Attention data parallel over --dp groups of the --tp ranks.", "mesh"),
-    Flag("enable_dp_lm_head", switch, False, "Output head data parallel, as attention is.", "mesh"),
-    Flag("load_balance_method", text, "round_robin", "How requests are spread over data-parallel groups.", "mesh",
-         choices=("auto", "round_robin", "shortest_queue", "minimum_tokens", "total_requests", "total_tokens"),
-         state=Ignored("there is one data-parallel group")),
+    Flag("enable_dp_attention", switch, False, "Attention data parallel over --dp-size groups of the ranks.", "mesh",
+         state=Unbuilt("leave it out; this build runs one rank")),
+    Flag("enable_dp_lm_head", switch, False, "Output head data parallel, as attention is.", "mesh",
+         state=Unbuilt("leave it out; this build runs one rank")),
+    Flag("load_balance_method", text, "auto", "How requests are spread over data-parallel groups.", "mesh",
+         choices=("auto", "round_robin", "total_requests", "total_tokens", "shortest_queue", "minimum_tokens",
+                  "follow_bootstrap_room")),
     Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh", state=Unbuilt("run on one host")),
     Flag("node_rank", whole(0), 0, "Number of this host.", "mesh", state=Unbuilt("run on one host")),
-    Flag("dist_init_addr", text, None, "Address at which ranks meet.", "mesh", ("--nccl-init-addr",),
-         state=Ignored("there is one rank")),
+    Flag("dist_init_addr", text, None, "Address (host:port) at which the hosts meet.", "mesh", ("--nccl-init-addr",)),
 )  # fmt: skip
 
 MEMORY = (
     Flag("mem_fraction_static", positive(1), None,
          "Share of the memory free at start that weights and pools may take (CPU: of the RAM this process can still "
-         "get, default 0.4; CUDA: of the free device memory, default 0.85).", "memory"),
+         f"get, default {FRACTION['cpu']:g}; CUDA: of the free device memory, default {FRACTION['cuda']:g}).",
+         "memory"),
     Flag("max_total_tokens", whole(1), None, "Most tokens in the KV pool; default: what the memory allows.", "memory"),
     Flag("page_size", whole(1, 1024), 16, "Tokens of a KV page.", "memory"),
     Flag("kv_cache_dtype", text, "auto", "Type of the KV cache; auto: that of the model.", "memory",
@@ -117,8 +122,8 @@ SCHEDULING = (
          state=Unbuilt("leave it out")),
     Flag("enable_two_batch_overlap", switch, False, "Run the two halves of a step interleaved.", "scheduling",
          state=Unbuilt("leave it out; with one rank there is no wire to hide")),
-    Flag("tbo_token_distribution_threshold", real(0, 0.5), 0.48, "When a step is cut inside one sequence.",
-         "scheduling", state=Ignored("only read with --enable-two-batch-overlap")),
+    Flag("tbo_token_distribution_threshold", real(0, 0.5), 0.48,
+         "Smallest share of tokens that a half of a step has, else it is cut inside one sequence.", "scheduling"),
 )  # fmt: skip
 
 KERNELS = (

@@ -8,27 +8,36 @@ length need; on a CPU, where nobody asked for a share or a size, it stays at 2 G
 from __future__ import annotations
 
 from tessera.core.config.ask import Asked
+from tessera.core.config.flags_engine import FRACTION
 from tessera.core.config.sizes import Sizes, sizes_of
 from tessera.core.config.types import Hardware, MemoryConfig, Notes
-from tessera.core.errors import LayoutError
 from tessera.core.mesh import Mesh
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import DTYPE_BYTES, CacheDtypes, cache_dtypes
+from tessera.core.tensors import DTYPE_BYTES, cache_dtypes
 
-FRACTION = {"cpu": 0.8, "cuda": 0.85}
 CPU_POOL = 2 << 30
 STATE_SHARE = 0.5  # of the pools, for recurrent states, when nobody said how many requests run
 GIB = 1 << 30
 
 
 def memory_phase(
-    values: Asked, spec: ModelSpec, hardware: Hardware, mesh: Mesh, dtype: str, chunk: int, rows: int, notes: Notes
+    values: Asked,
+    spec: ModelSpec,
+    hardware: Hardware,
+    mesh: Mesh | None,
+    dtype: str,
+    chunk: int,
+    rows: int,
+    notes: Notes,
 ) -> tuple[MemoryConfig, int, int]:
-    """Pools for up to `rows` sequences; returns them with the context length and the rows that fit."""
+    """Pools for up to `rows` sequences; returns them with the context length and the rows that fit.
+
+    `hardware.memory` is that of one rank. `mesh` None: the model cannot be cut (refused elsewhere), so weighs nothing.
+    """
     page = values.number("page_size")
     kv = {"auto": None, "bf16": "bfloat16"}.get(values.word("kv_cache_dtype"), values.word("kv_cache_dtype"))
     caches = cache_dtypes(spec, dtype, kv, values.text("mamba_ssm_dtype"))
-    sizes = _sizes(spec, mesh, page, dtype, caches, notes)
+    sizes = sizes_of(spec, mesh, page, dtype, caches) if mesh is not None else Sizes(0, 1, 1)
     fraction = values.real("mem_fraction_static")
     if fraction is None:
         fraction = FRACTION[hardware.device]
@@ -66,16 +75,6 @@ def gib(count: float) -> str:
         if abs(count) >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
-
-
-def _sizes(spec: ModelSpec, mesh: Mesh, page: int, dtype: str, caches: CacheDtypes, notes: Notes) -> Sizes:
-    try:
-        return sizes_of(spec, mesh, page, dtype, caches)
-    except LayoutError as error:
-        notes.refuse(
-            (f"--tp-size {mesh.size}", "the model"), str(error), "Choose a size that the model can be cut for."
-        )
-        return Sizes(0, 1, 1)
 
 
 def _rows(values: Asked, spec: ModelSpec, sizes: Sizes, pools: int, rows: int, notes: Notes) -> tuple[int, int]:

@@ -7,15 +7,17 @@ and goes on with what it can, so that all conflicts are reported together. Choic
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tessera.core.config.ask import Asked, read
+from tessera.core.config.built import BUILT
 from tessera.core.config.memory import memory_phase
+from tessera.core.config.mesh import mesh_phase
 from tessera.core.config.types import (
     Config,
     Hardware,
     KernelConfig,
     LoggingConfig,
-    MeshConfig,
     ModelConfig,
     Notes,
     Resolved,
@@ -23,6 +25,7 @@ from tessera.core.config.types import (
     ServingConfig,
 )
 from tessera.core.errors import ConfigError
+from tessera.core.mesh import share
 from tessera.core.spec import ModelSpec
 
 SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
@@ -31,19 +34,24 @@ MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
 
 
-def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) -> Resolved:
+def resolve(
+    asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware, built: frozenset[str] = BUILT
+) -> Resolved:
     """The configuration for `asked` (flags in any spelling), and the decisions taken on the way.
 
     Raises `ConfigError` with every conflict at once. Same arguments, same result; nothing is read from outside.
+    `built`: see `built.py`.
     """
     notes = Notes()
-    values = read(asked, notes)
+    values = read(asked, notes, built)
     device = _device(values, hardware, notes)
     dtype = _dtype(values, spec, hardware, notes)
-    mesh = _mesh(values, device, notes)
+    mesh, fits = mesh_phase(values, spec, hardware, built, notes)
     chunk, most = _chunk(values, device, notes)
     rows = _max_running(values, device)
-    memory, context, max_running = memory_phase(values, spec, hardware, mesh.mesh, dtype, chunk or most, rows, notes)
+    each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
+    held = mesh.mesh if fits else None
+    memory, context, max_running = memory_phase(values, spec, each, held, dtype, chunk or most, rows, notes)
     config = Config(
         model=_model(values, dtype, context, notes),
         mesh=mesh,
@@ -81,20 +89,6 @@ def _dtype(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes) -> 
         return "float32"
     notes.decide("dtype", spec.dtype, "that of the checkpoint")
     return spec.dtype
-
-
-def _mesh(values: Asked, device: str, notes: Notes) -> MeshConfig:
-    mesh = MeshConfig(
-        device,
-        tp=values.number("tp_size"),
-        dp=values.number("dp_size"),
-        ep=values.number("ep_size"),
-        dense_tp=values.whole("moe_dense_tp_size") or values.number("tp_size"),
-    )
-    for flag in ("enable_dp_attention", "enable_dp_lm_head"):
-        if values.on(flag) and mesh.dp == 1:
-            notes.decide(f"--{flag.replace('_', '-')}", "no effect", "with --dp 1 there is one group")
-    return mesh
 
 
 def _chunk(values: Asked, device: str, notes: Notes) -> tuple[int, int]:
@@ -158,6 +152,10 @@ def _scheduling(
             "there is no prefix cache whose longest match could go first",
             "Use --schedule-policy fcfs.",
         )
+    threshold = values.real("tbo_token_distribution_threshold")
+    assert threshold is not None, "it has a default"
+    if values.gave("tbo_token_distribution_threshold") and not values.on("enable_two_batch_overlap"):
+        notes.decide("--tbo-token-distribution-threshold", "ignored", "only read with --enable-two-batch-overlap")
     queued = values.whole("max_queued_requests")
     if queued is None:
         queued = QUEUE_PER_ROW * max_running
@@ -171,6 +169,8 @@ def _scheduling(
         policy=policy,
         prefix_cache=prefix,
         max_in_flight=1 if values.on("disable_overlap_schedule") else 2,
+        overlap=values.on("enable_two_batch_overlap"),
+        overlap_share=threshold,
     )
 
 

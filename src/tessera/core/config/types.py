@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from tessera.core.errors import Conflict
-from tessera.core.mesh import Mesh, instance_mesh
+from tessera.core.mesh import Mesh, instance_mesh, share
 from tessera.core.tensors import CacheDtypes
 
 
@@ -58,18 +58,32 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
-    """Which ranks. `device`: "cpu" or "cuda"."""
+    """Which ranks. `device`: "cpu" or "cuda". `tp`: all ranks of an instance, on `num_nodes` hosts that meet at
+    `meeting`, of which this is `node_rank`. `dp`: groups of the attention. `replicas`: instances behind one front.
+    `balance`: how requests are spread over groups or replicas.
+    """
 
     device: str
     tp: int = 1
     dp: int = 1
     ep: int = 1
     dense_tp: int = 1
+    replicas: int = 1
+    dp_lm_head: bool = False
+    balance: str = "round_robin"
+    num_nodes: int = 1
+    node_rank: int = 0
+    meeting: str | None = None
 
     @property
     def mesh(self) -> Mesh:
         """The ranks with their named axes."""
         return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp)
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on this host, those of all replicas."""
+        return max(share(self.tp * self.replicas, self.num_nodes), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +136,8 @@ class SchedulingConfig:
 
     `max_running`: rows of the row table. `max_queued`: most requests waiting. `chunk_size`: most tokens of a step that
     holds prompts (0: prompts are not cut). `max_prefill_tokens`: most prompt tokens of a step. `mixed`: decodes ride
-    with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule).
+    with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule). `overlap`: the halves of
+    a step run interleaved; where `overlap_share` of the tokens cannot be had by cutting between sequences, one is cut.
     """
 
     max_running: int
@@ -133,6 +148,8 @@ class SchedulingConfig:
     policy: str
     prefix_cache: bool
     max_in_flight: int
+    overlap: bool = False
+    overlap_share: float = 0.48
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,195 @@
+"""The mesh phase: which ranks there are and how they cut the model. Every combination that does not work is named.
+
+`--tp-size` counts all ranks of the instance. With `--enable-dp-attention` the attention runs in `--dp-size` groups of
+them (attention TP = tp / dp); without, `--dp-size` counts replicas of the whole instance. Experts are spread over
+`--ep-size` groups, dense MLPs over `--moe-dense-tp-size` ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tessera.core.config.ask import Asked
+from tessera.core.config.types import Hardware, MeshConfig, Notes
+from tessera.core.errors import LayoutError
+from tessera.core.mesh import Axis, Mesh, divisors, instance_mesh
+from tessera.core.spec import ModelSpec, MoESpec
+from tessera.core.weights import weight_table
+
+BALANCE = {"auto": "round_robin", "shortest_queue": "total_requests", "minimum_tokens": "total_tokens"}
+MOST_RANKS = 64  # sizes that are tried for a remedy
+
+
+def mesh_phase(
+    values: Asked, spec: ModelSpec, hardware: Hardware, built: frozenset[str], notes: Notes
+) -> tuple[MeshConfig, bool]:
+    """The ranks, and whether the model can be laid out on them."""
+    mesh = _asked(values, hardware.device, _balance(values, notes))
+    _groups(values, built, notes)
+    _divisors(values, notes)
+    _hosts(mesh, notes)
+    _devices(mesh, hardware, notes)
+    _model(values, mesh, spec, notes)
+    return mesh, _fits(spec, mesh)
+
+
+def _asked(values: Asked, device: str, balance: str) -> MeshConfig:
+    tp, dp, split = values.number("tp_size"), values.number("dp_size"), values.on("enable_dp_attention")
+    return MeshConfig(
+        device,
+        tp=tp,
+        dp=dp if split else 1,
+        ep=values.number("ep_size"),
+        dense_tp=values.whole("moe_dense_tp_size") or tp,
+        replicas=1 if split else dp,
+        dp_lm_head=values.on("enable_dp_lm_head"),
+        balance=balance,
+        num_nodes=values.number("nnodes"),
+        node_rank=values.number("node_rank"),
+        meeting=values.text("dist_init_addr"),
+    )
+
+
+def _groups(values: Asked, built: frozenset[str], notes: Notes) -> None:
+    dp, split = values.number("dp_size"), values.on("enable_dp_attention")
+    if split and dp == 1:
+        remedy = "Give --dp-size (a divisor of --tp-size above 1), or leave --enable-dp-attention out."
+        notes.refuse(("--enable-dp-attention", "--dp-size 1"), "one group is not data parallel", remedy)
+    if values.on("enable_dp_lm_head") and not split:
+        notes.refuse(
+            ("--enable-dp-lm-head", "no --enable-dp-attention"),
+            "without groups of the attention there is no data-parallel output head",
+            "Give --enable-dp-attention, or leave --enable-dp-lm-head out.",
+        )
+    if dp > 1 and not split and "dp_size" in built and "replicas" not in built:
+        remedy = "Give --enable-dp-attention, or start one server for each and a router before them."
+        notes.refuse((f"--dp-size {dp}", "no --enable-dp-attention"), "replicas are not built yet", remedy)
+    if dp > 1 and split:
+        why = "counts per data-parallel rank and step, the riding decodes included (SGLang divides it by --dp-size)"
+        notes.decide("--chunked-prefill-size", "as given", why)
+
+
+def _divisors(values: Asked, notes: Notes) -> None:
+    """Sizes that must divide the number of ranks."""
+    tp = values.number("tp_size")
+    sizes = {"--ep-size": values.number("ep_size"), "--moe-dense-tp-size": values.whole("moe_dense_tp_size") or 1}
+    if values.on("enable_dp_attention"):
+        sizes["--dp-size"] = values.number("dp_size")
+    for flag, size in sizes.items():
+        allowed = [n for n in divisors(tp) if n > 1 or flag != "--dp-size"]
+        if size > 1 and size not in allowed:
+            remedy = _use(flag, allowed) if allowed else f"Raise --tp-size to {size}, or leave {flag} out."
+            notes.refuse((f"{flag} {size}", f"--tp-size {tp}"), f"{size} does not divide {tp} rank(s)", remedy)
+
+
+def _hosts(mesh: MeshConfig, notes: Notes) -> None:
+    nodes, meeting = mesh.num_nodes, mesh.meeting
+    if mesh.node_rank >= nodes:
+        remedy = f"Use --node-rank from 0 to {nodes - 1}." if nodes > 1 else "Leave --node-rank out, or give --nnodes."
+        notes.refuse((f"--node-rank {mesh.node_rank}", f"--nnodes {nodes}"), "hosts are counted from 0", remedy)
+    if nodes > 1 and meeting is None:
+        remedy = "Give --dist-init-addr HOST:PORT, the same on every host."
+        flags = (f"--nnodes {nodes}", "no --dist-init-addr")
+        notes.refuse(flags, "the hosts do not know where to meet", remedy)
+    if meeting is not None and not _is_address(meeting):
+        remedy = "Expected HOST:PORT with a port from 1 to 65535."
+        notes.refuse((f"--dist-init-addr {meeting}",), "found no host and port", remedy)
+    if nodes not in divisors(mesh.tp):
+        reason = f"{mesh.tp} rank(s) cannot be spread evenly over {nodes} hosts"
+        notes.refuse((f"--nnodes {nodes}", f"--tp-size {mesh.tp}"), reason, _use("--nnodes", divisors(mesh.tp)))
+    if meeting is not None and mesh.tp == nodes == 1:
+        notes.decide("--dist-init-addr", "ignored", "there is one rank")
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.removeprefix("tcp://").rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16
+
+
+def _balance(values: Asked, notes: Notes) -> str:
+    asked = values.word("load_balance_method")
+    if asked == "follow_bootstrap_room" and values.word("disaggregation_mode") == "null":
+        notes.refuse(
+            ("--load-balance-method follow_bootstrap_room", "--disaggregation-mode null"),
+            "without hand-over there is no room to follow",
+            "Use round_robin, total_requests or total_tokens.",
+        )
+    method = BALANCE.get(asked, asked)
+    if values.gave("load_balance_method") and asked != "auto" and values.number("dp_size") == 1:
+        notes.decide(f"--load-balance-method {asked}", "ignored", "there is one data-parallel group")
+    elif values.number("dp_size") > 1 and method != asked:
+        why = "nothing else was asked" if asked == "auto" else "its name today"
+        notes.decide("--load-balance-method", method, why)
+    return method
+
+
+def _devices(mesh: MeshConfig, hardware: Hardware, notes: Notes) -> None:
+    """Every rank of this host on CUDA has a device of its own."""
+    ranks = mesh.ranks_here
+    if hardware.device == "cuda" and ranks > hardware.count:
+        replicas = [f"--dp-size {mesh.replicas}"] if mesh.replicas > 1 else []
+        remedy = f"Use at most {hardware.count} rank(s) on this host, or more hosts (--nnodes)."
+        flags = (f"--tp-size {mesh.tp}", *replicas, f"{hardware.count} GPU(s)")
+        notes.refuse(flags, f"{ranks} ranks on this host need a GPU each", remedy)
+
+
+def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> None:
+    """Heads, experts and rows that cannot be cut for as many ranks: one conflict for each reason."""
+    counts = [layer.mlp.router.num_experts for layer in spec.layers if isinstance(layer.mlp, MoESpec)]
+    if mesh.ep > 1 and not counts:
+        notes.refuse((f"--ep-size {mesh.ep}", "the model"), "it has no experts", "Leave --ep-size out.")
+    tp, dp, ep = f"--tp-size {mesh.tp}", f"--dp-size {mesh.dp}", f"--ep-size {mesh.ep}"
+    dense = tp if mesh.dense_tp == mesh.tp else f"--moe-dense-tp-size {mesh.dense_tp}"
+    # Axis of the mesh: the sizes that make it beside the number of ranks, and the flags that ask for them.
+    cuts: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+        "expert": ({"ep": mesh.ep}, (ep,)),
+        "attn": ({"dp": mesh.dp}, (tp, dp) if mesh.dp > 1 else (tp,)),
+        "moe": ({"ep": mesh.ep}, (tp, ep) if mesh.ep > 1 else (tp,)),
+        "dense": ({"dense_tp": mesh.dense_tp}, (dense,)),
+        "tp": ({}, (tp,)),
+    }
+    wrong = {(flags, _misfit(spec, mesh.tp, axis, sizes)): axis for axis, (sizes, flags) in reversed(cuts.items())}
+    for (flags, why), axis in wrong.items():
+        if why:
+            few = [n for n in divisors(mesh.tp) if not _misfit(spec, n, "expert", {"ep": n})]
+            remedy = _use("--ep-size", few) if axis == "expert" else _ranks(values, mesh, spec)
+            notes.refuse((*flags, "the model"), why, remedy)
+
+
+def _misfit(spec: ModelSpec, tp: int, axis: str, sizes: dict[str, int]) -> str:
+    """Why the model cannot be cut along one axis alone; empty when it can, or when there is no such axis."""
+    try:
+        size = instance_mesh(tp, **sizes).size_of(axis)
+    except LayoutError:
+        return ""  # refused already: a size that does not divide the ranks
+    try:
+        weight_table(_kinds(spec), Mesh(size, (Axis(axis, size),)))
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def _ranks(values: Asked, mesh: MeshConfig, spec: ModelSpec) -> str:
+    """The numbers of ranks that go with the other sizes."""
+    dense = values.whole("moe_dense_tp_size")
+    allowed = [n for n in range(1, MOST_RANKS + 1) if _fits(spec, replace(mesh, tp=n, dense_tp=dense or n))]
+    return _use("--tp-size", allowed) if allowed else "Change the size of the groups: no --tp-size goes with it."
+
+
+def _kinds(spec: ModelSpec) -> ModelSpec:
+    """The model with each kind of layer once."""
+    return replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+
+
+def _fits(spec: ModelSpec, mesh: MeshConfig) -> bool:
+    try:
+        weight_table(_kinds(spec), mesh.mesh)
+    except LayoutError:
+        return False
+    return True
+
+
+def _use(flag: str, allowed: list[int]) -> str:
+    """The remedy that lists sizes."""
+    *some, last = map(str, allowed)
+    return f"Use {flag} {', '.join(some)}{' or ' if some else ''}{last}."

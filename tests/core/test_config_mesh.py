@@ -1,0 +1,176 @@
+"""No silent change: sizes of ranks and groups that do not go together are refused, each with both sides and a remedy.
+
+`ALL` lifts what issues to come build: the combinations are checked now, and nothing runs before it is lifted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.test_config import CPU, CUDA, DENSE, HYBRID, decided, spec_of
+from tessera.core.config import FLAGS, Resolved, Unbuilt, resolve
+from tessera.core.config.built import BUILT
+from tessera.core.errors import ConfigError
+from tessera.core.mesh import instance_mesh
+
+MESH = ("tp_size", "dp_size", "ep_size", "moe_dense_tp_size", "enable_dp_attention", "enable_dp_lm_head", "nnodes")
+ALL = frozenset({*MESH, "node_rank", "enable_two_batch_overlap", "replicas"})
+MODELS = {"dense": DENSE, "hybrid": HYBRID}
+
+
+def lifted(model: str = "hybrid", built: frozenset[str] = ALL, gpus: int = 0, **asked: object) -> Resolved:
+    hardware = replace(CUDA, count=gpus) if gpus else CPU
+    return resolve({"model_path": "m", **asked}, spec_of(MODELS[model]), hardware, built)
+
+
+def refused(model: str = "hybrid", built: frozenset[str] = ALL, gpus: int = 0, **asked: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        lifted(model, built, gpus, **asked)
+    return [str(c) for c in caught.value.conflicts]
+
+
+def test_nothing_of_several_ranks_runs_before_it_is_lifted() -> None:
+    for name in ALL - BUILT - {"replicas"}:
+        (flag,) = [f for f in FLAGS if f.name == name]
+        assert isinstance(flag.state, Unbuilt), name
+        text = refused(built=BUILT, **{name: True if flag.is_switch else 2})
+        assert any(t.startswith(flag.spellings[0]) and "not built yet" in t for t in text)
+
+
+def test_the_seeds_layouts_resolve_once_they_are_lifted() -> None:
+    decode = lifted(
+        tp_size=4, dp_size=2, ep_size=2, enable_dp_attention=True, enable_dp_lm_head=True, moe_dense_tp_size=1,
+        load_balance_method="round_robin", gpus=4,
+    ).config.mesh  # fmt: skip
+    assert decode.mesh == instance_mesh(4, 2, 2, 1)
+    assert (decode.dp_lm_head, decode.balance, decode.replicas) == (True, "round_robin", 1)
+    mixed = lifted(tp=2, dp=2, enable_dp_attention=True, enable_mixed_chunk=True, chunked_prefill_size=256)
+    assert mixed.config.scheduling.chunk_size == 256
+    assert "per data-parallel rank" in decided(mixed, "--chunked-prefill-size").why
+    overlap = lifted(tp=2, enable_two_batch_overlap=True, tbo_token_distribution_threshold=0.4).config.scheduling
+    assert (overlap.overlap, overlap.overlap_share) == (True, 0.4)
+
+
+BAD: list[tuple[dict[str, object], str, str, str]] = [
+    # asked; flags of both sides; found; what to change
+    ({"tp_size": 3}, "--tp-size 3 with the model: section 'q'", "cannot be cut for 3", "Use --tp-size 1, 2 or 4"),
+    ({"tp_size": 4, "dp_size": 3, "enable_dp_attention": True}, "--dp-size 3 with --tp-size 4", "does not divide",
+     "Use --dp-size 2 or 4"),
+    ({"tp_size": 4, "ep_size": 3}, "--ep-size 3 with --tp-size 4", "does not divide", "Use --ep-size 1, 2 or 4"),
+    ({"tp_size": 8, "ep_size": 8, "dp_size": 2, "enable_dp_attention": True}, "--ep-size 8 with the model",
+     "use at most 4 ranks", "Use --ep-size 1, 2 or 4"),
+    ({"tp_size": 4, "moe_dense_tp_size": 3}, "--moe-dense-tp-size 3 with --tp-size 4", "does not divide",
+     "Use --moe-dense-tp-size 1, 2 or 4"),
+    ({"tp_size": 2, "enable_dp_attention": True}, "--enable-dp-attention with --dp-size 1", "not data parallel",
+     "Give --dp-size"),
+    ({"tp_size": 2, "enable_dp_lm_head": True}, "--enable-dp-lm-head with no --enable-dp-attention", "no data-parallel",
+     "Give --enable-dp-attention"),
+    ({"dp_size": 2, "enable_dp_attention": True}, "--dp-size 2 with --tp-size 1", "does not divide 1 rank",
+     "Raise --tp-size to 2"),
+    ({"nnodes": 2, "tp_size": 2}, "--nnodes 2 with no --dist-init-addr", "where to meet", "HOST:PORT"),
+    ({"nnodes": 3, "tp_size": 4, "dist_init_addr": "a:1"}, "--nnodes 3 with --tp-size 4", "spread evenly",
+     "Use --nnodes 1, 2 or 4"),
+    ({"node_rank": 2, "nnodes": 2, "tp_size": 2, "dist_init_addr": "a:1"}, "--node-rank 2 with --nnodes 2",
+     "counted from 0", "from 0 to 1"),
+    ({"node_rank": 1}, "--node-rank 1 with --nnodes 1", "counted from 0", "Leave --node-rank out"),
+    ({"dist_init_addr": "nowhere"}, "--dist-init-addr nowhere", "no host and port", "HOST:PORT"),
+    ({"load_balance_method": "follow_bootstrap_room", "dp_size": 2}, "--load-balance-method follow_bootstrap_room with",
+     "no room to follow", "round_robin"),
+    ({"tbo_token_distribution_threshold": 0.6}, "--tbo-token-distribution-threshold", "0.6", "from 0 to 0.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "flags", "found", "remedy"), BAD, ids=lambda v: str(v)[:40])
+def test_a_bad_combination_is_refused_with_both_sides_and_a_remedy(
+    asked: dict[str, object], flags: str, found: str, remedy: str
+) -> None:
+    (text,) = [t for t in refused(**asked) if t.startswith(flags)]
+    assert found in text
+    assert remedy in text
+    assert not [t for t in refused(**asked) if "not built yet" in t]
+
+
+def test_what_is_not_built_is_checked_too() -> None:
+    text = refused(built=frozenset(), tp_size=4, ep_size=3)
+    assert [t.split(":")[0] for t in text] == ["--tp-size 4", "--ep-size 3", "--ep-size 3 with --tp-size 4"]
+
+
+def test_many_at_once_are_reported_together() -> None:
+    text = refused(
+        tp_size=6, dp_size=4, ep_size=5, moe_dense_tp_size=4, enable_dp_attention=True, nnodes=4, node_rank=4, gpus=1,
+        load_balance_method="follow_bootstrap_room", context_length=10**6,
+    )  # fmt: skip
+    for start in (
+        "--dp-size 4 with --tp-size 6", "--ep-size 5 with --tp-size 6", "--moe-dense-tp-size 4 with --tp-size 6",
+        "--node-rank 4 with", "--nnodes 4 with no", "--nnodes 4 with --tp-size", "--context-length 1000000 with",
+        "--load-balance-method follow_bootstrap_room", "--tp-size 6 with the model",
+    ):  # fmt: skip
+        assert [t for t in text if t.startswith(start)], (start, text)
+
+
+def test_each_way_of_cutting_the_model_is_named_for_itself() -> None:
+    text = refused(tp_size=3)
+    assert len(text) == 2  # heads of the attention, and columns inside an expert
+    assert len({t.split(": ", 1)[1] for t in text}) == 2
+    assert any("it has no experts" in t for t in refused("dense", ep_size=2))
+
+
+def test_a_rank_needs_a_gpu() -> None:
+    (text,) = refused(tp_size=4, gpus=2)
+    assert text.startswith("--tp-size 4 with 2 GPU(s): 4 ranks on this host need a GPU each. Use at most 2")
+    (text,) = refused(tp_size=2, dp_size=2, gpus=2)
+    assert text.startswith("--tp-size 2 with --dp-size 2 with 2 GPU(s)")
+    assert lifted(tp_size=4, nnodes=2, dist_init_addr="10.0.0.1:5000", gpus=2).config.mesh.ranks_here == 2
+
+
+def test_replicas_are_not_groups_of_the_attention() -> None:
+    mesh = lifted(tp_size=2, dp_size=3).config.mesh
+    assert (mesh.dp, mesh.replicas, mesh.ranks_here) == (1, 3, 6)
+    (text,) = refused(built=ALL - {"replicas"}, tp_size=2, dp_size=3)
+    assert text.startswith("--dp-size 3 with no --enable-dp-attention: replicas are not built yet")
+
+
+def test_ranks_of_one_host_share_its_ram_and_not_their_gpus() -> None:
+    assert lifted(tp_size=4).config.memory.available * 4 == CPU.memory
+    assert lifted(tp_size=4, gpus=4).config.memory.available == CUDA.memory
+
+
+def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
+    assert decided(lifted(load_balance_method="total_tokens"), "--load-balance-method total_tokens").value == "ignored"
+    told = lifted(dp_size=2, load_balance_method="minimum_tokens")
+    assert told.config.mesh.balance == decided(told, "--load-balance-method").value == "total_tokens"
+    assert lifted(dp_size=2).config.mesh.balance == "round_robin"
+
+
+sizes = st.integers(1, 12)
+
+
+@given(tp=sizes, dp=sizes, ep=sizes, dense=st.none() | sizes, split=st.booleans(), head=st.booleans())
+def test_every_combination_resolves_or_is_refused_with_what_to_change(
+    tp: int, dp: int, ep: int, dense: int | None, split: bool, head: bool
+) -> None:
+    asked = {"tp": tp, "dp": dp, "ep": ep, "moe_dense_tp_size": dense}
+    asked |= {"enable_dp_attention": split, "enable_dp_lm_head": head}
+    with contextlib.suppress(ConfigError):
+        config = lifted(**asked).config
+        assert config.mesh.mesh.size == tp
+        assert config.memory.num_pages > 1
+        return
+    assert all(re.search(r": .+\. .+\.$", text) for text in refused(**asked))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"tp_size": 3}, {"tp_size": 12, "ep_size": 2}, {"tp_size": 6, "moe_dense_tp_size": 2}], ids=str
+)
+def test_every_size_that_a_remedy_names_helps(asked: dict[str, object]) -> None:
+    text = refused(**asked)[-1]
+    sizes = text.rpartition("Use --tp-size ")[2].removesuffix(".").replace(" or ", ", ").split(", ")
+    assert len(sizes) > 1
+    for size in sizes:
+        lifted(**{**asked, "tp_size": int(size)})
