@@ -41,12 +41,19 @@ class Comm(Protocol):
         """Sum over the group of the ordered `parts` of each rank, all of one shape, in fp32 or wider, rounded once."""
         ...
 
-    def gather(self, part: Tensor, axis: str, dim: int) -> Handle:
-        """The parts of the group side by side along `dim`, in order of coordinate; their lengths there may differ."""
+    def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
+        """The parts of the group side by side along `dim`, in order of coordinate; their lengths there may differ.
+
+        `lengths` by coordinate: whoever knows them says so, else ranks that share no memory ask each other first.
+        """
         ...
 
     def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
         """`sum`, of which coordinate c keeps `lengths[c]` neighbouring elements along `dim`."""
+        ...
+
+    def close(self) -> None:
+        """Leaves for good. Ranks that wait for something this one has not brought get a `PeerError`."""
         ...
 
 

@@ -36,14 +36,14 @@ class LocalGroup:
         self.deadline_s = deadline_s
         self._changed = threading.Condition()
         self._meetings: dict[Key, _Meeting] = {}
-        self._failed: tuple[int, BaseException] | None = None
+        self._failed: tuple[int, BaseException | None] | None = None
 
     def comm(self, rank: int) -> LocalComm:
         """The collectives of one rank, for the thread that runs it."""
         return LocalComm(self, rank)
 
-    def fail(self, rank: int, error: BaseException) -> None:
-        """Rank `rank` ends with `error`: all who wait, or will, get a `PeerError`."""
+    def fail(self, rank: int, error: BaseException | None) -> None:
+        """Rank `rank` ends, with `error` if something broke: all who wait, or will, get a `PeerError`."""
         with self._changed:
             self._failed = self._failed or (rank, error)
             self._changed.notify_all()
@@ -70,7 +70,7 @@ class LocalGroup:
                 missing = sorted(set(ranks) - set(meeting.brought))
                 raise DeadlineError(f"rank {rank} waited {self.deadline_s} s in {meeting.kind} for ranks {missing}")
             if len(meeting.brought) < len(ranks) and self._failed:
-                raise PeerError(f"rank {rank} in {meeting.kind}: rank {self._failed[0]} failed") from self._failed[1]
+                raise PeerError(f"rank {rank} in {meeting.kind}: rank {self._failed[0]} has left") from self._failed[1]
             meeting.taken += 1
             if meeting.taken == len(ranks):
                 del self._meetings[key]
@@ -121,8 +121,10 @@ class LocalComm:
         """See `Comm.sum`."""
         return _Sum(self.group, self._bring(axis, "sum", tuple(parts)), self.rank)
 
-    def gather(self, part: Tensor, axis: str, dim: int) -> Handle:
+    def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
+        at = self.mesh.coordinate(self.rank, axis)
+        assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
         return _Gather(self.group, self._bring(axis, "gather", (part,)), self.rank, dim)
 
     def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
@@ -130,6 +132,10 @@ class LocalComm:
         at = self.mesh.coordinate(self.rank, axis)
         keep = (dim, sum(lengths[:at]), lengths[at])
         return _Sum(self.group, self._bring(axis, "scatter_sum", tuple(parts)), self.rank, keep)
+
+    def close(self) -> None:
+        """See `Comm.close`."""
+        self.group.fail(self.rank, None)
 
     def _bring(self, axis: str, kind: str, parts: tuple[Tensor, ...]) -> Key:
         ranks = self.mesh.group(self.rank, axis)
