@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tessera.core.errors import RequestError, TesseraError
-from tessera.core.messages import FinishReason, Output, TokenLogprobs
+from tessera.core.errors import CapacityError, PeerError, RequestError, TesseraError
+from tessera.core.messages import Fault, FinishReason, Output, TokenLogprobs
 from tessera.serve.client import EngineClient, Stream
 from tessera.serve.schema import Item
 from tessera.serve.text import Detokenizer, StopMatcher, Tokenizer
 
-
-class EngineError(TesseraError):
-    """The engine gave up on a request that it had begun (HTTP 500)."""
+# What an output that failed becomes: 400, 503 or 503.
+FAULTS: Mapping[Fault, type[TesseraError]] = {"request": RequestError, "busy": CapacityError, "engine": PeerError}
 
 
 @dataclass(slots=True)
@@ -157,8 +156,7 @@ class Answering:
         index = self._stream.index[output.request_id]
         usage = self.usage[index]
         if output.finish == "error":
-            why = output.error or "no reason given"
-            raise RequestError(why) if not usage.num_generated else EngineError(f"the engine gave up: {why}")
+            raise FAULTS[output.fault or "engine"](output.error or "the engine gave up and said no reason")
         delta = self._readers[index][output.choice].read(index, output)
         usage.num_generated += len(delta.tokens)
         usage.num_cached = max(usage.num_cached, output.num_cached)

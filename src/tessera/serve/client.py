@@ -111,6 +111,7 @@ class EngineClient:
         self._seen = time.monotonic()
         self._failure: TesseraError | None = None
         self.ready = asyncio.Event()
+        self.failed = asyncio.Event()
         self.info: dict[str, object] = {}
 
     def __len__(self) -> int:
@@ -152,6 +153,10 @@ class EngineClient:
             self.send(item.submit(request_id, received))
         return stream
 
+    def alive(self) -> None:
+        """The engine gave a sign of life."""
+        self._seen = time.monotonic()
+
     def drop(self, stream: Stream) -> None:
         """Delivers nothing more to a stream."""
         for request_id in stream.ids:
@@ -159,7 +164,7 @@ class EngineClient:
 
     def deliver(self, message: Outbound) -> None:
         """A message from the engine. Every one is a sign of life."""
-        self._seen = time.monotonic()
+        self.alive()
         if isinstance(message, Outputs):
             for output in message.items:
                 stream = self._streams.get(output.request_id)
@@ -177,6 +182,7 @@ class EngineClient:
     def fail(self, error: TesseraError) -> None:
         """The engine has ended: everybody who waits, now or later, gets the error. The first reason stays."""
         self._failure = self._failure or error
+        self.failed.set()
         self._fail_streams(self._failure)
 
     async def watch(self, interval: float = 1.0) -> None:

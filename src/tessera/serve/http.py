@@ -22,6 +22,8 @@ Headers = Iterable[tuple[str, str]]
 T = TypeVar("T")
 
 JSON = "application/json"
+BODY_SECONDS = 60.0  # without any more of a body that was announced
+SEND_SECONDS = 300.0  # that a client may leave an answer unread
 encode = msgspec.json.Encoder().encode
 STATUS_TYPES = {401: "authentication_error", 404: "not_found_error", 503: "unavailable_error"}
 UNAVAILABLE = (CapacityError, DeadlineError, PeerError)
@@ -75,7 +77,10 @@ class Call:
         body = bytearray()
         more = True
         while more:
-            message = await self._receive()
+            try:
+                message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+            except TimeoutError:
+                raise RequestError(f"nothing of the body came for {BODY_SECONDS:g} s", "body", 408) from None
             if message["type"] == "http.disconnect":
                 raise Disconnected
             body += message.get("body", b"")
@@ -91,7 +96,7 @@ class Call:
         """The whole answer: bytes as they are, anything else as JSON."""
         body = payload if isinstance(payload, bytes) else encode(payload)
         await self._start(status, [("content-type", kind), ("content-length", str(len(body))), *headers])
-        await self._send({"type": "http.response.body", "body": body})
+        await self._body(body)
 
     async def fail(self, error: Exception) -> None:
         """An error as the answer, or as an event where a stream has begun."""
@@ -110,18 +115,24 @@ class Call:
             await self._start(
                 200, [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache")]
             )
-        await self._send(
-            {"type": "http.response.body", "body": b"data: " + encode(payload) + b"\n\n", "more_body": True}
-        )
+        await self._body(b"data: " + encode(payload) + b"\n\n", more=True)
 
     async def end_events(self) -> None:
         """The end of a stream, as OpenAI marks it."""
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await self._body(b"data: [DONE]\n\n")
 
     async def _start(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.status = status
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _body(self, data: bytes, more: bool = False) -> None:
+        """A part of the answer; waits while the client leaves too much unread, up to a deadline."""
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise Disconnected from None
 
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs `work`; cancels it and raises Disconnected when the client goes. The body must have been read."""

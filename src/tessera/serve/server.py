@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.core.errors import RequestError
+from tessera.core.errors import PeerError, RequestError
 from tessera.core.messages import SamplingParams
-from tessera.serve.answer import Answering, EngineError
+from tessera.serve.answer import Answering
 from tessera.serve.client import EngineClient
 from tessera.serve.http import Call, Disconnected, UnavailableError
 from tessera.serve.metrics import Metrics
@@ -48,6 +48,10 @@ class Server:
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[Answering]] = field(default_factory=dict)
+    quiet: asyncio.Event = field(default_factory=asyncio.Event)  # nothing runs
+
+    def __post_init__(self) -> None:
+        self.quiet.set()
 
     @property
     def trouble(self) -> str | None:
@@ -93,6 +97,7 @@ class Server:
             self.client, self.reader.tokenizer, request.items, self.options.stream_interval, track.observe
         )
         self.running.setdefault(rid, []).append(answering)
+        self.quiet.clear()
         if self.options.log_requests:
             log.info("Receive: rid=%s, #prompt: %d, params=%s", rid, len(request.items), request.items[0].params)
         try:
@@ -109,6 +114,8 @@ class Server:
             self.running[rid].remove(answering)
             if not self.running[rid]:
                 del self.running[rid]
+            if not self.running:
+                self.quiet.set()
             track.end(outcome, answering.usage)
             if self.options.log_requests:
                 log.info("Finish: rid=%s, outcome=%s, usage=%s", rid, outcome, answering.usage)
@@ -128,7 +135,7 @@ class Server:
         with Answering(self.client, None, [item]) as answering:
             ((answer,),) = await answering.collect()
         if not answer.tokens:
-            raise EngineError(f"the engine answered a probe with no token (finish: {answer.finish})")
+            raise PeerError(f"the engine answered a probe with no token (finish: {answer.finish})")
         return time.monotonic() - began
 
 

@@ -1,0 +1,42 @@
+"""What the server says of itself: the choices it made, and that it is ready, with a call to try."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from tessera.core.config import Resolved
+from tessera.serve.server import Server
+
+log = logging.getLogger(__name__)
+READY = "The server is fired up and ready to roll!"  # what scripts made for SGLang wait for
+
+
+def decisions(resolved: Resolved) -> None:
+    """Every choice made for the user, whatever the log level."""
+    lines = [f"  {decision}" for decision in resolved.decisions]
+    sys.stderr.write("\n".join([f"Serving {resolved.config.model.served_name} with:", *lines, ""]))
+    sys.stderr.flush()
+
+
+def ready(server: Server, url: str, seconds: float) -> None:
+    """Where it is, how to call it, and the line that scripts wait for. `seconds`: from the start until now."""
+    log.info(
+        "Serving %s at %s after %.1f s. Try:\n%s", server.options.served_model_name, url, seconds, hint(server, url)
+    )
+    log.info(READY)
+
+
+def hint(server: Server, url: str) -> str:
+    """A call that this server answers."""
+    body: dict[str, object] = {"model": server.options.served_model_name}
+    path = "/v1/completions"
+    if server.reader.tokenizer is None:
+        body["prompt"] = [1, 2, 3]
+    elif server.reader.template is None:
+        body["prompt"] = "Hello"
+    else:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "What is 17 + 25?"}]
+    key = " -H 'authorization: Bearer KEY'" if server.options.api_key else ""
+    return f"  curl {url}{path}{key} -H 'content-type: application/json' -d '{json.dumps(body)}'"

@@ -1,0 +1,36 @@
+"""`tessera serve`: this process becomes the front, and starts the engine's.
+
+Exit codes: 0 after a signal, once what ran has ended; 128 + signal after a second one. Anything else is raised as a
+`TesseraError`: `ConfigError` when it cannot be started as asked, others when the engine failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import uvloop
+
+from tessera.serve import logs
+from tessera.serve.front import Front, Progress
+from tessera.serve.process import WORKER, EngineProcess
+from tessera.serve.signals import StopSignals
+
+
+def launch(
+    asked: Mapping[str, object], environ: Mapping[str, str], progress: Progress, command: Sequence[str] = WORKER
+) -> int:
+    """Serves until a signal; returns the exit code. `asked`: flags in any spelling; `command`: the engine process."""
+    logs.configure()
+    return uvloop.run(_launch(asked, environ, progress, command))
+
+
+async def _launch(
+    asked: Mapping[str, object], environ: Mapping[str, str], progress: Progress, command: Sequence[str]
+) -> int:
+    engine = EngineProcess(command)
+    try:
+        signals = StopSignals(engine.kill)
+        await Front(engine, signals, progress).run(asked, environ)
+        return 0
+    finally:
+        engine.close()

@@ -1,0 +1,68 @@
+"""The HTTP listener: uvicorn on a socket of ours, inside our event loop, with our own answer to signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from tessera.core.errors import ConfigError, Conflict
+
+BACKLOG = 2048
+KEEP_ALIVE = 30  # seconds that an idle connection stays open
+CLOSE_SECONDS = 3  # for answers under way when it closes
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `ConfigError` where that cannot be."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = f"cannot listen there: {error.strerror or error}"
+        remedy = "Choose another --port (0: any free one), or another --host."
+        raise ConfigError([Conflict((f"--host {host}", f"--port {port}"), reason, remedy)]) from error
+
+
+class Listener(uvicorn.Server):
+    """uvicorn serving `app` on one socket, as a task."""
+
+    def __init__(self, app: Any, listening: socket.socket, access_log: bool) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=access_log,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            server_header=False,
+        )
+        super().__init__(config)
+        self.listening = listening
+        self.task: asyncio.Task[None] = asyncio.create_task(self.serve([listening]))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the front's."""
+        yield
+
+    async def close(self) -> None:
+        """Lets answers under way go out, for `CLOSE_SECONDS`, and ends."""
+        self.should_exit = True
+        done, _ = await asyncio.wait([self.task], timeout=2 * CLOSE_SECONDS)
+        if not done:
+            self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+def url(listening: socket.socket) -> str:
+    """Where clients on this machine reach it."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,88 @@
+"""The engine process as the front sees it: started, spoken to, watched, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from tessera.serve.wire import Downward, Upward, addresses, decode_up, encode
+
+WORKER = (sys.executable, "-P", "-m", "tessera.serve.worker")
+LOOK_MS = 250  # how soon an end is noticed
+
+
+class EngineProcess:
+    """One engine process. `command` gets the folder of the wire and our process id. Needs a running event loop.
+
+    It has a session of its own, so that Ctrl-C in a terminal reaches only the front, which decides what happens.
+    """
+
+    def __init__(self, command: Sequence[str] = WORKER) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="tessera-"))
+        self._context = zmq.asyncio.Context()
+        self._down = zmq.Context(self._context).socket(zmq.PUSH)
+        self._up = self._context.socket(zmq.PULL)
+        self._down.set_hwm(0)
+        down, up = addresses(self._folder)
+        self._down.connect(down)  # the side that connects may send before the other is there
+        self._up.bind(up)
+        self._process = subprocess.Popen(
+            [*command, str(self._folder), str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def send(self, message: Downward) -> None:
+        """Sends without waiting."""
+        self._down.send(encode(message), zmq.NOBLOCK)
+
+    async def receive(self) -> Upward | None:
+        """The next message; None when the process has ended and all that it said is read."""
+        while not await self._up.poll(LOOK_MS):
+            if self._process.poll() is not None and not await self._up.poll(0):
+                return None
+        message: Upward = decode_up(await self._up.recv())
+        return message
+
+    def end(self) -> str:
+        """How it ended, for people."""
+        code = self._process.poll()
+        if code is None:
+            return "the engine process runs"
+        if code >= 0:
+            return f"the engine process ended with exit code {code}"
+        hint = ", maybe because memory ran out" if -code == signal.SIGKILL else ""
+        return f"the engine process was ended by {signal.Signals(-code).name}{hint}"
+
+    def kill(self) -> None:
+        """Ends it at once and removes what it leaves."""
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def ended(self, seconds: float) -> bool:
+        """Waits for its end; False when it still runs after `seconds`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._process.wait, seconds)
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """Ends it, if it still runs, and closes the wire. May be called again."""
+        self.kill()
+        self._down.close(0)
+        self._up.close(0)
+        self._context.term()
