@@ -55,7 +55,7 @@ def _qwen3(fields: Fields) -> Layers:
 
 
 def _qwen_moe(fields: Fields, normalise: bool, shared: bool) -> MoESpec:
-    experts = fields.count("num_experts")
+    experts = fields.count("num_experts", fields.get("num_local_experts"))  # transformers 5 writes the latter
     router = RouterSpec(experts, _top_k(fields, experts), normalise=normalise)
     gated = SharedSpec("shared_expert", fields.count("shared_expert_intermediate_size"), True) if shared else None
     return MoESpec(router, fields.count("moe_intermediate_size"), gated)
