@@ -9,7 +9,8 @@ import pytest
 
 from tessera.core.config import Hardware
 from tessera.core.errors import ConfigError, ModelError
-from tessera.run.startup import find_model, packaged_models, prepare
+from tessera.models.folder import find_model, packaged_models
+from tessera.run.startup import prepare
 
 CPU = Hardware("cpu", memory=1 << 30)
 CONFIG = {

@@ -1,14 +1,14 @@
-"""Finds a model: a local folder, or a name on the Hugging Face hub; and reads its spec and its weights."""
+"""Finds a model: a folder, a model of this package, or a name on the hub; and reads its spec and its weights."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
 
 from tessera.core.errors import ModelError
 from tessera.core.families import read_spec
@@ -19,58 +19,73 @@ from tessera.models.noise import Noise
 from tessera.models.safetensors import Checkpoint
 from tessera.models.source import Source
 
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+ASSETS = Path(__file__).parents[1] / "assets"
+TEXT = ("*.json", "*.jinja", "*.model", "*.txt")
+WEIGHTS = ("*.safetensors",)
 
 
-def locate(model_path: str, revision: str | None = None) -> Path:
-    """The folder of a model; one that is not local is fetched from the hub (or its cache).
+def packaged_models() -> list[str]:
+    """Names of the models inside this package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
 
-    Raises `ModelError` when there is no such folder and the hub has no such model or cannot be reached.
+
+def find_model(path: str, revision: str | None = None, cache: str | None = None, weights: bool = True) -> Path:
+    """The local folder of a model: a folder, a model of this package by its bare name, or a download from the hub.
+
+    `weights` False: config and tokeniser are enough. Raises `ModelError` when there is no such model.
     """
-    folder = Path(model_path).expanduser()
+    folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or model_path.startswith((".", "~")):
-        raise ModelError(f"there is no folder {model_path}")
+    if path in packaged_models():
+        return ASSETS / path
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return _fetch(path, revision, cache, TEXT + WEIGHTS if weights else TEXT)
+    ours = ", ".join(packaged_models()) or "none"
+    raise ModelError(f"model '{path}': no such folder, and no hub name (owner/name); models of this package: {ours}")
+
+
+def _fetch(name: str, revision: str | None, cache: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of a hub model, fetched once into the hub's own cache; from there it works offline.
+
+    Raises `ModelError` when there is no such model, no access, or no network and nothing in the cache.
+    """
     try:
-        return Path(snapshot_download(model_path, revision=revision, allow_patterns=list(PATTERNS)))
-    except LocalEntryNotFoundError as error:
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, cache_dir=cache, allow_patterns=list(patterns)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"'{model_path}' is no folder here, it is not in the hub's cache, and the hub cannot be reached; "
-            "give the path of a folder, or fetch the model where there is a network"
+            f"model '{name}'{where}: no such folder here, and the hub gave nothing ({reason}); "
+            "check the name, the network or HF_TOKEN, or give a folder"
         ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ModelError(f"'{model_path}' is no folder here, and the hub says: {error}") from error
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    """A JSON object of the folder; None when there is no such file. Raises `ModelError` when it cannot be read."""
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return value
+    return Path(found)
 
 
 def read_model(folder: Path) -> ModelSpec:
-    """The spec of the model in `folder`."""
-    config = read_json(folder, "config.json")
+    """The spec of the model in `folder`. Raises `ModelError` when its config.json is missing or cannot be served."""
+    config = _read_json(folder / "config.json")
     if config is None:
-        raise ModelError(f"{folder} holds no config.json; give the folder of a model in Hugging Face form")
-    return read_spec(config, read_json(folder, "generation_config.json"))
+        raise ModelError(f"{folder} has no config.json, so it is no model folder")
+    return read_spec(config, _read_json(folder / "generation_config.json"))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds {type(found).__name__}, expected an object")
+    return found
 
 
 def open_source(
-    folder: Path,
-    spec: ModelSpec,
-    table: Sequence[TensorSpec],
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto",
-    seed: int = 0,
+    folder: Path, spec: ModelSpec, table: Sequence[TensorSpec], load_format: str = "auto", seed: int = 0
 ) -> Source:
     """Where the weights of `table` come from: the folder's safetensors, or noise of seed `seed` ("dummy")."""
     if load_format == "dummy":
