@@ -20,11 +20,12 @@ class ChangeBuilder:
         self._zero_slots: list[int] = []
         self._empty = True
 
-    def leave(self, row: int) -> None:
-        """The row's occupant left."""
+    def leave(self, rows: list[int]) -> None:
+        """The occupants of rows left."""
         self._empty = False
-        self._leave.append(row)
-        self._swapped.pop(row, None)
+        self._leave += rows
+        for row in rows if self._swapped else ():
+            self._swapped.pop(row, None)
 
     def enter(self, enter: Enter) -> None:
         """A sequence entered; a slot of one that starts at nothing is zeroed."""

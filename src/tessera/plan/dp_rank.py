@@ -52,8 +52,8 @@ class DpRank:
 
     def plan(self, index: int) -> tuple[Part, InFlight]:
         """The part of step `index`. Its change is what happened since the last part that had ranges."""
-        ranges, config = _Ranges(), self.config
-        if config.mixed:
+        ranges = _Ranges()
+        if self._rides():
             if self._decode(ranges, index):
                 self._prefill(ranges, index)
         elif self._prefill_turn:
@@ -64,6 +64,12 @@ class DpRank:
             self._prefill(ranges, index)
         self._prefill_turn = not ranges.prefill
         return self._part(ranges, index)
+
+    def _rides(self) -> bool:
+        """Decodes ride along with prompts. Where they fill a chunk by themselves the two take turns, or no prompt would
+        go on until some have ended."""
+        config = self.config
+        return config.mixed and (config.chunk_size <= 0 or len(self._ready()) < config.chunk_size)
 
     def _part(self, ranges: _Ranges, index: int) -> tuple[Part, InFlight]:
         state, table = self.state, self.state.table
@@ -76,28 +82,35 @@ class DpRank:
             return Part(rows, starts, ones, ones, samples, state.change.take()), InFlight(
                 index, rows, starts + 1, samples, ()
             )
-        prefill = sorted(ranges.prefill, key=lambda r: r[2] == 1)  # ranges of one token last
-        rows = np.concatenate([ints([s.row for s, _, _ in prefill]), ranges.rows])
-        starts = np.concatenate([ints([start for _, start, _ in prefill]), ranges.starts])
-        lengths = np.ones(len(rows), np.int32)
-        num_logits = np.ones(len(rows), np.int32)
-        samples = table.draws[rows]
-        for i, (sequence, start, length) in enumerate(prefill):
-            lengths[i] = length
-            num_logits[i] = max(start + length - max(start, sequence.logits_from), 0)
-            samples[i] &= start + length == sequence.num_known
-        part = Part(rows, starts, lengths, num_logits, samples, state.change.take())
-        return part, InFlight(index, rows, starts + lengths, samples, tuple(s for s, _, _ in prefill))
+        prompts = np.array([(s.row, start, n, s.num_known, s.logits_from) for s, start, n in ranges.prefill], np.int32)
+        prompts = prompts[np.argsort(prompts[:, 2] == 1, kind="stable")]  # ranges of one token last
+        first, starts, lengths, known, logits_from = prompts.T
+        ends, ones = starts + lengths, self._ones[: len(ranges.rows)]
+        part = Part(
+            np.concatenate([first, ranges.rows]),
+            np.concatenate([starts, ranges.starts]),
+            np.concatenate([lengths, ones]),
+            np.concatenate([np.clip(ends - logits_from, 0, lengths), ones]),
+            table.draws[np.concatenate([first, ranges.rows])] & np.concatenate([ends == known, ones == 1]),
+            state.change.take(),
+        )
+        prefilled = tuple(s for s, _, _ in ranges.prefill)
+        return part, InFlight(index, part.rows, part.starts + part.lengths, part.samples, prefilled)
 
-    def _decode(self, ranges: _Ranges, index: int) -> bool:
-        """Every ready row computes its one token; waiting choices fork. False: pages ran out, nobody may enter."""
-        state, table = self.state, self.state.table
+    def _ready(self) -> Ints:
+        """Rows that have one token to compute."""
         if self._dirty:
+            table = self.state.table
             self._rows = np.flatnonzero(table.ready).astype(np.int32)
             self._draws = table.draws[self._rows]
             self._slack = int((table.goal[self._rows] - table.computed[self._rows]).min(initial=UNLIMITED))
             self._dirty = False
-        rows, roomy = self._rows, True
+        return self._rows
+
+    def _decode(self, ranges: _Ranges, index: int) -> bool:
+        """Every ready row computes its one token; waiting choices fork. False: pages ran out, nobody may enter."""
+        state, table = self.state, self.state.table
+        rows, roomy = self._ready(), True
         if not len(rows):
             return True
         starts = table.computed[rows]
@@ -124,7 +137,7 @@ class DpRank:
         state, going = self.state, set(rows.tolist())
         children = []
         for leader in [s for s in state.leaders if s.row in going]:
-            state.leaders.remove(leader)
+            del state.leaders[leader]
             children += state.fork(leader, index, most)
         self._dirty = True
         return np.concatenate([rows, ints([child.row for child in children])])
@@ -146,24 +159,23 @@ class DpRank:
         can be in the step after, and its pages are counted on. Who would need those pages now stalls for a step.
         """
         state, table = self.state, self.state.table
-        order = sorted(table.running(), key=standing)
-        needy = set(rows[need].tolist())
-        going = set(rows.tolist())
-        coming = 0
-        while len(order) > 1 and state.pages.available + coming < len(needy):
-            victim = order.pop()
-            row = victim.row
-            needy.discard(row)
-            going.discard(row)
+        order = table.standing()
+        needy, going = np.zeros((2, len(table.ready)), np.bool_)
+        needy[rows[need]] = going[rows] = True
+        short = int(np.count_nonzero(need)) - state.pages.available
+        while len(order) > 1 and short > 0:
+            row, order = int(order[-1]), order[:-1]
+            short -= int(needy[row])
+            needy[row] = going[row] = False
             if table.computed[row] == table.done[row]:
-                state.preempt(victim)
+                before = state.pages.available
+                state.preempt(table.occupant(row))
+                short -= state.pages.available - before
                 self._dirty = True
             else:
-                coming += int(np.count_nonzero(state.pages.refs[table.held(row)] == 1))
-        have = state.pages.available
-        for stalled in [s for s in order if s.row in needy][have:]:
-            going.discard(stalled.row)
-        return rows[np.isin(rows, ints(sorted(going)))], False
+                short -= state.pages.num_alone(table.held(row))
+        going[order[needy[order]][state.pages.available :]] = False
+        return rows[going[rows]], False
 
     def _prefill(self, ranges: _Ranges, index: int) -> None:
         """Prompts go on in the order in which they were admitted, then others are admitted while budget is left."""
@@ -174,17 +186,17 @@ class DpRank:
         for under_way in list(state.prefilling):
             budget -= self._advance(ranges, under_way, budget)
         if budget > 0 and state.queue.num_waiting and state.table.free:
-            state.queue.reorder(lambda s: len(state.match(s)[1]))
+            state.queue.reorder(lambda s: len(state.match(s)[1]), state.prefix.version)
         while budget > 0 and (sequence := state.queue.head()) is not None:
             if config.chunk_size <= 0 and ranges.prefill and sequence.num_known > budget:
                 break
             if not state.admit(sequence, index):
                 break
             state.queue.pop()
-            state.prefilling.append(sequence)
+            state.prefilling[sequence] = None
             if sequence.num_computed == sequence.target:  # all but the last token was cached, and forks wait
                 for child in state.fork(sequence, index, budget - 1):
-                    state.prefilling.append(child)
+                    state.prefilling[child] = None
                     budget -= self._advance(ranges, child, budget)
             budget -= self._advance(ranges, sequence, budget)
 
@@ -200,11 +212,11 @@ class DpRank:
         table.computed[row] = end
         ranges.prefill.append((sequence, start, length))
         if end >= sequence.num_known - 1:
-            self.state.prefilling.remove(sequence)
+            del self.state.prefilling[sequence]
             table.ready[row] = end < sequence.goal
             self._dirty = True
             if sequence.forks:
-                self.state.leaders.append(sequence)
+                self.state.leaders[sequence] = None
         return length
 
     # -- what came back --------------------------------------------------------------------------------------------
@@ -228,13 +240,13 @@ class DpRank:
         drawn, at = (rows, ends) if len(tokens) == len(rows) else (rows[samples], ends[samples])
         table.tokens[drawn, at] = tokens
         ended = drawn[finished].tolist() if finished.any() else []
-        for sequence in planned.prefilled:
+        for sequence in planned.prefilled if state.prefix.enabled else ():
             if sequence.row >= 0 and table.entered[sequence.row] <= planned.index:
                 state.publish(sequence)
         if len(drawn) < len(rows):
             scored = rows[~(samples | table.draws[rows])]
             ended += scored[table.done[scored] == table.goal[scored]].tolist()
-        return [self.remove(table.occupant(row)) for row in ended]
+        return self._leave([table.occupant(row) for row in ended])
 
     def add(self, sequence: Sequence) -> None:
         """A sequence, or the leader of a group, waits for a row."""
@@ -244,20 +256,33 @@ class DpRank:
             self.state.load.num_requests += 1
             self.state.load.num_tokens += s.goal
 
-    def remove(self, sequence: Sequence) -> Sequence:
-        """A sequence ends, wherever it is; choices that waited to fork from it wait in the queue instead."""
-        state = self.state
-        sequence.live = False
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence ends, wherever it is."""
         if sequence.row >= 0:
-            state.release(sequence)
-            self._dirty = True
-        elif sequence.leader is not None:
+            self._leave([sequence])
+            return
+        self._end(sequence)
+        if sequence.leader is not None:
             sequence.leader.forks.remove(sequence)
         else:
-            state.queue.discard(sequence)
+            self.state.queue.discard(sequence)
+
+    def _leave(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Sequences end that are in rows."""
+        if sequences:
+            self.state.release(sequences)
+            self._dirty = True
+            for sequence in sequences:
+                self._end(sequence)
+        return sequences
+
+    def _end(self, sequence: Sequence) -> None:
+        """Choices that waited to fork from a sequence that ends wait in the queue instead."""
+        state = self.state
+        sequence.live = False
         state.load.num_requests -= 1
         state.load.num_tokens -= sequence.goal
-        waiting, sequence.forks = sequence.forks, []
-        for leader in grouped(waiting):
-            state.queue.push(leader)
-        return sequence
+        if sequence.forks:
+            waiting, sequence.forks = sequence.forks, []
+            for leader in grouped(waiting):
+                state.queue.push(leader)

@@ -47,17 +47,19 @@ class PagePool:
         self.num_idle -= int(np.count_nonzero(self.cached[pages] & (before == 1)))
         self.refs[pages] = before + 1
 
-    def drop(self, pages: Ints, distinct: bool = True) -> None:
-        """One holder less of each of `pages`; with `distinct` False a page may be named by several holders."""
-        if distinct:
-            self.refs[pages] -= 1
-        else:
-            np.subtract.at(self.refs, pages, 1)
-            pages = np.unique(pages)
+    def drop(self, pages: Ints) -> None:
+        """One holder less of each of `pages`, which are named once by each holder that gives them up."""
+        np.subtract.at(self.refs, pages, 1)
         after = self.refs[pages]
         assert (after >= 0).all(), "a page was dropped more often than held"
-        self.num_idle += int(np.count_nonzero(self.cached[pages] & (after == 1)))
-        self._push(pages[after == 0])
+        alone = np.unique(pages[after <= 1])
+        after = self.refs[alone]
+        self.num_idle += int(np.count_nonzero(self.cached[alone] & (after == 1)))
+        self._push(alone[after == 0])
+
+    def num_alone(self, pages: Ints) -> int:
+        """How many of `pages` one of their holders could free by giving them up: the others that hold them are idle."""
+        return int(np.count_nonzero(self.refs[pages] - self.cached[pages] == 1))
 
     def cache(self, page: int) -> None:
         """The prefix tree becomes a holder of `page`, which somebody else holds."""

@@ -48,16 +48,21 @@ class Queue:
         self._policy = POLICIES[policy]
         self._heap: list[tuple[Key, Sequence]] = []
         self.num_waiting = 0
+        self._sorted_at = -1
 
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence."""
         heapq.heappush(self._heap, (self._policy.key(sequence, 0), sequence))
         self.num_waiting += 1
+        self._sorted_at = -1
 
     def discard(self, sequence: Sequence) -> None:
         """Takes out a sequence that is no longer live."""
         assert not sequence.live
         self.num_waiting -= 1
+        if len(self._heap) > 2 * self.num_waiting + MOST_REORDERED:
+            self._heap = [entry for entry in self._heap if entry[1].live]
+            heapq.heapify(self._heap)
 
     def head(self) -> Sequence | None:
         """Who goes next."""
@@ -70,13 +75,13 @@ class Queue:
         heapq.heappop(self._heap)
         self.num_waiting -= 1
 
-    def reorder(self, match: Callable[[Sequence], int]) -> None:
-        """Sorts anew by what the prefix tree holds now, where the policy depends on it."""
-        if not self._policy.matches or self.num_waiting > MOST_REORDERED:
+    def reorder(self, match: Callable[[Sequence], int], version: int) -> None:
+        """Sorts anew by what the prefix tree holds at `version`, where the policy depends on it."""
+        if not self._policy.matches or self.num_waiting > MOST_REORDERED or version == self._sorted_at:
             return
-        live = [s for _, s in self._heap if s.live]
-        self._heap = [(self._policy.key(s, match(s)), s) for s in live]
+        self._heap = [(self._policy.key(s, match(s)), s) for s in self.waiting()]
         heapq.heapify(self._heap)
+        self._sorted_at = version
 
     def waiting(self) -> list[Sequence]:
         """Live members in no order."""

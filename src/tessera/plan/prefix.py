@@ -33,6 +33,7 @@ class PrefixTree:
 
     def __init__(self, pool: PagePool, page_size: int, weights_version: str, enabled: bool) -> None:
         self.enabled = enabled
+        self.version = 0  # grows when a page comes or goes: what matches may differ
         self._pool = pool
         self._page_size = page_size
         self._version = weights_version
@@ -68,8 +69,8 @@ class PrefixTree:
     def publish(self, node: Node, tokens: Ints, pages: Ints) -> tuple[Node, list[tuple[int, int]]]:
         """Adds `pages`, which hold `tokens` below `node`, and returns the last node.
 
-        Where the tree holds the same tokens in another page, the caller is to take that one: it becomes a holder of it,
-        loses its own, and gets (index in `pages`, page of the tree).
+        Where the tree holds the same tokens in another page, whoever holds the page given is to take that one instead:
+        (index in `pages`, page of the tree).
         """
         swaps: list[tuple[int, int]] = []
         size = self._page_size * tokens.itemsize
@@ -80,9 +81,8 @@ class PrefixTree:
             if child is None:
                 child = node.children[key] = self._nodes[page] = Node(node, key, page)
                 self._pool.cache(page)
+                self.version += 1
             elif child.page != page:
-                self._pool.share(ints([child.page]))
-                self._pool.drop(ints([page]))
                 swaps.append((i, child.page))
             node = child
         return node, swaps
@@ -98,6 +98,7 @@ class PrefixTree:
             if node is None or node.children or self._pool.refs[page] != 1 or self._used[page] != used:
                 continue
             evicted += 1
+            self.version += 1
             parent = node.parent
             assert parent is not None
             del parent.children[node.key], self._nodes[page]

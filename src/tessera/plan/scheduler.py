@@ -152,11 +152,12 @@ class Planner:
 
     def _abort(self, abort: Abort) -> list[Output]:
         sequences = self._requests.get(abort.request_id, [])
-        return [
-            self._ended(self.ranks[s.dp_rank].remove(s), abort.reason)
-            for s in list(sequences)
-            if abort.choice is None or s.choice == abort.choice
-        ]
+        outputs = []
+        for sequence in list(sequences):
+            if abort.choice is None or sequence.choice == abort.choice:
+                self.ranks[sequence.dp_rank].remove(sequence)
+                outputs.append(self._ended(sequence, abort.reason))
+        return outputs
 
     def _abort_all(self) -> list[Output]:
         return [out for request_id in list(self._requests) for out in self._abort(Abort(request_id))]

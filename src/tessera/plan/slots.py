@@ -33,11 +33,11 @@ class SlotPool:
         self.num_free -= 1
         return int(self._stack[self.num_free])
 
-    def drop(self, slot: int) -> None:
-        """Give a slot back."""
-        if slot >= 0:
-            self._stack[self.num_free] = slot
-            self.num_free += 1
+    def drop(self, slots: Sequence[int]) -> None:
+        """Give slots back; without recurrent state there is nothing to give."""
+        if self.num_slots:
+            self._stack[self.num_free : self.num_free + len(slots)] = slots
+            self.num_free += len(slots)
 
     def check(self, held: Sequence[int]) -> None:
         """Conservation, given the slots that sequences hold."""

@@ -34,12 +34,12 @@ class RankState:
         self.queue = Queue(config.policy)
         self.load = Load(dp_rank)
         self.change = ChangeBuilder()
-        self.prefilling: list[Sequence] = []  # prompts under way, in the order in which they were admitted
-        self.leaders: list[Sequence] = []  # prompts computed but for the last token, with choices that wait to fork
+        self.prefilling: dict[Sequence, None] = {}  # prompts under way, in the order in which they were admitted
+        self.leaders: dict[Sequence, None] = {}  # computed but for the last token, with choices that wait to fork
         self.num_preempted = 0
 
     def take_pages(self, count: int) -> Ints:
-        """`count` pages, evicting idle ones of the prefix tree where too few are free."""
+        """`count` available pages, evicting idle ones of the prefix tree where too few are free."""
         if count > self.pages.num_free:
             self.prefix.evict(count - self.pages.num_free)
         return self.pages.take(count)
@@ -58,18 +58,18 @@ class RankState:
         num_fresh = self.config.pages_for(sequence.num_known) - len(cached)
         if len(cached):
             self.pages.share(cached)  # first, so that they are not counted as available
-            if not self.room_for(num_fresh):
-                self.pages.drop(cached)
-                return False
-            self.prefix.touch(cached)
-        elif not self.room_for(num_fresh):
+        if not self.room_for(num_fresh):
+            self.pages.drop(cached)
             return False
+        pages = self.take_pages(num_fresh)
         start = len(cached) * self.config.page_size
+        if len(cached):
+            self.prefix.touch(cached)
+            pages = np.concatenate([cached, pages])
         if not sequence.entered:
             sequence.num_cached = start
         sequence.node, sequence.num_published = node, len(cached)
-        fresh = self.take_pages(num_fresh)
-        self._enter(sequence, np.concatenate([cached, fresh]) if start else fresh, start, self.slots.take(), index)
+        self._enter(sequence, pages, start, self.slots.take(), index)
         return True
 
     def match(self, sequence: Sequence) -> tuple[Node | None, Ints]:
@@ -135,35 +135,48 @@ class RankState:
         depth, upto = sequence.num_published, int(table.done[row]) // size
         if upto <= depth:
             return
-        pages = table.pages[row, depth:upto]
         node = sequence.node or self.prefix.root(sequence.namespace)
-        sequence.node, swaps = self.prefix.publish(node, table.tokens[row, depth * size : upto * size], pages)
+        tokens = table.known(sequence, upto * size)[depth * size :]
+        sequence.node, swaps = self.prefix.publish(node, tokens, table.pages[row, depth:upto])
         sequence.num_published = upto
         for i, page in swaps:
-            table.pages[row, depth + i] = page
-            self.change.swap(row, depth + i, page)
+            self._swap(row, depth + i, page)
         self.prefix.touch(table.pages[row, :upto])
 
-    def release(self, sequence: Sequence) -> None:
-        """The sequence leaves its row; what is done of it goes to the tree, pages and slot are free."""
-        self.publish(sequence)
-        row = sequence.row
-        self.pages.drop(self.table.held(row))
-        self.slots.drop(sequence.slot)
-        self.change.leave(row)
-        self.table.leave(row)
-        sequence.slot, sequence.node, sequence.num_published = -1, None, 0
-        for group in (self.prefilling, self.leaders):
-            if sequence in group:
-                group.remove(sequence)
+    def _swap(self, row: int, index: int, page: int) -> None:
+        """`row` takes a page of the tree in place of its own; so do the forks that share it, since who holds a page of
+        the tree must hold all above it."""
+        table = self.table
+        own = int(table.pages[row, index])
+        holders = [row] if self.pages.refs[own] == 1 else table.holders(own, index)
+        for holder in holders:
+            self.pages.share(ints([page]))
+            table.pages[holder, index] = page
+            self.change.swap(holder, index, page)
+        self.pages.drop(ints([own] * len(holders)))
+
+    def release(self, sequences: list[Sequence]) -> None:
+        """Sequences leave their rows; what is done of them goes to the tree, pages and slots are free."""
+        for sequence in sequences if self.prefix.enabled else ():
+            self.publish(sequence)
+        rows = [sequence.row for sequence in sequences]
+        self.pages.drop(self.table.held(*rows))
+        self.slots.drop([sequence.slot for sequence in sequences])
+        self.change.leave(rows)
+        self.table.leave(rows)
+        for sequence in sequences:
+            sequence.slot, sequence.node, sequence.num_published = -1, None, 0
+            self.prefilling.pop(sequence, None)
+            self.leaders.pop(sequence, None)
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to the queue with all that is known of it; nothing of it may be in flight, so all is known here."""
         table, row = self.table, sequence.row
-        assert table.computed[row] == table.done[row], "a sequence in flight cannot be preempted"
-        if sequence not in self.prefilling:
-            sequence.tokens = table.tokens[row, : table.done[row] + 1].copy()
-        self.release(sequence)
+        done = int(table.done[row])
+        assert table.computed[row] == done, "a sequence in flight cannot be preempted"
+        if done >= sequence.num_known:
+            sequence.tokens = table.known(sequence, done + 1)
+        self.release([sequence])
         self.queue.push(sequence)
         self.num_preempted += 1
 

@@ -29,8 +29,7 @@ NO_PAIRS = np.zeros((0, 2), np.int32)
 NO_TRIPLES = np.zeros((0, 3), np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class Enter:
+class Enter(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A sequence enters row `row`: its known tokens (prompt, and what was generated before a preemption), pages, slot.
 
     `start`: position that its first range starts at; what lies before is in the pages (and in the slot) already.

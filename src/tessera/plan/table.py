@@ -17,8 +17,8 @@ class RowTable:
     `computed`: positions computed by planned steps; `done`: by finished ones (the row is in flight while they differ).
     `goal`: positions to compute in all. `capacity`: positions that its pages hold. `entered`: index of the step at
     which the occupant entered (`NEVER`: the row is free); the result of an older step is not its own. `ready`: exactly
-    one known token is not computed and should be. `draws`: tokens are drawn. `tokens`: known tokens, as far as steps
-    are done. `pages`: page tables.
+    one known token is not computed and should be. `draws`: tokens are drawn. `tokens`: those that the occupant drew, by
+    position, as far as steps are done. `pages`: page tables.
     """
 
     def __init__(self, config: PlannerConfig) -> None:
@@ -31,16 +31,21 @@ class RowTable:
         self.entered = np.full(rows, NEVER, np.int64)
         self.ready = np.zeros(rows, np.bool_)
         self.draws = np.zeros(rows, np.bool_)
+        self.priority = np.zeros(rows, np.int64)
+        self.arrival = np.zeros(rows, np.int64)
         self.tokens = np.zeros((rows, config.max_context + 1), np.int32)
         self.pages = np.zeros((rows, config.max_pages), np.int32)
         self.occupants: list[Sequence | None] = [None] * rows
         self.free = list(range(rows - 1, -1, -1))
-        self.num_running = 0
+
+    @property
+    def num_running(self) -> int:
+        """Rows that are taken."""
+        return len(self.occupants) - len(self.free)
 
     def enter(self, sequence: Sequence, pages: Ints, start: int, index: int) -> int:
         """Puts a sequence into a free row; its positions before `start` are computed already."""
         row = self.free.pop()
-        self.num_running += 1
         self.occupants[row] = sequence
         sequence.row = row
         self.computed[row] = self.done[row] = sequence.num_computed = start
@@ -49,19 +54,20 @@ class RowTable:
         self.entered[row] = index
         self.ready[row] = False
         self.draws[row] = sequence.draws
-        self.tokens[row, : len(sequence.tokens)] = sequence.tokens
+        self.priority[row] = sequence.priority
+        self.arrival[row] = sequence.arrival
         self.pages[row, : len(pages)] = pages
         return row
 
-    def leave(self, row: int) -> None:
-        """Frees a row."""
-        sequence = self.occupant(row)
-        sequence.row = -1
-        self.occupants[row] = None
-        self.entered[row] = NEVER
-        self.ready[row] = False
-        self.free.append(row)
-        self.num_running -= 1
+    def leave(self, rows: list[int]) -> None:
+        """Frees rows."""
+        for row in rows:
+            self.occupant(row).row = -1
+            self.occupants[row] = None
+        self.entered[rows] = NEVER
+        self.ready[rows] = False
+        self.capacity[rows] = 0
+        self.free += rows
 
     def occupant(self, row: int) -> Sequence:
         """The sequence in a row that is not free."""
@@ -69,9 +75,30 @@ class RowTable:
         assert sequence is not None, f"row {row} is empty"
         return sequence
 
-    def held(self, row: int) -> Ints:
-        """Pages of a row."""
-        return self.pages[row, : self.capacity[row] // self.page_size]
+    def known(self, sequence: Sequence, upto: int) -> Ints:
+        """The first `upto` tokens of a sequence in a row; at most one more than are done."""
+        more = sequence.num_known
+        return (
+            sequence.tokens[:upto]
+            if upto <= more
+            else np.concatenate([sequence.tokens, self.tokens[sequence.row, more:upto]])
+        )
+
+    def held(self, *rows: int) -> Ints:
+        """Pages of rows, one after the other."""
+        counts = (self.capacity[list(rows)] // self.page_size).tolist()
+        parts = [self.pages[row, :count] for row, count in zip(rows, counts, strict=True)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def holders(self, page: int, index: int) -> list[int]:
+        """Rows whose page tables name `page` at `index`: sequences that share it share all before it too."""
+        found = (self.pages[:, index] == page) & (self.capacity > index * self.page_size)
+        return np.flatnonzero(found).tolist()
+
+    def standing(self) -> Ints:
+        """Rows that are taken, by the place of their sequences among all (see `policy.standing`), first one first."""
+        rows = np.flatnonzero(self.entered != NEVER).astype(np.int32)
+        return rows[np.lexsort((self.arrival[rows], -self.priority[rows]))]
 
     def running(self) -> list[Sequence]:
         """Sequences in rows."""
