@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from tessera.core.config.types import Resolved
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.core.spec import ModelSpec
+from tessera.core.weights import weight_table
+from tessera.models.folder import open_source
 from tessera.models.load import Progress
 from tessera.models.source import Source
 from tessera.plan.scheduler import Planner
 from tessera.run.build import build_runner, planner_config
+from tessera.run.hardware import cores
 from tessera.run.inbox import Inbox
 from tessera.run.loop import StepLoop, failures
 from tessera.run.report import Reporter
+from tessera.run.startup import Prepared
 
 
 class EngineCore:
@@ -47,7 +53,7 @@ class EngineCore:
         """Hands a message to the loop. A `Submit` after the end is answered with an error output at once."""
         if not self._inbox.post(message) and isinstance(message, Submit):
             choices = [(message.request_id, choice) for choice in range(message.n)]
-            self._sink(Outputs(failures(choices, "the engine has ended")))
+            self._sink(Outputs(failures(choices, self._loop.end)))
 
     def run(self) -> None:
         """Blocks until `Stop` has been honoured or a step has failed. Never raises an `Exception`."""
@@ -71,3 +77,13 @@ class EngineCore:
             "context_length": self.resolved.config.model.context_length,
             "num_layers": len(self.spec.layers),
         }
+
+
+def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress: Progress | None = None) -> EngineCore:
+    """The engine of a prepared start: weights from the model's folder, or dummy ones. Raises `ModelError`."""
+    # torch counts the host's cores; a container may use fewer. OMP_NUM_THREADS, which it has read, may be lower still.
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    config, spec = prepared.resolved.config, prepared.spec
+    table = weight_table(spec, config.mesh.mesh)
+    source = open_source(prepared.folder, spec, table, config.model.load_format, config.model.seed)
+    return EngineCore(prepared.resolved, spec, source, sink, progress)

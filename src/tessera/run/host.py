@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import queue
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
+
+CLOSE_S = 60.0  # how long the end of an executor waits for the step under way
+log = logging.getLogger(__name__)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -71,15 +77,41 @@ class Inline:
 
 
 class Worker:
-    """Runs the work in one thread of its own: torch lets go of the interpreter's lock while it computes."""
+    """Runs the work in one thread of its own: torch lets go of the interpreter's lock while it computes.
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "tessera-forward")
+    The thread is a daemon, so that a program may end without closing it. It is no pool of `concurrent.futures`, because
+    those end with the main thread, while other threads of the program may still want answers.
+    """
+
+    def __init__(self, name: str = "tessera-forward") -> None:
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Queues the work; what it raises is raised where the future is asked."""
-        return self._pool.submit(work)
+        assert not self._closed, "the executor is closed"
+        future: Future[T] = Future()
+        self._queue.put((work, future))
+        return future
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, future = item
+            if self._closed:
+                future.cancel()
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            del item, work, future  # what it held must not outlive it
 
     def close(self) -> None:
-        """Waits for the queue to run dry."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Waits for the work under way; what is queued behind it is cancelled."""
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("%s still computes after %g s and is left to itself", self._thread.name, CLOSE_S)

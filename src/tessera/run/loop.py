@@ -115,6 +115,7 @@ class StepLoop(Generic[TicketT]):
         self.planner, self.runner, self.inbox, self.sink, self.report = planner, runner, inbox, sink, report
         self.max_in_flight = max_in_flight
         self.last_tick = time.monotonic()
+        self.end = "the engine has ended"  # why, for those who come too late
         self._flying: deque[tuple[Step, TicketT]] = deque()
         self._live = Live()
         self._last_collect = 0.0
@@ -181,6 +182,7 @@ class StepLoop(Generic[TicketT]):
             self.sink(Outputs(outputs))
 
     def _end(self, why: str) -> None:
+        self.end = why
         left = [m for m in self.inbox.close() if isinstance(m, Submit)]
         for submit in left:
             self._live.add(submit)

@@ -1,0 +1,97 @@
+"""Answers in the form of SGLang's `/generate`: whole ones, and streams that carry the whole text so far."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from tessera.core.messages import TokenLogprobs
+from tessera.serve.answer import Answering, Delta
+from tessera.serve.formats import finite, namer
+from tessera.serve.merge import merged
+from tessera.serve.schema import Request
+from tessera.serve.text import Tokenizer
+
+Body = dict[str, Any]
+
+
+def is_single(asked: Request | list[Request]) -> bool:
+    """The answer is one object: one prompt, not in a list, and one choice."""
+    return not isinstance(asked, list) and asked.items[0].num_kept == 1
+
+
+async def whole(makers: Sequence[Maker], single: bool) -> Body | list[Body]:
+    """The finished answers, or the only one."""
+    found = await asyncio.gather(*(maker.answering.collect() for maker in makers))
+    answers = [maker.body(delta) for maker, (deltas,) in zip(makers, found, strict=True) for delta in deltas]
+    return answers[0] if single else answers
+
+
+async def parts(makers: Sequence[Maker], single: bool) -> AsyncGenerator[Body, None]:
+    """Answers as they grow, each with all of its text so far; with their place in the batch unless `single`."""
+    so_far: dict[tuple[int, int], Delta] = {}
+    async with aclosing(merged([maker.answering.deltas() for maker in makers])) as deltas:
+        async for which, delta in deltas:
+            maker = makers[which]
+            grown = so_far.setdefault((which, delta.choice), Delta(0, delta.choice))
+            grown.add(delta)
+            index = which * maker.request.items[0].num_kept + delta.choice
+            yield maker.body(grown) if single else {**maker.body(grown), "index": index}
+
+
+class Maker:
+    """Builds the answers to one prompt. `named`: tokens of logprobs come with their text."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, request: Request, rid: str, answering: Answering, named: bool
+    ) -> None:
+        self.request, self.answering = request, answering
+        self._rid = rid
+        self._began = time.monotonic()
+        self._name = namer(tokenizer) if named else None
+
+    def body(self, delta: Delta) -> Body:
+        """The answer of one choice, so far."""
+        usage = self.answering.usage[0]
+        meta: dict[str, Any] = {
+            "id": self._rid,
+            "finish_reason": self._finish(delta),
+            "prompt_tokens": usage.num_prompt,
+            "completion_tokens": len(delta.tokens),
+            "cached_tokens": usage.num_cached,
+            "e2e_latency": time.monotonic() - self._began,
+        }
+        if self.request.logprobs >= 0:
+            item = self.request.items[0]
+            start = item.params.logprob_start if item.params.prompt_logprobs >= 0 else len(item.tokens)
+            meta.update(self._logprobs("input", item.tokens[start:], delta.prompt_logprobs or []))
+            meta.update(self._logprobs("output", delta.tokens, delta.logprobs))
+        return {"text": delta.text, "output_ids": delta.tokens, "meta_info": meta}
+
+    def _finish(self, delta: Delta) -> dict[str, Any] | None:
+        if delta.finish is None:
+            return None
+        more: dict[str, dict[str, Any]] = {"stop": {"matched": delta.matched}, "length": {"length": len(delta.tokens)}}
+        return {"type": delta.finish, **more.get(delta.finish, {})}
+
+    def _logprobs(self, side: str, tokens: Sequence[int], entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        params = self.request.items[0].params
+        made: dict[str, Any] = {
+            f"{side}_token_logprobs": [self._one(e.logprob, t) for t, e in zip(tokens, entries, strict=False)]
+        }
+        if params.logprobs > 0:
+            made[f"{side}_top_logprobs"] = [self._many(e.top_logprobs, e.top_ids) for e in entries]
+        if params.token_ids_logprob:
+            asked = params.token_ids_logprob
+            made[f"{side}_token_ids_logprobs"] = [self._many(e.asked_logprobs, asked) for e in entries]
+        return made
+
+    def _one(self, logprob: float | None, token: int) -> list[Any]:
+        """[logprob, token id, text or null]."""
+        return [finite(logprob), token, self._name(token) if self._name is not None else None]
+
+    def _many(self, logprobs: Sequence[float], tokens: Sequence[int]) -> list[list[Any]] | None:
+        return [self._one(p, t) for p, t in zip(logprobs, tokens, strict=False)] or None
