@@ -111,7 +111,7 @@ def parity(model: AutoModelForCausalLM, ours: Model, tokenizer: AutoTokenizer) -
     for task in TASKS.values():
         for question in task.questions("heldout", 4, seed=2):
             tokens = chats(tokenizer, [question])["input_ids"]
-            theirs = model(input_ids=tokens[:, :-1]).logits
+            theirs = model(input_ids=tokens[:, :-2]).logits
             worst = max(worst, (ours(tokens)[0] - theirs).abs().max().item())
     return worst
 
@@ -123,9 +123,9 @@ def agreement(ours: Model, tokenizer: AutoTokenizer, task: Task, questions: list
     for question in questions:
         prompt = chats(tokenizer, [question])["input_ids"]
         answer = tokenizer(question.answer + "<|im_end|>", return_tensors="pt", add_special_tokens=False)["input_ids"]
-        logits, drafts, _ = ours(torch.cat([prompt, answer], 1))
+        logits, drafts, _ = ours(torch.cat([prompt, answer, answer[:, -1:]], 1))
         assert drafts is not None
-        said, drawn = logits[0, prompt.shape[1] :].argmax(-1), drafts[0, prompt.shape[1] - 1 :].argmax(-1)
+        said, drawn = logits[0, prompt.shape[1] :].argmax(-1), drafts[0, prompt.shape[1] - 1 : -1].argmax(-1)
         same += (said == drawn).sum().item()
         total += len(said)
     return same / total

@@ -277,19 +277,19 @@ class Model(nn.Module):
                 nn.init.normal_(weight, std=0.5 / math.sqrt(weight.shape[-1]))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """tokens [B, T + 1] -> logits of tokens 1..T [B, T, V], drafts of tokens 2..T [B, T - 1, V], balancing loss.
+        """tokens [B, T + 2] -> logits of tokens 1..T [B, T, V], drafts of tokens 2..T+1 [B, T, V], balancing loss.
 
         The drafter learns from the trunk and leaves it alone: its inputs and the head are detached.
         """
         embedded = self.model.embed_tokens(tokens)
-        x, losses = embedded[:, :-1], []
+        x, losses = embedded[:, :-2].contiguous(), []
         for layer in self.model.layers:
             x, loss = layer(x)
             losses.append(loss)
         x = self.model.norm(x)
         drafts = None
         if self.mtp is not None:
-            y, loss = self.mtp(x[:, :-1].detach(), embedded[:, 1:-1].detach())
+            y, loss = self.mtp(x.detach(), embedded[:, 1:-1].detach())
             losses.append(loss)
             drafts = F.linear(y, self.lm_head.weight.detach())
         return self.lm_head(x), drafts, torch.stack(losses).mean()

@@ -23,9 +23,14 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Parameters of two dims, or of three (a stack of matrices: experts). Equal shapes are worked together."""
+    """Parameters of two dims, or of three (a stack of matrices: experts). Equal shapes are worked together.
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    `lr` is a tensor, so that a captured step sees its changes; nothing here waits for the device.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -40,6 +45,6 @@ class Muon(torch.optim.Optimizer):
                 held = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(held, grads, 1 - group["momentum"])
                 update = orthogonal(torch.stack(torch._foreach_lerp(grads, held, group["momentum"])))
-                scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
+                update *= -group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind(0)), alpha=-scale)
+                torch._foreach_add_(params, list(update.unbind(0)))
