@@ -11,15 +11,29 @@ from tessera.core.config import FLAGS, Flag, Notes, read, suggestion
 from tessera.core.errors import ConfigError, Conflict
 
 TASKS = ("gsm8k", "gpqa", "recall")
+SERVING = "serving"  # the group of flags that concern a server's own front
+PREFIX = "engine_"  # of the engine's flags among the options of a command
+USAGE = {
+    "serve": "[MODEL] [FLAGS]",
+    "plan": "[MODEL] [FLAGS]",
+    "chat": "[MODEL] [FLAGS]",
+    "generate": "[PROMPT ...] [FLAGS]",
+}
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand. `add` adds its own options; the engine's flags come after them."""
+    """A subcommand. `add` adds its own options; the engine's flags follow, a server's only where it `serves`."""
 
     name: str
     help: str
     add: Callable[[argparse.ArgumentParser], None]
+    serves: bool = False
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """The engine's flags that it takes."""
+        return tuple(flag for flag in FLAGS if self.serves or flag.group != SERVING)
 
 
 def _at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], int | float]:
@@ -35,16 +49,28 @@ def _at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str]
     return parse_number
 
 
-def _choices_of(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-tokens", type=_at_least(1), default=None, help="Most tokens of an answer.")
+def _rate(text: str) -> float | None:
+    """Requests a second; None for "inf", all at once."""
+    rate = None if text == "inf" else _at_least(0, float)(text)
+    if rate == 0:
+        raise argparse.ArgumentTypeError("found 0, expected a number above 0")
+    return rate
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=_at_least(1), help="Most tokens of an answer.")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always.")
     parser.add_argument("--top-p", type=_at_least(0, float), default=1.0, help="Share of the likeliest tokens kept.")
     parser.add_argument("--top-k", type=int, default=-1, help="Number of the likeliest tokens kept; -1: all.")
-    parser.add_argument("--seed", type=_at_least(0), default=None, help="Seed of the drawn tokens.")
+    parser.add_argument("--seed", type=_at_least(0), help="Seed of the drawn tokens.")
 
 
-def _url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", help="Address of a running server, instead of a model in this process.")
+def _server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a running server, instead of a model in this process")
+    group.add_argument("--url", "--base-url", metavar="URL", help="Its address; --model-path then names a model of it.")
+    group.add_argument("--host", help="Its host; the same as --url http://HOST:PORT.")
+    group.add_argument("--port", type=_at_least(1), help="Its port; default 30000.")
+    group.add_argument("--api-key", dest="key", metavar="KEY", help="The key that it asks for.")
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -66,94 +92,127 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", help="Prompts; without any, one is read from standard input.")
-    parser.add_argument("--chat", action="store_true", help="Put the prompt through the model's chat template.")
-    _choices_of(parser)
-    _url(parser)
+    parser.add_argument("--file", type=Path, help="Prompts, one a line; of .jsonl the field `prompt` of each line.")
+    parser.add_argument("--chat", action="store_true", help="Put each prompt through the model's chat template.")
+    parser.add_argument("--stop", action="append", default=[], help="Text that ends an answer; may be given again.")
+    parser.add_argument("--ignore-eos", action="store_true", help="Go on after the end-of-text token.")
+    parser.add_argument("--json", action="store_true", help="Print a JSON object for each prompt.")
+    _sampling(parser)
+    _server(parser)
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--system", help="A system message.")
-    _choices_of(parser)
-    _url(parser)
+    _sampling(parser)
+    _server(parser)
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, required=True, help="Which questions.")
-    parser.add_argument(
-        "--num-questions", type=_at_least(1), default=None, help="How many; default 200, or the file's."
-    )
+    parser.add_argument("--num-questions", type=_at_least(1), help="How many; default 200, or all of the file.")
     parser.add_argument("--parallel", type=_at_least(1), default=128, help="Most questions at a time.")
     parser.add_argument("--repeat", type=_at_least(1), default=1, help="Times that the whole set is asked.")
     parser.add_argument("--data", type=Path, help="JSON lines with question and answer, instead of the own ones.")
-    parser.add_argument("--max-tokens", type=_at_least(1), default=None, help="Most tokens of an answer.")
+    parser.add_argument("--max-tokens", type=_at_least(1), help="Most tokens of an answer; default: the task's.")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always.")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="Seed of the questions and of the drawn tokens.")
-    parser.add_argument(
-        "--min-score", type=_at_least(0, float), default=None, help="Exit with 1 below this mean score."
-    )
+    parser.add_argument("--min-score", type=_at_least(0, float), help="Exit with 1 below this mean score.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
-    _url(parser)
+    parser.add_argument("--output-details", action="store_true", help="Put every answer into the JSON.")
+    _server(parser)
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-prompts", type=_at_least(1), default=None, help="How many requests; default 32.")
-    parser.add_argument("--input-len", type=_at_least(1), default=64, help="Tokens of a random prompt.")
-    parser.add_argument("--output-len", type=_at_least(1), default=64, help="Tokens of an answer.")
-    parser.add_argument("--data", type=Path, help="JSON lines with prompt, instead of random tokens.")
-    parser.add_argument("--request-rate", type=_at_least(1e-6, float), default=None, help="Requests/s (Poisson).")
-    parser.add_argument("--concurrency", type=_at_least(1), default=None, help="Most requests at a time.")
-    parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always.")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="Seed of prompts and arrivals.")
-    parser.add_argument("--warmup", type=_at_least(0), default=1, help="Requests before the clock starts.")
-    parser.add_argument("--vocab-size", type=_at_least(1), default=None, help="Range of random tokens.")
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
-    _url(parser)
+    add = parser.add_argument
+    add("--num-prompts", type=_at_least(1), help="How many requests; default 32, or all of the file.")
+    add("--random-input-len", "--input-len", type=_at_least(1), default=64, help="Most tokens of a random prompt.")
+    add("--random-output-len", "--output-len", type=_at_least(1), default=64, help="Most tokens of an answer.")
+    add("--random-range-ratio", type=_at_least(0, float), default=1.0, help="Shortest length as a share of the most.")
+    add("--dataset-name", choices=("random", "random-ids", "custom"), help="Default: random token ids.")
+    add("--dataset-path", "--data", type=Path, help="JSON lines with prompt or messages, and perhaps output_len.")
+    add("--request-rate", type=_rate, help="Requests a second (Poisson); inf, the default: all at once.")
+    add("--max-concurrency", "--concurrency", type=_at_least(1), help="Most requests at a time.")
+    add("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always.")
+    add("--disable-ignore-eos", action="store_true", help="Let answers end by themselves.")
+    add("--extra-request-body", metavar="JSON", help="Further fields of each request.")
+    add("--seed", type=_at_least(0), default=1, help="Seed of prompts and arrivals.")
+    add("--warmup-requests", "--warmup", type=_at_least(0), default=1, help="Requests before the clock starts.")
+    add("--flush-cache", action="store_true", help="Empty the server's prefix cache first.")
+    add("--vocab-size", type=_at_least(1), help="Range of random token ids; default: the model's.")
+    add("--output-file", type=Path, help="Append the figures to this file, a JSON object a line.")
+    add("--output-details", action="store_true", help="Put every request into the JSON.")
+    add("--disable-tqdm", action="store_true", help="No progress bar.")
+    add("--json", action="store_true", help="Print JSON.")
+    _server(parser)
 
 
 COMMANDS = (
-    Command("serve", "Serve a model over HTTP.", _serve),
+    Command("serve", "Serve a model over HTTP.", _serve, serves=True),
     Command("generate", "Complete prompts.", _generate),
     Command("chat", "Talk with a model.", _chat),
     Command("bench", "Measure latency and throughput, in this process or of a server.", _bench),
     Command("eval", "Measure accuracy on questions with known answers.", _eval),
-    Command("plan", "Print what a configuration resolves to and the bytes it needs.", _plan),
+    Command("plan", "Print what a configuration resolves to and the bytes it needs.", _plan, serves=True),
 )
 
 
 def parse(command: Command, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, object]]:
-    """The command's own options, and the engine's flags that were given (a file's, then the command line's).
+    """The command's own options, and the engine's flags that were given.
 
     Raises `ConfigError` with everything that is wrong with the flags; argparse ends the process with 2 where an option
     lacks a value.
     """
     parser = _parser(command)
     options, rest = parser.parse_known_args(argv)
-    asked = {flag.name: getattr(options, flag.name) for flag in FLAGS if getattr(options, flag.name) is not None}
+    given = {flag.name: getattr(options, PREFIX + flag.name) for flag in command.flags}
+    asked = {name: value for name, value in given.items() if value is not None}
     if getattr(options, "model", None):
         asked["model"] = options.model
     _check(parser, rest, asked)
     return options, asked
 
 
+class _Form(argparse.HelpFormatter):
+    """Help that says the value of an option once, after its last spelling, and N for a number."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "FILE" if action.type is Path else "N" if action.type else "X"
+
+
 def _check(parser: argparse.ArgumentParser, rest: Sequence[str], asked: Mapping[str, object]) -> None:
     notes = Notes()
     read(asked, notes)
     known = [s.removeprefix("--") for action in parser._actions for s in action.option_strings if s.startswith("--")]
-    unknown = [word.split("=")[0] for word in rest if word.startswith("-")] or list(rest)
+    unknown = [word.split("=")[0] for word in rest if word.startswith("-")]
     wrong = [Conflict((word,), "there is no such flag here", suggestion(word, known)) for word in unknown]
+    if rest and not wrong:
+        wrong = [Conflict((word,), "one argument too many", "Put a text with spaces into quotes.") for word in rest]
     if wrong or notes.conflicts:
         raise ConfigError([*wrong, *notes.conflicts])
 
 
 def _parser(command: Command) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"tessera {command.name}", description=command.help, allow_abbrev=False, conflict_handler="error"
+        prog=f"tessera {command.name}",
+        usage=f"tessera {command.name} {USAGE.get(command.name, '[FLAGS]')}",
+        description=command.help,
+        allow_abbrev=False,
+        formatter_class=_Form,
     )
     command.add(parser)
-    parser.add_argument("--config", type=Path, help="YAML file with flags; the command line wins.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with flags; the command line wins.")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for flag in FLAGS:
+    for flag in command.flags:
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
         _add(groups[flag.group], flag)
@@ -161,9 +220,9 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    text = flag.describe().replace("%", "%%")
+    text, dest = flag.describe().replace("%", "%%"), PREFIX + flag.name
     if flag.is_switch:
-        group.add_argument(*flag.spellings, dest=flag.name, action="store_const", const=True, default=None, help=text)
+        group.add_argument(*flag.spellings, dest=dest, action="store_const", const=True, help=text)
     else:
         many = "+" if flag.takes_many else None
-        group.add_argument(*flag.spellings, dest=flag.name, metavar="X", nargs=many, default=None, help=text)
+        group.add_argument(*flag.spellings, dest=dest, metavar="X", nargs=many, help=text)

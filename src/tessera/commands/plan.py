@@ -6,19 +6,19 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 
-from tessera.commands.settings import flags, prepared
+from tessera.commands.settings import flags
 from tessera.commands.terminal import pairs, table, write
 from tessera.core.config import Hardware, MemoryConfig, Notes, Resolved, read
 from tessera.core.config.flag import size
 from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
-from tessera.run.startup import Prepared
+from tessera.run.startup import Prepared, prepare
 
 
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Resolves and prints; nothing is started."""
     hardware = _planned(options, asked) if options.device_memory else None
-    show(prepared(options, asked, environ, hardware, weights=False), options.json)
+    show(prepare(flags(options, asked), environ, hardware, weights=False), options.json)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""From a command line to a prepared start: the YAML file beneath the flags, and what is printed about decisions."""
+"""The flags of a command: those of a YAML file beneath those of the command line."""
 
 from __future__ import annotations
 
@@ -8,26 +8,14 @@ from pathlib import Path
 
 import yaml
 
-from tessera.commands.terminal import say
-from tessera.core.config import Hardware, Resolved, layered
+from tessera.core.config import canonical, layered
 from tessera.core.errors import ConfigError, Conflict
-from tessera.run.startup import Prepared, prepare
-
-
-def prepared(
-    options: Namespace,
-    asked: Mapping[str, object],
-    environ: Mapping[str, str],
-    hardware: Hardware | None = None,
-    weights: bool = True,
-) -> Prepared:
-    """Everything that a start needs. Raises `ConfigError` and `ModelError`."""
-    return prepare(flags(options, asked), environ, hardware, weights)
 
 
 def flags(options: Namespace, asked: Mapping[str, object]) -> dict[str, object]:
-    """The flags of `--config`, under those of the command line."""
-    return layered(read_yaml(options.config), asked) if options.config else dict(asked)
+    """The flags of `--config`, under those of the command line, by name. What is no flag is refused by `prepare`."""
+    given = layered(read_yaml(options.config), asked) if options.config else asked
+    return {canonical(key): value for key, value in given.items()}
 
 
 def read_yaml(path: Path) -> dict[str, object]:
@@ -45,9 +33,3 @@ def read_yaml(path: Path) -> dict[str, object]:
 
 def _bad(path: Path, reason: str) -> ConfigError:
     return ConfigError([Conflict((f"--config {path}",), reason, "Give a YAML file such as `tp-size: 1`.")])
-
-
-def tell(resolved: Resolved) -> None:
-    """Prints the decisions, once, on standard error."""
-    for decision in resolved.decisions:
-        say(f"  {decision}")

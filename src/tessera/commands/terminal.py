@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Protocol
 
 from rich.console import Console
@@ -48,6 +49,12 @@ def table(title: str, rows: Sequence[Row], head: Sequence[str] = ()) -> None:
 def pairs(title: str, values: Mapping[str, object]) -> None:
     """A table of names and values."""
     table(title, list(values.items()))
+
+
+def editing() -> None:
+    """Lines read with `input` can be edited, and earlier ones come back."""
+    with suppress(ImportError):  # not every Python has it
+        import_module("readline")
 
 
 class Advance(Protocol):

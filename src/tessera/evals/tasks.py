@@ -29,7 +29,8 @@ THINGS = ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "cards
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "gold")
 NAMES = (
     "ada", "bob", "cal", "deb", "eli", "fay", "gus", "hal", "ida", "jim", "kay", "lou", "mia", "ned", "ora", "pat",
-    "quin", "ray", "sue", "tom", "una", "vic", "wes", "xena", "yan", "zoe", "amy", "bill", "cora", "dov", "emma", "fred",
+    "quin", "ray", "sue", "tom", "una", "vic", "wes", "xena", "yan", "zoe", "amy", "bill", "cora", "dov", "emma",
+    "fred",
 )  # fmt: skip
 
 

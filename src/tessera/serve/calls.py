@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, aclosing, contextmanager, suppress
 from typing import Any
@@ -24,6 +24,10 @@ class Calls:
 
     def __init__(self, local: LocalEngine, reader: Reader, interval: int) -> None:
         self._local, self._reader, self._interval = local, reader, interval
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation that the assistant is to go on with. Raises RequestError."""
+        return self._reader.conversation({"messages": [dict(message) for message in messages]})[0]
 
     def answer(self, body: dict[str, Any]) -> Future[Answer]:
         """The finished answer. Cancelling the future ends the request. Raises RequestError at once."""

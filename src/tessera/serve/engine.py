@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ class Engine:
         """
         body = _body(prompt, sampling_params, input_ids, return_logprob, stream, fields)
         return self._calls.aiterate(body) if stream else await asyncio.wrap_future(self._calls.answer(body))
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of messages with "role" and "content", by the model's chat template: `input_ids` of `generate`."""
+        return self._calls.conversation(messages)
 
     @property
     def info(self) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Configuration: the table of flags, `resolve`, and what it yields."""
 
-from tessera.core.config.ask import BY_KEY, FLAGS, Asked, layered, read, suggestion
+from tessera.core.config.ask import BY_KEY, FLAGS, Asked, canonical, layered, read, suggestion
 from tessera.core.config.environment import VARIABLES, Environment, Variable, current, read_environment
 from tessera.core.config.flag import Flag, Ignored, Unbuilt
 from tessera.core.config.resolve import resolve
@@ -41,6 +41,7 @@ __all__ = [
     "ServingConfig",
     "Unbuilt",
     "Variable",
+    "canonical",
     "current",
     "layered",
     "read",

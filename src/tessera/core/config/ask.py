@@ -126,12 +126,13 @@ def layered(*layers: Mapping[str, object]) -> dict[str, object]:
     merged: dict[str, object] = {}
     for layer in layers:
         asked = {key: value for key, value in layer.items() if value is not None}
-        names = {_canonical(key) for key in asked}
-        merged = {key: value for key, value in merged.items() if _canonical(key) not in names} | asked
+        names = {canonical(key) for key in asked}
+        merged = {key: value for key, value in merged.items() if canonical(key) not in names} | asked
     return merged
 
 
-def _canonical(key: str) -> str:
+def canonical(key: str) -> str:
+    """The flag's name, whatever its spelling; what is no flag stays as it is."""
     flag = BY_KEY.get(key.removeprefix("--").replace("-", "_"))
     return flag.name if flag else key
 

@@ -35,6 +35,7 @@ class Variable:
 
 VARIABLES = (
     Variable(OURS, "API_KEY", "api_key"),
+    Variable(OURS, "DEBUG_CHECKS", "debug_checks"),
     Variable(OURS, "HOST", "host"),
     Variable(OURS, "LOG_LEVEL", "log_level"),
     Variable(OURS, "MODEL_PATH", "model_path"),

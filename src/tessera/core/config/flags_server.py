@@ -48,5 +48,7 @@ LOGGING = (
          choices=("debug", "info", "warning", "error", "critical")),
     Flag("log_requests", switch, False, "Log every request.", "logging"),
     Flag("decode_log_interval", whole(1), 40, "Decode steps between two log lines.", "logging"),
+    Flag("debug_checks", switch, False,
+         "Check pages, slots, rows and the position of every recurrent state at every step (slow).", "logging"),
     Flag("enable_metrics", switch, False, "Serve /metrics.", "logging", state=Ignored("metrics are always on")),
 )  # fmt: skip

@@ -60,7 +60,10 @@ def resolve(
         kernels=_kernels(values, spec, device, notes),
         serving=_serving(values),
         logging=LoggingConfig(
-            values.word("log_level"), values.on("log_requests"), values.number("decode_log_interval")
+            values.word("log_level"),
+            values.on("log_requests"),
+            values.number("decode_log_interval"),
+            values.on("debug_checks"),
         ),
     )
     if notes.conflicts:

@@ -177,11 +177,12 @@ class ServingConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoggingConfig:
-    """What is logged. `decode_interval`: decode steps between two lines."""
+    """What is logged. `decode_interval`: decode steps between two lines. `checks`: everything is checked each step."""
 
     level: str
     requests: bool
     decode_interval: int
+    checks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
