@@ -27,12 +27,11 @@ class ChangeBuilder:
         for row in rows if self._swapped else ():
             self._swapped.pop(row, None)
 
-    def enter(self, enter: Enter) -> None:
-        """A sequence entered; a slot of one that starts at nothing is zeroed."""
+    def enter(self, enters: list[Enter]) -> None:
+        """Sequences entered; slots of those that start at nothing are zeroed."""
         self._empty = False
-        self._enter.append(enter)
-        if enter.slot >= 0 and enter.start == 0:
-            self._zero_slots.append(enter.slot)
+        self._enter += enters
+        self._zero_slots += [enter.slot for enter in enters if enter.slot >= 0 and enter.start == 0]
 
     def grow(self, rows: Ints, indices: Ints, pages: Ints) -> None:
         """Rows got one more page each, in a step that computes them."""

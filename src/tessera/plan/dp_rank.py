@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tessera.plan.config import PlannerConfig
-from tessera.plan.policy import standing
 from tessera.plan.request import Sequence, grouped
+from tessera.plan.slots import UNLIMITED
 from tessera.plan.state import RankState
 from tessera.plan.step import NO_INTS, Bools, Ints, Part, PartDone, empty_part, ints
-
-UNLIMITED = 1 << 30
 
 
 @dataclass(slots=True)
@@ -86,6 +84,9 @@ class DpRank:
         prompts = prompts[np.argsort(prompts[:, 2] == 1, kind="stable")]  # ranges of one token last
         first, starts, lengths, known, logits_from = prompts.T
         ends, ones = starts + lengths, self._ones[: len(ranges.rows)]
+        table.computed[first] = ends
+        table.ready[first] = (ends >= known - 1) & (ends < table.goal[first])
+        self._dirty = True
         part = Part(
             np.concatenate([first, ranges.rows]),
             np.concatenate([starts, ranges.starts]),
@@ -190,33 +191,32 @@ class DpRank:
         while budget > 0 and (sequence := state.queue.head()) is not None:
             if config.chunk_size <= 0 and ranges.prefill and sequence.num_known > budget:
                 break
-            if not state.admit(sequence, index):
+            if not state.admit(sequence):
                 break
             state.queue.pop()
-            state.prefilling[sequence] = None
             if sequence.num_computed == sequence.target:  # all but the last token was cached, and forks wait
+                state.seat(index)
                 for child in state.fork(sequence, index, budget - 1):
-                    state.prefilling[child] = None
                     budget -= self._advance(ranges, child, budget)
             budget -= self._advance(ranges, sequence, budget)
+        state.seat(index)
 
     def _advance(self, ranges: _Ranges, sequence: Sequence, budget: int) -> int:
         """The next range of a prompt, within `budget` where prompts may be cut; returns its length."""
-        table, row, start = self.state.table, sequence.row, sequence.num_computed
+        state, start = self.state, sequence.num_computed
         length = sequence.target - start
-        if self.config.chunk_size > 0:
-            length = min(length, budget)
+        if length > budget and self.config.chunk_size > 0:
+            length = budget
         if length <= 0:
             return 0
         end = sequence.num_computed = start + length
-        table.computed[row] = end
         ranges.prefill.append((sequence, start, length))
-        if end >= sequence.num_known - 1:
-            del self.state.prefilling[sequence]
-            table.ready[row] = end < sequence.goal
-            self._dirty = True
+        if end < len(sequence.tokens) - 1:
+            state.prefilling[sequence] = None
+        else:
+            state.prefilling.pop(sequence, None)
             if sequence.forks:
-                self.state.leaders[sequence] = None
+                state.leaders[sequence] = None
         return length
 
     # -- what came back --------------------------------------------------------------------------------------------
@@ -248,13 +248,16 @@ class DpRank:
             ended += scored[table.done[scored] == table.goal[scored]].tolist()
         return self._leave([table.occupant(row) for row in ended])
 
-    def add(self, sequence: Sequence) -> None:
-        """A sequence, or the leader of a group, waits for a row."""
-        self.state.queue.push(sequence)
-        for s in (sequence, *sequence.forks):
-            s.dp_rank = self.state.load.dp_rank
-            self.state.load.num_requests += 1
-            self.state.load.num_tokens += s.goal
+    def add(self, sequences: list[Sequence]) -> None:
+        """The choices of a request wait for a row."""
+        load = self.state.load
+        load.num_taken += 1
+        load.num_requests += len(sequences)
+        for sequence in sequences:
+            sequence.dp_rank = load.dp_rank
+            load.num_tokens += sequence.goal
+        for leader in grouped(sequences):
+            self.state.queue.push(leader)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ends, wherever it is."""

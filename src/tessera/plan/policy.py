@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,13 +21,9 @@ class Policy:
     matches: bool = False
 
 
-def standing(sequence: Sequence) -> Key:
+def standing(sequence: Sequence, cached: int = 0) -> Key:
     """Place among all: higher priority first, then first come. Who stands last is preempted first."""
     return (-sequence.priority, sequence.arrival)
-
-
-def _first_come(sequence: Sequence, cached: int) -> Key:
-    return standing(sequence)
 
 
 def _longest_prefix(sequence: Sequence, cached: int) -> Key:
@@ -35,24 +32,28 @@ def _longest_prefix(sequence: Sequence, cached: int) -> Key:
 
 
 POLICIES = {
-    "fcfs": Policy(_first_come),
-    "priority": Policy(_first_come),
+    "fcfs": Policy(standing),
+    "priority": Policy(standing),
     "lpm": Policy(_longest_prefix, matches=True),
 }
 
 
 class Queue:
-    """Sequences that wait for a row, best first. Removal is lazy."""
+    """Sequences that wait for a row, best first. Who ends while waiting stays until it is next, or until most have."""
 
     def __init__(self, policy: str) -> None:
         self._policy = POLICIES[policy]
-        self._heap: list[tuple[Key, Sequence]] = []
-        self.num_waiting = 0
+        self._entries: deque[tuple[Key, Sequence]] = deque()  # sorted; most come at one end and all leave at the other
         self._sorted_at = -1
+        self.num_waiting = 0
 
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence."""
-        heapq.heappush(self._heap, (self._policy.key(sequence, 0), sequence))
+        entry, entries = (self._policy.key(sequence, 0), sequence), self._entries
+        if not entries or entries[-1][0] < entry[0]:
+            entries.append(entry)
+        else:
+            insort(entries, entry)
         self.num_waiting += 1
         self._sorted_at = -1
 
@@ -60,32 +61,31 @@ class Queue:
         """Takes out a sequence that is no longer live."""
         assert not sequence.live
         self.num_waiting -= 1
-        if len(self._heap) > 2 * self.num_waiting + MOST_REORDERED:
-            self._heap = [entry for entry in self._heap if entry[1].live]
-            heapq.heapify(self._heap)
+        if len(self._entries) > 2 * self.num_waiting + MOST_REORDERED:
+            self._entries = deque(entry for entry in self._entries if entry[1].live)
 
     def head(self) -> Sequence | None:
         """Who goes next."""
-        while self._heap and not self._heap[0][1].live:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        entries = self._entries
+        while entries and not entries[0][1].live:
+            entries.popleft()
+        return entries[0][1] if entries else None
 
     def pop(self) -> None:
         """Takes out the head."""
-        heapq.heappop(self._heap)
+        self._entries.popleft()
         self.num_waiting -= 1
 
     def reorder(self, match: Callable[[Sequence], int], version: int) -> None:
         """Sorts anew by what the prefix tree holds at `version`, where the policy depends on it."""
         if not self._policy.matches or self.num_waiting > MOST_REORDERED or version == self._sorted_at:
             return
-        self._heap = [(self._policy.key(s, match(s)), s) for s in self.waiting()]
-        heapq.heapify(self._heap)
+        self._entries = deque(sorted((self._policy.key(s, match(s)), s) for s in self.waiting()))
         self._sorted_at = version
 
     def waiting(self) -> list[Sequence]:
-        """Live members in no order."""
-        return [s for _, s in self._heap if s.live]
+        """Live members, best first."""
+        return [s for _, s in self._entries if s.live]
 
 
 @dataclass(slots=True)

@@ -66,12 +66,6 @@ class Sequence(msgspec.Struct, eq=False):
             return last
         return min(max(self.params.logprob_start - 1, 0), last)
 
-    def lead(self, others: list[Sequence]) -> None:
-        """Others wait to fork from this one, which waits for nobody."""
-        self.leader, self.forks = None, others
-        for other in others:
-            other.leader = self
-
     def end(self, reason: FinishReason, error: str | None = None, fault: Fault | None = None) -> Output:
         """The output that ends it."""
         return Output(
@@ -113,8 +107,11 @@ def grouped(sequences: list[Sequence]) -> list[Sequence]:
 
     A prompt of one token leaves nothing to share.
     """
-    if not sequences or sequences[0].num_prompt == 1:
-        return sequences
-    first, rest = sequences[0], sequences[1:]
-    first.lead(rest)
-    return [first]
+    if len(sequences) > 1 and sequences[0].num_prompt > 1:
+        sequences[0].forks = sequences[1:]
+        for other in sequences[1:]:
+            other.leader = sequences[0]
+        sequences = sequences[:1]
+    for sequence in sequences:
+        sequence.leader = None
+    return sequences

@@ -14,7 +14,7 @@ from tessera.core.messages import Abort, Fault, FinishReason, Flush, Output, Sto
 from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
 from tessera.plan.policy import BALANCES
-from tessera.plan.request import Sequence, choices, grouped
+from tessera.plan.request import Sequence, choices
 from tessera.plan.step import Clock, Event, Step, StepDone
 
 __all__ = ["Planner", "PlannerConfig"]
@@ -111,12 +111,10 @@ class Planner:
         if refusal is not None:
             return [s.end("error", *refusal) for s in sequences]
         self._arrivals += submit.n
-        self._requests[submit.request_id] = list(sequences)
+        self._requests[submit.request_id] = sequences
         balance = BALANCES[self.config.load_balance]
         rank = self.ranks[0] if len(self.ranks) == 1 else min(self.ranks, key=lambda r: balance(r.state.load))
-        rank.state.load.num_taken += 1
-        for leader in grouped(sequences):
-            rank.add(leader)
+        rank.add(sequences)
         return []
 
     def _refusal(self, submit: Submit, sequences: list[Sequence]) -> tuple[str, Fault] | None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+UNLIMITED = 1 << 30
+
 
 class SlotPool:
     """`num_slots` slots, the scratch slot included; 0 for a model without recurrent state, which always has room."""
@@ -16,22 +18,23 @@ class SlotPool:
         self.num_free = max(num_slots - 1, 0)
 
     @property
-    def has_room(self) -> bool:
-        """One more sequence can have a slot, or needs none."""
-        return self.num_free > 0 or self.num_slots == 0
+    def room(self) -> int:
+        """How many more sequences can have a slot; a model without recurrent state sets no limit."""
+        return self.num_free if self.num_slots else UNLIMITED
 
     @property
     def num_used(self) -> int:
         """Slots that a sequence holds."""
         return max(self.num_slots - 1, 0) - self.num_free
 
-    def take(self) -> int:
-        """A free slot; -1 for a model without recurrent state."""
+    def take(self, count: int) -> list[int]:
+        """`count` free slots; -1 for each without recurrent state."""
         if self.num_slots == 0:
-            return -1
-        assert self.num_free, "no slot is free"
-        self.num_free -= 1
-        return int(self._stack[self.num_free])
+            return [-1] * count
+        assert count <= self.num_free, f"{count} slots asked of {self.num_free} free ones"
+        self.num_free -= count
+        taken: list[int] = self._stack[self.num_free : self.num_free + count].tolist()
+        return taken
 
     def drop(self, slots: Sequence[int]) -> None:
         """Give slots back; without recurrent state there is nothing to give."""

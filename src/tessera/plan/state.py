@@ -18,7 +18,7 @@ from tessera.plan.policy import Load, Queue
 from tessera.plan.prefix import Node, PrefixTree
 from tessera.plan.request import Sequence, grouped
 from tessera.plan.slots import SlotPool
-from tessera.plan.step import Enter, Ints, ints
+from tessera.plan.step import NO_INTS, Enter, Ints, ints
 from tessera.plan.table import RowTable
 
 
@@ -37,6 +37,8 @@ class RankState:
         self.prefilling: dict[Sequence, None] = {}  # prompts under way, in the order in which they were admitted
         self.leaders: dict[Sequence, None] = {}  # computed but for the last token, with choices that wait to fork
         self.num_preempted = 0
+        self._admitted: list[tuple[Sequence, Ints, int, int]] = []  # sequence, cached pages, start, pages promised
+        self._num_promised = 0
 
     def take_pages(self, count: int) -> Ints:
         """`count` available pages, evicting idle ones of the prefix tree where too few are free."""
@@ -44,38 +46,51 @@ class RankState:
             self.prefix.evict(count - self.pages.num_free)
         return self.pages.take(count)
 
-    def room_for(self, count: int) -> bool:
-        """`count` pages can be taken and one is left for every running row, which may need its next one."""
-        return self.pages.available >= count + self.table.num_running
+    @property
+    def num_spare(self) -> int:
+        """Pages that are spoken for by nobody: one is left for every row, which may need its next one."""
+        return self.pages.available - self._num_promised - self.table.num_running - len(self._admitted)
 
     # -- into a row ------------------------------------------------------------------------------------------------
 
-    def admit(self, sequence: Sequence, index: int) -> bool:
-        """The sequence enters a row at step `index` with pages for all that is known of it; False: no room now."""
-        if not (self.table.free and self.slots.has_room):
+    def admit(self, sequence: Sequence) -> bool:
+        """Promises a row, a slot, and pages for all that is known of it, which `seat` gives; False: no room now."""
+        num_more = len(self._admitted) + 1
+        if num_more > len(self.table.free) or num_more > self.slots.room:
             return False
-        node, cached = self.match(sequence)
-        num_fresh = self.config.pages_for(sequence.num_known) - len(cached)
+        sequence.node, cached = self.match(sequence)
+        num_fresh = self.config.pages_for(len(sequence.tokens)) - len(cached)
         if len(cached):
             self.pages.share(cached)  # first, so that they are not counted as available
-        if not self.room_for(num_fresh):
-            self.pages.drop(cached)
+        if num_fresh > self.num_spare:
+            if len(cached):
+                self.pages.drop(cached)
             return False
-        pages = self.take_pages(num_fresh)
-        start = len(cached) * self.config.page_size
         if len(cached):
             self.prefix.touch(cached)
-            pages = np.concatenate([cached, pages])
+        start = sequence.num_computed = len(cached) * self.config.page_size
         if not sequence.entered:
             sequence.num_cached = start
-        sequence.node, sequence.num_published = node, len(cached)
-        self._enter(sequence, pages, start, self.slots.take(), index)
+        sequence.num_published = len(cached)
+        self._admitted.append((sequence, cached, start, num_fresh))
+        self._num_promised += num_fresh
         return True
+
+    def seat(self, index: int) -> None:
+        """Who was admitted enters a row, at step `index`."""
+        if not self._admitted:
+            return
+        fresh, at, pages = self.take_pages(self._num_promised), 0, []
+        for _, cached, _, count in self._admitted:
+            own, at = fresh[at : at + count], at + count
+            pages.append(np.concatenate([cached, own]) if len(cached) else own)
+        self._enter([entry[0] for entry in self._admitted], [entry[2] for entry in self._admitted], pages, index)
+        self._admitted, self._num_promised = [], 0
 
     def match(self, sequence: Sequence) -> tuple[Node | None, Ints]:
         """Deepest node of the tree for a waiting sequence, and its pages; positions that need logits are computed."""
         if not self.prefix.enabled:
-            return None, ints()
+            return None, NO_INTS
         return self.prefix.match(sequence.namespace, sequence.tokens, sequence.logits_from)
 
     def fork(self, parent: Sequence, index: int, most: int) -> list[Sequence]:
@@ -88,42 +103,45 @@ class RankState:
         position = parent.num_prompt - 1
         at, inside = divmod(position, self.config.page_size)
         held = self.table.held(parent.row)
-        children: list[Sequence] = []
-        while waiting and len(children) < most and self.table.free and self.slots.has_room and self.room_for(1):
-            child = waiting.pop(0)
-            child.leader = None
-            own = self.take_pages(1)
-            self.pages.share(held[:at])
-            slot = self.slots.take()
-            child.node, child.num_published, child.num_cached = parent.node, parent.num_published, parent.num_cached
-            self._enter(child, np.concatenate([held[:at], own]), position, slot, index)
-            self.change.copy(
-                (int(held[at]), int(own[0])) if inside else None,
-                (parent.slot, slot) if slot >= 0 else None,
-            )
-            children.append(child)
+        room = min(most, len(self.table.free), self.slots.room, (self.num_spare + 1) // 2)  # a page, and the next one
+        children, waiting = waiting[: max(room, 0)], waiting[max(room, 0) :]
+        if children:
+            own = self.take_pages(len(children))
+            for child in children:
+                self.pages.share(held[:at])
+                child.leader, child.num_computed, child.num_cached = None, position, parent.num_cached
+                child.node, child.num_published = parent.node, parent.num_published
+            pages = [np.append(held[:at], page) for page in own]
+            self._enter(children, [position] * len(children), pages, index)
+        for child in children:
+            copied = (int(held[at]), int(self.table.pages[child.row, at])) if inside else None
+            self.change.copy(copied, (parent.slot, child.slot) if parent.slot >= 0 else None)
         for leader in grouped(waiting):
             self.queue.push(leader)
         return children
 
-    def _enter(self, sequence: Sequence, pages: Ints, start: int, slot: int, index: int) -> None:
-        row = self.table.enter(sequence, pages, start, index)
-        sequence.slot, sequence.entered = slot, True
-        self.change.enter(
-            Enter(
-                row,
-                sequence.request_id,
-                sequence.choice,
-                sequence.tokens,
-                sequence.num_prompt,
-                start,
-                pages,
-                slot,
-                sequence.params,
-                sequence.seed,
-                sequence.num_cached,
+    def _enter(self, sequences: list[Sequence], starts: list[int], pages: list[Ints], index: int) -> None:
+        rows = self.table.enter(sequences, starts, pages, index)
+        slots = self.slots.take(len(sequences))
+        enters = []
+        for s, row, slot, start, held in zip(sequences, rows, slots, starts, pages, strict=True):
+            s.slot, s.entered = slot, True
+            enters.append(
+                Enter(
+                    row,
+                    s.request_id,
+                    s.choice,
+                    s.tokens,
+                    s.num_prompt,
+                    start,
+                    held,
+                    slot,
+                    s.params,
+                    s.seed,
+                    s.num_cached,
+                )
             )
-        )
+        self.change.enter(enters)
 
     # -- out of a row ----------------------------------------------------------------------------------------------
 

@@ -43,21 +43,20 @@ class RowTable:
         """Rows that are taken."""
         return len(self.occupants) - len(self.free)
 
-    def enter(self, sequence: Sequence, pages: Ints, start: int, index: int) -> int:
-        """Puts a sequence into a free row; its positions before `start` are computed already."""
-        row = self.free.pop()
-        self.occupants[row] = sequence
-        sequence.row = row
-        self.computed[row] = self.done[row] = sequence.num_computed = start
-        self.goal[row] = sequence.goal
-        self.capacity[row] = len(pages) * self.page_size
-        self.entered[row] = index
-        self.ready[row] = False
-        self.draws[row] = sequence.draws
-        self.priority[row] = sequence.priority
-        self.arrival[row] = sequence.arrival
-        self.pages[row, : len(pages)] = pages
-        return row
+    def enter(self, sequences: list[Sequence], starts: list[int], pages: list[Ints], index: int) -> list[int]:
+        """Puts sequences into free rows; their positions before `starts` are computed already."""
+        rows = [self.free.pop() for _ in sequences]
+        self.computed[rows] = self.done[rows] = starts
+        self.entered[rows] = index
+        self.ready[rows] = False
+        columns = np.array([(s.goal, s.draws, s.priority, s.arrival) for s in sequences], np.int64)
+        self.goal[rows], self.draws[rows], self.priority[rows], self.arrival[rows] = columns.T
+        self.capacity[rows] = np.array([len(held) for held in pages]) * self.page_size
+        for sequence, row, held in zip(sequences, rows, pages, strict=True):
+            self.occupants[row] = sequence
+            sequence.row = row
+            self.pages[row, : len(held)] = held
+        return rows
 
     def leave(self, rows: list[int]) -> None:
         """Frees rows."""
