@@ -1,6 +1,6 @@
-"""An engine without a model: speaks the messages of the real one, step by step, with tokens that follow from the prompt.
+"""An engine without a model: speaks the messages of the real one; its tokens follow from the prompt.
 
-Token i of choice c continues the bytes of `ANSWER` as ids of the byte-level test tokenizer, so that text is predictable.
+Token i of choice c continues the bytes of `ANSWER` as ids of the byte-level test tokenizer: text is predictable.
 `delay`: seconds of a step. Prompts that begin with a fault's token cause it.
 """
 
@@ -12,12 +12,14 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
+
+import msgspec
 
 from tessera.core.messages import (
     Abort,
     Fatal,
+    Fault,
     Inbound,
     Outbound,
     Output,
@@ -31,7 +33,7 @@ from tessera.core.messages import (
 )
 
 EOS = 256  # <|endoftext|> of the test tokenizer
-REFUSE, FAIL, DIE, HANG = 1, 2, 3, 4  # first token of a prompt that causes a fault
+REFUSE, FAIL, DIE, HANG, BUSY = 1, 2, 3, 4, 5  # first token of a prompt that causes a fault
 ANSWER = "The answer is 42. Grüße, 世界 🎉! "
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,6 @@ class FakeEngine:
 
     sink: Callable[[Outbound], None]
     delay: float = 0.0
-    fault: str | None = None
     rows: list[Row] = field(default_factory=list)
     seen: list[Inbound] = field(default_factory=list)
     steps: int = 0
@@ -78,8 +79,10 @@ class FakeEngine:
         if isinstance(message, Submit):
             assert isinstance(message.tokens, list)
             first = message.tokens[0]
-            if first == REFUSE:
-                return [Output(message.request_id, c, [], finish="error", error="no room") for c in range(message.n)]
+            if first in (REFUSE, BUSY):
+                fault: Fault = "request" if first == REFUSE else "busy"
+                output = Output(message.request_id, 0, [], finish="error", error="no room", fault=fault)
+                return [msgspec.structs.replace(output, choice=c) for c in range(message.n)]
             if first == FAIL:
                 raise RuntimeError("asked to fail")
             if first == DIE:
@@ -158,13 +161,3 @@ def entry(token: int, top: int, asked: Sequence[int], logprob: float | None) -> 
     likeliest = [token, *(i for i in range(65, 200) if i != token)][:top]
     values = [logprob - 0.25 * i for i in range(len(likeliest))]
     return TokenLogprobs(logprob, likeliest, values, [logprob - 1.0] * len(asked))
-
-
-def fake_core(config: SimpleNamespace, sink: Callable[[Outbound], None]) -> FakeEngine:
-    """A factory as the engine process calls it. `config.fault`: "load" fails, "slow load" takes long."""
-    fault = getattr(config, "fault", None)
-    if fault == "load":
-        raise ValueError("the checkpoint is broken")
-    if fault == "slow load":
-        time.sleep(60)
-    return FakeEngine(sink, getattr(config, "delay", 0.0))

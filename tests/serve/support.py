@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, ParamSpec
 
 import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.fake_engine import FakeEngine
-from tessera.core.messages import Ready
+from tessera.core.messages import Outbound, Ready
 from tessera.serve.app import App
 from tessera.serve.chat import ChatTemplate
 from tessera.serve.client import EngineClient
@@ -25,6 +29,17 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 CONTEXT = 512
+P = ParamSpec("P")
+
+
+def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """A test that is a coroutine, with a deadline."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+
+    return run
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -39,8 +54,15 @@ def byte_tokenizer() -> Tokenizer:
 class World:
     """App, fake engine, and what they share."""
 
-    def __init__(self, delay: float = 0.0, api_key: str | None = None, silence: float = 300.0, **limits: int) -> None:
-        self.engine = FakeEngine(lambda message: self.client.deliver(message), delay)
+    def __init__(
+        self,
+        delay: float = 0.0,
+        api_key: str | None = None,
+        silence: float = 300.0,
+        stream_interval: int = 1,
+        **limits: int,
+    ) -> None:
+        self.engine = FakeEngine(self._deliver, delay)
         self.client = EngineClient(self.engine.post, limits.pop("max_open", 1024), silence)
         tokenizer = Text(byte_tokenizer())
         reader = Reader(
@@ -49,11 +71,16 @@ class World:
             ChatTemplate(TEMPLATE, {"eos_token": "<|im_end|>"}),
             seed=0,
         )
-        options = Options("some/path", "tiny", api_key, watchdog_timeout=silence, info={"config": {"tp_size": 1}})
+        options = Options(
+            "some/path", "tiny", api_key, stream_interval, watchdog_timeout=silence, info={"config": {"tp_size": 1}}
+        )
         self.server = Server(self.client, reader, options, Metrics("tiny", 16))
         self.client._on_report = self.server.metrics.step
         self.app = App(self.server)
         self.paused = False
+
+    def _deliver(self, message: Outbound) -> None:
+        self.client.deliver(message)
 
     async def run_engine(self) -> None:
         self.client.deliver(Ready({}))
@@ -77,3 +104,58 @@ async def world(**options: object) -> AsyncIterator[tuple[World, httpx.AsyncClie
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream, which must end with [DONE]."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = response.text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""], parts[-2:]
+    assert all(part.startswith("data: ") for part in parts[:-1])
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def refusal(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error of an answer, which must be in OpenAI's form."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    return dict(error)
+
+
+class Visitor:
+    """A client at the level of ASGI: sends its body in parts, sees every message of the answer, may leave."""
+
+    def __init__(self, app: App, path: str, parts: Iterable[bytes] = (b"",), headers: dict[str, str] | None = None):
+        self.got: list[dict[str, Any]] = []
+        self.asked = 0
+        self.left = asyncio.Event()
+        self._parts = list(parts)
+        raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": raw}
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        self.asked += 1
+        if self._parts:
+            return {"type": "http.request", "body": self._parts.pop(0), "more_body": bool(self._parts)}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.got.append(dict(message))
+
+    @property
+    def status(self) -> int | None:
+        """Status of the answer, once it has begun."""
+        return self.got[0]["status"] if self.got else None
+
+
+async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Waits for a condition."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"not within {seconds} s"
+        await asyncio.sleep(0.001)

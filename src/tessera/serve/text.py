@@ -101,6 +101,7 @@ class Detokenizer:
             new = _certain(self._decode(self._window[-self._fresh :]))
         if self._fresh > MOST_FRESH:  # bytes that never become a character: do not let the window grow
             self._restart(LONGEST_SPLIT + 1)
+            self._fresh = LONGEST_SPLIT + 1  # its last bytes may still be the beginning of one
         return new
 
     def flush(self) -> str:
