@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import msgspec
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ PROMPT = [5, 9, 3, 7, 11, 2, 30]
 def enter(row: int, prompt: list[int], pages: list[int], params: SamplingParams = PLAIN, **other: object) -> Enter:
     """A sequence that enters with its whole prompt to compute; its slot is row + 1."""
     plain = Enter(row, f"r{row}", 0, ints(prompt), len(prompt), 0, ints(pages), row + 1, params, params.seed)
-    return replace(plain, **other)  # type: ignore[arg-type]
+    return msgspec.structs.replace(plain, **other)
 
 
 def step(index: int, ranges: list[tuple[int, int, int, bool]], change: Change = NO_CHANGE, logits: int = 1) -> Step:
