@@ -78,7 +78,13 @@ async def answer(client: Client, ask: Ask) -> Piece:
 class HttpClient:
     """A server with OpenAI's completions and chat completions. `model` None: the first that it lists."""
 
-    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self.url = _base(url)
         self._model = model
         self._http = httpx.AsyncClient(
@@ -87,6 +93,7 @@ class HttpClient:
             timeout=httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
+            transport=transport,
         )
 
     async def model(self) -> str:
@@ -187,7 +194,7 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
             event = _json(data)
             if not isinstance(event, dict):
                 raise PeerError(f"the server sent an event that is no JSON object: {data[:200]!r}")
-            if "error" in event:
+            if event.get("error"):
                 raise PeerError(f"the server gave up: {_message(event)}")
             yield event
 
