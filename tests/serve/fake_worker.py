@@ -1,0 +1,44 @@
+"""An engine process around the fake engine: what `serve/worker.py` is around the real one, without torch.
+
+The environment handed to `launch` says what goes wrong: FAULT=refuse, prepare, load (fails), slow (never loads),
+sleep (never says anything); DELAY: seconds of a step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from tessera.core.config import Hardware, Notes, layered, read, resolve
+from tessera.core.errors import ModelError
+from tessera.core.families import read_spec
+from tessera.serve.host import Tell, host
+from tessera.serve.wire import Begin, Loading, Starting
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from serve.fake_engine import FakeEngine
+from serve.processes import CONFIG
+
+
+def build(begin: Begin, tell: Tell) -> FakeEngine:
+    """See `Build`."""
+    fault = begin.environ.get("FAULT")
+    if fault == "sleep":
+        time.sleep(60)
+    asked = layered(begin.asked, {"tp_size": 64} if fault == "refuse" else {})
+    spec = read_spec(CONFIG)
+    resolved = resolve(asked, spec, Hardware("cpu", 1 << 31))
+    if fault == "prepare":
+        raise ModelError("the model cannot be found")
+    tell(Starting(resolved, read(asked, Notes()).word("model_path"), spec.vocab_size))
+    tell(Loading(1, 2))
+    if fault == "load":
+        raise ValueError("the checkpoint is broken")
+    if fault == "slow":
+        time.sleep(60)
+    return FakeEngine(tell, float(begin.environ.get("DELAY", "0.001")))
+
+
+if __name__ == "__main__":
+    sys.exit(host(sys.argv[1:], build))
