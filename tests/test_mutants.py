@@ -16,7 +16,7 @@ from tessera.plan.change import ChangeBuilder
 from tessera.plan.pages import PagePool
 from tessera.plan.step import NO_INTS, Ints, Step
 from tessera.run import build
-from tessera.run.host import Download, Worker
+from tessera.run.host import Download
 from tessera.run.pools import Pools
 from tessera.run.runner import Launched, Runner
 from tessera.run.sampler import Sampler
@@ -41,20 +41,22 @@ class LateFuture(Future[Download]):
         return super().result(timeout)
 
 
-class Late(Worker):
+class Late:
     """An executor whose work runs as late as it may: what is not in order shows."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._queue: list[LateFuture] = []
+        self._late: list[LateFuture] = []
 
     def submit(self, work: Callable[[], Any]) -> Any:
-        self._queue.append(LateFuture(self._queue, work))
-        return self._queue[-1]
+        self._late.append(LateFuture(self._late, work))
+        return self._late[-1]
+
+    def close(self) -> None:
+        assert not self._late, "work that nobody asked for"
 
 
 def run(name: str, layout: str) -> Run:
-    return serve(model(name), requests("varied"), debug=False, dtype="float64", **LAYOUTS[layout])
+    return serve(model(name), requests("varied"), debug_checks=False, dtype="float64", **LAYOUTS[layout])
 
 
 def forks() -> dict[tuple[str, int], tuple[list[int], str | None]]:
@@ -62,7 +64,7 @@ def forks() -> dict[tuple[str, int], tuple[list[int], str | None]]:
     params = msgspec.structs.replace(SAMPLED, seed=5, max_new_tokens=30, stop_token_ids=tuple(range(2, 8)))
     asked = [Submit("f", prompts()[4], params, n=4), *requests("varied")]
     flags = {"max_running_requests": 16, "max_total_tokens": 304, "page_size": 8, "disable_radix_cache": True}
-    return serve(model("hybrid"), asked, debug=False, dtype="float64", **flags).ends()
+    return serve(model("hybrid"), asked, debug_checks=False, dtype="float64", **flags).ends()
 
 
 @pytest.mark.parametrize("layout", ["overlapped", "tiny pool", "two rows", "prefix cache, one at a time"])

@@ -101,6 +101,7 @@ FLAGS: dict[str, Any] = {
     "max_running_requests": 16,
     "page_size": 4,
     "max_total_tokens": 2048,
+    "debug_checks": True,
 }
 
 
@@ -172,10 +173,9 @@ def serve(
     requests: Sequence[Submit],
     together: bool = True,
     also: Callable[[EngineCore, Output], None] | None = None,
-    debug: bool = True,
     **flags: Any,
 ) -> Run:
-    """Runs an engine over requests, all at once or one after the other. `also`: sees outputs. `debug`: check all."""
+    """Runs an engine over requests, all at once or one after the other, with every check. `also`: sees outputs."""
     run, waiting = Run(), list(requests)
 
     def sink(message: Outbound) -> None:
@@ -201,7 +201,7 @@ def serve(
             core.post(Stop(60.0))
 
     posted: set[str] = set()
-    core = EngineCore(resolved(model.spec, **flags), model.spec, model.source, sink, debug=debug)
+    core = EngineCore(resolved(model.spec, **flags), model.spec, model.source, sink)
     _watch(core, run)
     if together:
         for request in waiting:
@@ -209,7 +209,7 @@ def serve(
         waiting.clear()
     _go_on()
     core.run()
-    if debug:
+    if core.resolved.config.logging.checks:
         core.planner.check()
     fatal = [m for m in run.others if type(m).__name__ == "Fatal"]
     assert not fatal, fatal

@@ -67,7 +67,6 @@ def build_runner(
     source: Source,
     progress: Progress | None = None,
     executor: Executor | None = None,
-    debug: bool = False,
 ) -> Runner:
     """Loads the weights and allocates the pools of rank 0."""
     mesh, memory, device = config.mesh.mesh, config.memory, torch.device(config.mesh.device)
@@ -88,7 +87,7 @@ def build_runner(
         Sampler(table, params, backend.draw),
         memory.page_size,
         executor or default_executor(config),
-        debug=debug,
+        debug=config.logging.checks,
     )
 
 

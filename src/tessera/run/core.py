@@ -26,8 +26,8 @@ class EngineCore:
     """Builds everything of one instance from a resolved configuration: weights, pools, planner, runner, loop.
 
     `sink(message)` is called from the thread in `run()`: `Ready` first, then `Outputs`, `StepReport`, `Tick`, and
-    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. `debug`: slots are watched and the
-    planner is checked at every turn.
+    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. With `--debug-checks` the position of
+    every recurrent state is watched, and the planner checks itself at every turn.
     """
 
     def __init__(
@@ -37,14 +37,13 @@ class EngineCore:
         source: Source,
         sink: Callable[[Outbound], None],
         progress: Progress | None = None,
-        debug: bool = False,
     ) -> None:
         self.resolved, self.spec = resolved, spec
         self._sink = sink
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
-        self.runner = build_runner(resolved.config, spec, source, progress, debug=debug)
-        hook = self.planner.check if debug else None
+        self.runner = build_runner(resolved.config, spec, source, progress)
+        hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)
         self._loop = StepLoop(self.planner, self.runner, self._inbox, sink, report, in_flight, hook)
