@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from tessera.core.messages import Fatal, Outbound, Output, Outputs, StepReport, Submit, Tick
+from tessera.core.messages import Fatal, Fault, Inbound, Outbound, Output, Outputs, StepReport, Submit, Tick
 from tessera.plan.step import Clock, Event, Step, StepDone
 from tessera.run.inbox import Inbox
 from tessera.run.report import Tally
@@ -71,9 +71,12 @@ class Live:
     def __init__(self) -> None:
         self._choices: dict[str, set[int]] = {}
 
-    def add(self, submit: Submit) -> None:
-        """The choices of a new request."""
-        self._choices.setdefault(submit.request_id, set(range(submit.n)))
+    def add(self, submit: Submit) -> bool:
+        """The choices of a new request; False when its id is one that somebody waits for already."""
+        new = submit.request_id not in self._choices
+        if new:
+            self._choices[submit.request_id] = set(range(submit.n))
+        return new
 
     def finish(self, outputs: Sequence[Output]) -> None:
         """Removes the choices that these outputs end."""
@@ -91,9 +94,9 @@ class Live:
         return outputs
 
 
-def failures(choices: Iterable[tuple[str, int]], why: str) -> list[Output]:
+def failures(choices: Iterable[tuple[str, int]], why: str, fault: Fault = "engine") -> list[Output]:
     """Outputs that end choices with an error."""
-    return [Output(request_id, choice, [], finish="error", error=why, fault="engine") for request_id, choice in choices]
+    return [Output(request_id, choice, [], finish="error", error=why, fault=fault) for request_id, choice in choices]
 
 
 Report = Callable[[Step, list[Tally], list[Output], float], list[StepReport]]
@@ -144,10 +147,7 @@ class StepLoop(Generic[TicketT]):
         now = self.last_tick = time.monotonic()
         if self._idle and not messages:
             self.sink(Tick(now))
-        for message in messages:
-            if isinstance(message, Submit):
-                self._live.add(message)
-        self._settle(self.planner.apply([Clock(now), *messages]))
+        self._settle(self.planner.apply([Clock(now), *self._note(messages)]))
         while len(self._flying) < self.max_in_flight:
             step = self.planner.next_step()
             if step is None:
@@ -158,6 +158,17 @@ class StepLoop(Generic[TicketT]):
         self._idle = not self._flying
         if self._flying:
             self._collect()
+
+    def _note(self, messages: list[Inbound]) -> list[Inbound]:
+        """The messages for the planner. A request whose id is under way is refused here, lest it end the other."""
+        taken: list[Inbound] = []
+        for message in messages:
+            if not isinstance(message, Submit) or self._live.add(message):
+                taken.append(message)
+                continue
+            why = f"request id '{message.request_id}' is in use; ids must be unique among requests under way"
+            self.sink(Outputs(failures(((message.request_id, c) for c in range(message.n)), why, "request")))
+        return taken
 
     def _settle(self, outputs: list[Output]) -> None:
         """Sends outputs that the planner ended; the runner drops what is still in flight of them."""

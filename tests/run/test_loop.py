@@ -1,0 +1,260 @@
+"""Whatever goes wrong, everybody who waits is told once, the loop ends, and nothing is left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tessera.core.messages import Abort, Fatal, Outbound, Output, Outputs, Ready, SamplingParams, Stop, Submit, Tick
+from tessera.run import loop as loop_module
+from tessera.run.core import EngineCore
+from tiny import all_free, resolved, tiny_model
+
+MODEL = tiny_model("hybrid")
+LONG = SamplingParams(temperature=0.0, max_new_tokens=200, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
+WAIT_S = 20.0
+
+
+class Engine:
+    """A core in a thread, and all that it said."""
+
+    def __init__(self, react: Callable[[Engine, Outbound], None] = lambda engine, message: None, **flags: Any) -> None:
+        self.said: list[Outbound] = []
+        self.raised: BaseException | None = None
+        self._react = react
+        self.core = EngineCore(resolved(MODEL.spec, **flags), MODEL.spec, MODEL.source, self._sink)
+        self.thread = threading.Thread(target=self._run, name="core")
+
+    def _sink(self, message: Outbound) -> None:
+        self.said.append(message)
+        self._react(self, message)
+
+    def _run(self) -> None:
+        try:
+            self.core.run()
+        except BaseException as error:
+            self.raised = error
+
+    def __enter__(self) -> Engine:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.core.post(Stop())
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
+
+    def ended(self) -> dict[tuple[str, int], Output]:
+        """The last output of every choice, once the loop has ended; nothing came after it, and none came twice."""
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
+        outputs = [output for message in self.said if isinstance(message, Outputs) for output in message.items]
+        assert set(Counter((o.request_id, o.choice) for o in outputs if o.finish is not None).values()) <= {1}
+        last = {(o.request_id, o.choice): o for o in outputs}
+        assert all(o.finish is not None for o in last.values())
+        return last
+
+    def fatal(self) -> Fatal | None:
+        """How it failed; a `Fatal` is the last message."""
+        last = self.said[-1]
+        return last if isinstance(last, Fatal) else None
+
+
+def prompt(i: int) -> list[int]:
+    return [2 + (i * 7 + k) % 90 for k in range(5 + i)]
+
+
+def third(broken: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+    """Works twice, then raises."""
+    calls = iter(range(3))
+
+    def call(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise error
+        return broken(*args)
+
+    return call
+
+
+BREAKS: dict[str, tuple[Callable[[EngineCore], Any], str]] = {
+    "the forward": (lambda core: core.runner.model, "forward"),
+    "drawing": (lambda core: type(core.runner.sampler), "draw"),
+    "launch": (lambda core: core.runner, "launch"),
+    "collect": (lambda core: core.runner, "collect"),
+    "the planner": (lambda core: core.planner, "next_step"),
+    "a report": (lambda core: core._loop, "report"),
+}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("place", BREAKS)
+def test_a_failure_anywhere_is_told_to_all_and_ends_the_loop(
+    place: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(disable_overlap_schedule=not overlap)
+    find, name = BREAKS[place]
+    owner = find(engine.core)
+    monkeypatch.setattr(owner, name, third(getattr(owner, name), ValueError("out of cheese")))
+    asked = [Submit(f"r{i}", prompt(i), LONG, n=1 + i % 2) for i in range(20)]
+    for submit in asked:
+        engine.core.post(submit)
+    with engine:
+        last = engine.ended()
+        assert set(last) == {(s.request_id, c) for s in asked for c in range(s.n)}
+        for output in last.values():
+            assert (output.finish, output.fault) == ("error", "engine")
+            assert "ValueError: out of cheese" in (output.error or "")
+        assert engine.fatal() == Fatal("ValueError: out of cheese", "ValueError")
+        engine.core.post(Submit("late", [2, 3], SHORT))
+        late = engine.said[-1]
+        assert isinstance(late, Outputs)
+        assert "out of cheese" in (late.items[0].error or "")
+    assert engine.raised is None
+
+
+def test_an_interrupt_in_the_loop_is_told_and_goes_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    monkeypatch.setattr(engine.core.runner, "launch", third(engine.core.runner.launch, KeyboardInterrupt()))
+    engine.core.post(Submit("r", prompt(1), LONG))
+    with engine:
+        assert engine.ended()["r", 0].fault == "engine"
+    assert isinstance(engine.raised, KeyboardInterrupt)
+
+
+def test_a_failed_check_ends_the_loop() -> None:
+    def lose(engine: Engine, message: Outbound) -> None:
+        if isinstance(message, Outputs):
+            engine.core.planner.ranks[0].state.pages.refs[1] += 1
+
+    engine = Engine(lose, debug_checks=True)
+    engine.core.post(Submit("r", prompt(1), LONG))
+    with engine:
+        assert engine.ended()["r", 0].finish == "error"
+        assert (engine.fatal() or Fatal("")).kind == "AssertionError"
+    unchecked = Engine(lambda engine, message: None)
+    assert unchecked.core.runner._watch is not None, "tests check everything"
+    plain = Engine(debug_checks=False)
+    assert plain.core.runner._watch is None
+    assert plain.core._loop._hook is None
+    for made in (unchecked, plain):
+        made.core.post(Stop())
+        made.core.run()
+
+
+@pytest.mark.parametrize("deadline", [0.0, 30.0])
+def test_stop_while_busy_ends_what_runs_by_its_deadline(deadline: float) -> None:
+    def stop(engine: Engine, message: Outbound) -> None:
+        if isinstance(message, Outputs) and not engine.core.planner.stopping:
+            engine.core.post(Stop(deadline))
+            engine.core.post(Submit("late", [2, 3], SHORT))
+
+    engine = Engine(stop, max_running_requests=4)
+    for i in range(8):
+        engine.core.post(Submit(f"r{i}", prompt(i), SHORT))
+    with engine:
+        last = engine.ended()
+    late = last.pop(("late", 0))
+    assert (late.finish, "stopping" in (late.error or "")) == ("error", True)
+    reasons = {output.finish for output in last.values()}
+    assert len(last) == 8
+    assert reasons == ({"length"} if deadline else {"abort"})
+    assert engine.fatal() is None
+    assert all_free(engine.core)
+
+
+def test_a_deadline_passes_while_requests_run() -> None:
+    engine = Engine()
+    engine.core.post(Submit("r", prompt(1), LONG))
+    with engine:
+        while not any(isinstance(message, Outputs) for message in engine.said):
+            time.sleep(0.001)
+        engine.core.post(Stop(0.05))
+        assert engine.ended()["r", 0].finish == "abort"
+    assert all_free(engine.core)
+
+
+def test_an_abort_reaches_every_choice_wherever_it_is() -> None:
+    engine = Engine(max_running_requests=3)
+    asked = [Submit(f"r{i}", prompt(i), LONG, n=3) for i in range(5)]
+    for submit in asked:
+        engine.core.post(submit)
+    with engine:
+        while not any(isinstance(message, Outputs) for message in engine.said):
+            time.sleep(0.001)
+        for submit in asked:
+            engine.core.post(Abort(submit.request_id))
+        engine.core.post(Submit("after", prompt(3), SHORT))
+        engine.core.post(Stop(30.0))
+        last = engine.ended()
+    assert last.pop(("after", 0)).finish == "length"
+    assert Counter(output.finish for output in last.values()) == {"abort": 15}
+    assert all_free(engine.core)
+
+
+def test_a_second_request_of_the_same_id_does_not_end_the_first() -> None:
+    def again(engine: Engine, message: Outbound) -> None:
+        if sum(isinstance(m, Outputs) for m in engine.said) == 1 and isinstance(message, Outputs):
+            engine.core.post(Submit("r", prompt(1), SHORT))
+            engine.core.post(Stop(30.0))
+
+    engine = Engine(again)
+    engine.core.post(Submit("r", prompt(1), SHORT))
+    engine.core.run()
+    outputs = [o for message in engine.said if isinstance(message, Outputs) for o in message.items]
+    assert [o.fault for o in outputs if o.finish == "error"] == ["request"]
+    assert sum(len(o.tokens) for o in outputs) == 4
+    assert all_free(engine.core)
+
+
+def test_many_threads_may_post() -> None:
+    with Engine() as engine:
+
+        def post(k: int) -> None:
+            for i in range(10):
+                engine.core.post(Submit(f"{k}-{i}", prompt(i), SHORT))
+                if i % 3 == 2:
+                    engine.core.post(Abort(f"{k}-{i}"))
+
+        threads = [threading.Thread(target=post, args=(k,)) for k in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        engine.core.post(Stop(60.0))
+        last = engine.ended()
+    assert len(last) == 80
+    assert {output.finish for output in last.values()} <= {"length", "abort"}
+    assert all_free(engine.core)
+
+
+def test_an_idle_loop_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "IDLE_WAIT_S", 0.01)
+    with Engine() as engine:
+        deadline = time.monotonic() + WAIT_S
+        while sum(isinstance(message, Tick) for message in engine.said) < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert isinstance(engine.said[0], Ready)
+        assert time.monotonic() - engine.core.last_tick < WAIT_S
+        assert sum(isinstance(message, Tick) for message in engine.said) >= 3
+
+
+def test_a_core_that_never_ran_refuses_nothing_and_one_that_ended_refuses_all() -> None:
+    engine = Engine()
+    engine.core.post(Submit("early", prompt(2), SHORT))
+    engine.core.post(Stop(30.0))
+    engine.core.run()
+    assert engine.said[0] == Ready(engine.core.info())
+    engine.core.post(Submit("late", prompt(2), SHORT, n=2))
+    engine.core.post(Abort("late"))
+    outputs = [o for message in engine.said if isinstance(message, Outputs) for o in message.items if o.finish]
+    assert [(o.request_id, o.choice, o.finish) for o in outputs] == [
+        ("early", 0, "length"),
+        ("late", 0, "error"),
+        ("late", 1, "error"),
+    ]
