@@ -13,7 +13,7 @@ from tessera.bench.figures import KINDS, details, figures
 from tessera.bench.serving import Drive, drive
 from tessera.bench.workload import Lengths, arrivals, random_asks, read_asks
 from tessera.client import Ask, Client, HttpClient
-from tessera.commands.clients import address, session
+from tessera.commands.clients import Session, address, session
 from tessera.commands.terminal import progress, say, table, write
 from tessera.core.errors import ConfigError, Conflict, TesseraError
 
@@ -24,7 +24,7 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     """Sends all requests and prints the figures; 1 when one has failed."""
     _check(options)
     with session(options, asked, environ) as here:
-        found = here.runner.run(_measure(here.client, options))
+        found = here.runner.run(_measure(here, options))
     told = _setting(options) | figures(found)
     whole = told | details(found.timings) if options.output_details else told
     if options.output_file:
@@ -70,8 +70,8 @@ def _more(options: Namespace) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-async def _measure(client: Client, options: Namespace) -> Drive:
-    rng = random.Random(options.seed)
+async def _measure(here: Session, options: Namespace) -> Drive:
+    rng, client = random.Random(options.seed), here.client
     asks = await _asks(client, options, rng)
     first, asks = asks[: options.warmup_requests], asks[options.warmup_requests :]
     warm = await drive(client, first, arrivals(len(first), None, rng))
@@ -79,6 +79,7 @@ async def _measure(client: Client, options: Namespace) -> Drive:
         raise TesseraError(f"the warm-up failed: {failed[0]}")
     if options.flush_cache and isinstance(client, HttpClient):
         await client.flush()
+    say(f"Sending {len(asks)} requests to {here.where}.")
     times = arrivals(len(asks), options.request_rate, rng)
     with nullcontext(_silent) if options.disable_tqdm else progress("requests") as advance:
         return await drive(client, asks, times, options.max_concurrency, advance)

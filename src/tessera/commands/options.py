@@ -84,9 +84,8 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument(
-        "--device-memory", help="Plan for a device with this much free memory (like 80G), not this one."
-    )
+    parser.add_argument("--device-memory", help="Plan for devices with this much free memory (like 80G), not for here.")
+    parser.add_argument("--num-devices", type=_at_least(1), default=8, help="How many of them a host has.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 

@@ -12,25 +12,29 @@ from tessera.core.config import Hardware, MemoryConfig, Notes, Resolved, read
 from tessera.core.config.flag import size
 from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
-from tessera.run.startup import Prepared, prepare
+from tessera.run.startup import prepare
 
 
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Resolves and prints; nothing is started."""
-    hardware = _planned(options, asked) if options.device_memory else None
-    show(prepare(flags(options, asked), environ, hardware, weights=False), options.json)
+    given = flags(options, asked)
+    hardware = _planned(options.device_memory, options.num_devices, given) if options.device_memory else None
+    show(given, environ, hardware, options.json)
     return 0
 
 
-def show(found: Prepared, as_json: bool = False) -> None:
-    """Prints a prepared start."""
+def show(
+    asked: Mapping[str, object], environ: Mapping[str, str], hardware: Hardware | None = None, as_json: bool = False
+) -> None:
+    """Prints what `asked` resolves to, on `hardware` or on this host."""
+    resolved = prepare(asked, environ, hardware, weights=False).resolved
     if as_json:
-        write(json.dumps(as_data(found.resolved), indent=2))
+        write(json.dumps(as_data(resolved), indent=2))
         return
-    for group, values in found.resolved.config.public().items():
+    for group, values in resolved.config.public().items():
         pairs(group, values)
-    table("bytes per rank", [(name, gib(count), count) for name, count in budget(found.resolved.config.memory).items()])
-    table("decisions", [(d.what, d.value, d.why) for d in found.resolved.decisions])
+    table("bytes per rank", [(name, gib(count), count) for name, count in budget(resolved.config.memory).items()])
+    table("decisions", [(d.what, d.value, d.why) for d in resolved.decisions])
 
 
 def budget(memory: MemoryConfig) -> dict[str, int]:
@@ -52,13 +56,12 @@ def as_data(resolved: Resolved) -> dict[str, object]:
     return {**resolved.config.public(), "bytes": budget(resolved.config.memory), "decisions": decisions}
 
 
-def _planned(options: Namespace, asked: Mapping[str, object]) -> Hardware:
+def _planned(memory_asked: str, count: int, asked: Mapping[str, object]) -> Hardware:
     try:
-        memory = size(options.device_memory)
+        memory = size(memory_asked)
     except ValueError as error:
-        conflict = Conflict((f"--device-memory {options.device_memory}",), str(error), "For instance 80G.")
-        raise ConfigError([conflict]) from error
-    device = read(flags(options, asked), Notes()).word("device")
+        raise ConfigError([Conflict((f"--device-memory {memory_asked}",), str(error), "For instance 80G.")]) from error
+    device = read(asked, Notes()).word("device")
     if device == "cuda":
-        return Hardware("cuda", memory, name="planned", capability=(9, 0))
+        return Hardware("cuda", memory, count=count, name="planned", capability=(9, 0))
     return Hardware("cpu", memory, name="planned")

@@ -15,5 +15,6 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     """Serves; `--plan` prints what would be served and ends."""
     if options.plan:
         plan = import_module("tessera.commands.plan")  # torch, which the front of a server does not need
-        return int(plan.run(options, asked, environ))
+        plan.show(flags(options, asked), environ)
+        return 0
     return launch(flags(options, asked), environ, progress)

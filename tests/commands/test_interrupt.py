@@ -1,0 +1,127 @@
+"""Ctrl-C: a chat goes on with the next question; anything else ends in one line and leaves no process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from commands.support import COMMAND, FLAGS, fill, run, session, started, wait_for
+from evals.scripted import Scripted
+from tessera.client import Ask
+from tessera.commands import chat
+from tessera.commands.clients import Session
+from tessera.core.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("model"))
+
+
+def is_loading_libraries(process: subprocess.Popen[str]) -> bool:
+    return "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def is_sending(process: subprocess.Popen[str]) -> bool:
+    assert process.stderr is not None
+    return process.stderr.readline().startswith("Sending 400 requests")
+
+
+@pytest.mark.parametrize("when", [is_loading_libraries, is_sending])
+def test_ctrl_c_ends_a_bench_and_every_process_of_it(folder: Path, when: object) -> None:
+    assert callable(when)
+    argv = ["--num-prompts", "400", "--output-len", "1500", "--warmup", "0"]
+    with started("bench", "--model-path", str(folder), *FLAGS, *argv) as process:
+        wait_for(lambda: when(process))
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out, err) == (130, "", "tessera: interrupted\n")
+        assert session(process.pid) == []
+
+
+def talk(
+    lines: str, client: Scripted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
+    @contextmanager
+    def scripted(*_: object) -> Iterator[Session]:
+        with asyncio.Runner() as runner:
+            yield Session(client, runner, "a script")
+
+    monkeypatch.setattr(chat, "session", scripted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    code, out, _ = run(capsys, "chat")
+    assert code == 0
+    return out.splitlines()
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(ask: Ask) -> list[str | Exception]:
+        assert ask.messages is not None
+        if ask.messages[-1]["content"] != "long":
+            return ["fine"]
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGINT)
+        return ["la "] * 1000
+
+    client = Scripted(say, pause=0.01)
+    began = time.monotonic()
+    lines = talk("long\nshort\n", client, monkeypatch, capsys)
+    assert time.monotonic() - began < 5
+    assert client.stopped == 1
+    assert 0 < lines[0].count("la") < 100
+    assert lines[-1] == "fine"
+    said = [m["content"].strip() for m in client.asked[-1].messages or ()]
+    assert said == ["long", lines[0].strip(), "short"]
+
+
+def test_a_question_that_is_refused_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(ask: Ask) -> list[str | Exception]:
+        assert ask.messages is not None
+        return [RequestError("too long")] if ask.messages[-1]["content"] == "x" else ["ok"]
+
+    client = Scripted(say)
+    assert talk("x\ny\n", client, monkeypatch, capsys) == ["ok"]
+    assert [m["content"] for m in client.asked[-1].messages or ()] == ["y"]
+
+
+def test_a_chat_in_a_terminal_ends_with_ctrl_d(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    argv = [*COMMAND, "chat", str(folder), *FLAGS, "--max-tokens", "3"]
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    seen = bytearray()
+
+    def has(text: bytes) -> bool:
+        os.set_blocking(ours, False)
+        with contextlib.suppress(BlockingIOError):
+            seen.extend(os.read(ours, 65536))
+        return text in seen
+
+    try:
+        wait_for(lambda: has(b"Ctrl-D leaves") and has(b"> "))
+        process.send_signal(signal.SIGINT)  # at the prompt: the line is dropped, the chat is not
+        os.write(ours, b"hello\n")
+        wait_for(lambda: seen.count(b"> ") > 2 or has(b"\n> "))
+        assert process.poll() is None
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert b"Traceback" not in seen

@@ -1,0 +1,156 @@
+"""A flag is honoured or refused by name: on every command, all that is wrong together, and quickly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from commands.support import COMMAND, run
+from tessera import __version__
+from tessera.commands.options import COMMANDS, PREFIX, Command, _parser, parse
+from tessera.core.config import FLAGS
+from tessera.core.errors import ConfigError
+
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "fastapi", "uvicorn", "httpx", "zmq", "rich")
+BY_NAME = {command.name: command for command in COMMANDS}
+WORDS = {"eval": ["--task", "gsm8k"]}
+
+
+def refused(name: str, *argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(BY_NAME[name], [*WORDS.get(name, []), *argv])
+    return [str(c) for c in caught.value.conflicts]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_every_engine_flag_is_known_in_every_spelling(command: Command) -> None:
+    known = {s: a.dest for a in _parser(command)._actions for s in a.option_strings}
+    for flag in FLAGS:
+        for spelling in flag.spellings:
+            taken = known.get(spelling) == PREFIX + flag.name
+            assert taken == (command.serves or flag.group != "serving"), spelling
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_a_wrong_flag_gets_a_hint_and_exit_code_2(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, command.name, *WORDS.get(command.name, []), "--page-sise", "16")
+    assert (code, out) == (2, "")
+    assert "--page-sise: there is no such flag here. Did you mean --page-size" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_what_is_not_built_is_refused_by_name(command: Command) -> None:
+    text = refused(command.name, "--pp-size", "2", "--enable-lora", "--kv-cache-dtype=fp8_e4m3")
+    assert [t.split(":")[0] for t in text] == ["--enable-lora", "--pp-size 2", "--kv-cache-dtype fp8_e4m3"] or sorted(
+        t.split(":")[0] for t in text
+    ) == ["--enable-lora", "--kv-cache-dtype fp8_e4m3", "--pp-size 2"]
+    assert all("not built yet" in t for t in text)
+
+
+def test_everything_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "serve", "--prot", "1", "--port", "x", "--page-size", "0", "--pp", "2", "--tp-size=0")
+    assert code == 2
+    for text in (
+        "--prot: there is no such flag",
+        "--port: found 'x'",
+        "--page-size: found '0'",
+        "--pp-size 2: not built",
+    ):
+        assert text in err
+    assert "--tp-size: found '0'" in err
+
+
+def test_a_server_has_its_flags_and_a_client_has_not() -> None:
+    _, asked = parse(BY_NAME["serve"], ["--port", "5", "--stream-interval", "3"])
+    assert asked == {"port": "5", "stream_interval": "3"}
+    (text,) = refused("bench", "--stream-interval", "3")
+    assert text.startswith("--stream-interval: there is no such flag here")
+
+
+def test_the_model_may_come_first() -> None:
+    for name in ("serve", "plan", "chat"):
+        assert parse(BY_NAME[name], ["abacus-mla", "--dtype", "float32"])[1]["model"] == "abacus-mla"
+    assert "asked twice" in refused("serve", "one", "--model-path", "two")[0]
+    assert "one argument too many" in refused("serve", "one", "two")[0]
+    options, asked = parse(BY_NAME["generate"], ["say", "this", "--model-path", "m"])
+    assert (options.prompt, asked) == (["say", "this"], {"model_path": "m"})
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["bench", "--num-prompts", "0"], "found '0', expected a number >= 1"),
+        (["bench", "--request-rate", "0"], "found 0, expected a number above 0"),
+        (["bench", "--request-rate", "nan"], "expected a number"),
+        (["eval"], "--task"),
+        (["eval", "--task", "gsm9k"], "invalid choice"),
+        (["generate", "--max-tokens"], "expected one argument"),
+    ],
+)
+def test_a_bad_value_of_an_option_is_refused(argv: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert found in err
+
+
+def test_a_request_rate_may_be_infinite() -> None:
+    assert parse(BY_NAME["bench"], ["--request-rate", "inf"])[0].request_rate is None
+    assert parse(BY_NAME["bench"], ["--request-rate", "2.5"])[0].request_rate == 2.5
+
+
+def test_commands_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "generat")
+    assert code == 2
+    assert "there is no command 'generat'; did you mean generate?" in err
+    assert run(capsys)[0] == 2
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"tessera {__version__}\n", "")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(f"  {command.name} " in out and command.help in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([c.name, "--help"] for c in COMMANDS)], ids=" ".join)
+def test_help_is_short_to_appear(argv: list[str]) -> None:
+    code = (
+        "import sys, json; from tessera.cli import main\n"
+        f"try: main({argv!r})\nexcept SystemExit: pass\n"
+        f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "usage: tessera" in out
+    assert json.loads(out.splitlines()[-1]) == []
+    assert len(out.splitlines()) < 250
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([*COMMAND, "serve", "--help"], capture_output=True, check=True, timeout=60)
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.5
+
+
+def test_flags_of_a_file_lie_under_those_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("page-sise: 3\n")
+    code, _, err = run(capsys, "plan", "--config", str(file), "--model-path", "abacus-hybrid")
+    assert code == 2
+    assert "page-sise: there is no such flag" in err
+    for text, problem in (("- a\n", "not a mapping"), ("a: [", "while parsing"), (None, "No such file")):
+        file.unlink() if text is None else file.write_text(text)
+        code, _, err = run(capsys, "plan", "--config", str(file))
+        assert code == 2
+        assert problem in err
