@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from tessera.core.messages import Abort, Flush, Output, SamplingParams, Submit, choice_seed
+from tessera.core.messages import Abort, Flush, Output, SamplingParams, Stop, Submit, choice_seed
 from tessera.plan.scheduler import Planner, PlannerConfig
-from tessera.plan.step import Enter, Part, PartDone, Step, StepDone
+from tessera.plan.step import Clock, Enter, Part, PartDone, Step, StepDone
 
 EOS = 0
 VOCABULARY = 6
@@ -145,9 +147,10 @@ class FakeRank:
 class World:
     """Planner, ranks and front together; every step is checked."""
 
-    def __init__(self, config: PlannerConfig, planner: object = None) -> None:
+    def __init__(self, config: PlannerConfig, wrap: Callable[[Planner], Any] = lambda planner: planner) -> None:
         self.config = config
-        self.planner = planner or Planner(config)
+        self.planner = Planner(config)
+        self.driver = wrap(self.planner)
         self.ranks = [FakeRank(config) for _ in range(config.num_dp)]
         self.running: deque[tuple[Step, list[list[tuple[Occupant, int]]]]] = deque()
         self.steps: list[Step] = []
@@ -155,24 +158,42 @@ class World:
         self.got: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], Output] = {}
         self.aborted: set[tuple[str, int]] = set()
+        self.now, self.stop_at = 0.0, float("inf")
 
     def submit(self, submit: Submit) -> None:
         self.submitted[submit.request_id] = submit
         for choice in range(submit.n):
             self.got[submit.request_id, choice] = []
-        self.receive(self.planner.apply([submit]))
+        self.receive(self.driver.apply([submit]))
         self.planner.check()
+        stopping = self.stop_at < float("inf")
+        assert not stopping or self.ends[submit.request_id, 0].fault == "busy", "taken on while stopping"
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         submit = self.submitted[request_id]
         self.aborted |= {(request_id, c) for c in range(submit.n) if choice in (None, c)}
-        self.receive(self.planner.apply([Abort(request_id, choice)]))
+        self.receive(self.driver.apply([Abort(request_id, choice)]))
         self.planner.check()
         assert all(key in self.ends for key in self.aborted), "an abort was not answered at once"
 
     def flush(self) -> None:
-        self.receive(self.planner.apply([Flush()]))
+        self.receive(self.driver.apply([Flush()]))
         self.planner.check()
+
+    def tick(self, seconds: float) -> None:
+        """Time passes."""
+        self.now += seconds
+        self.hear(Clock(self.now))
+
+    def hear(self, event: Clock | Stop) -> None:
+        if self.now >= self.stop_at:
+            self.aborted |= self.got.keys() - self.ends.keys()
+        self.receive(self.driver.apply([event]))
+        self.planner.check()
+
+    def stop(self, deadline_s: float) -> None:
+        self.stop_at = min(self.now + deadline_s, self.stop_at)
+        self.hear(Stop(deadline_s))
 
     def receive(self, outputs: list[Output]) -> None:
         for out in outputs:
@@ -185,7 +206,7 @@ class World:
                 self.ends[key] = out
 
     def launch(self) -> bool:
-        step = self.planner.next_step()
+        step = self.driver.next_step()
         self.planner.check()
         if step is None:
             return False
@@ -220,7 +241,7 @@ class World:
             tokens = np.array([token for _, token in drawn], np.int32).reshape(-1, 1)
             parts.append(PartDone(part.rows[part.samples], tokens, np.array(finished, np.bool_)))
         self.receive(outputs)
-        self.receive(self.planner.apply([StepDone(step.index, tuple(parts))]))
+        self.receive(self.driver.apply([StepDone(step.index, tuple(parts))]))
         self.planner.check()
 
     def output(self, occupant: Occupant, token: int) -> Output:

@@ -24,7 +24,7 @@ def configs(draw: st.DrawFn) -> PlannerConfig:
         page_size=page_size,
         max_context=draw(st.sampled_from([12, 24, 40])),
         num_slots=draw(st.integers(2, rows + 2)) if recurrent else 0,
-        num_dp=draw(st.sampled_from([1, 1, 2])),
+        num_dp=draw(st.sampled_from([1, 1, 2, 3, 4])),
         chunk_size=draw(st.sampled_from([0, 1, 2, 3, 5, 8, 64])),
         max_prefill_tokens=draw(st.sampled_from([0, 0, 4, 16])),
         mixed=draw(st.booleans()),
@@ -68,6 +68,10 @@ def actions(draw: st.DrawFn) -> list[tuple]:
             acts += [(draw(st.sampled_from(["launch", "turn"])),)]
         if draw(st.integers(0, 7)) == 0:
             acts.append(("flush",))
+        if draw(st.integers(0, 9)) == 0:
+            acts.append(("tick", draw(st.sampled_from([0.5, 2.0]))))
+        if draw(st.integers(0, 19)) == 0:
+            acts.append(("stop", draw(st.sampled_from([0.0, 1.0, 9.0]))))
     return acts
 
 
@@ -88,6 +92,10 @@ def play(world: World, acts: list[tuple]) -> None:
                     world.abort(request_id, choice)
             case ("flush",):
                 world.flush()
+            case ("tick", seconds):
+                world.tick(seconds)
+            case ("stop", deadline_s):
+                world.stop(deadline_s)
     world.finish()
 
 

@@ -6,6 +6,7 @@
     |- ModelError(ValueError)      a checkpoint or its config.json is not one we can serve
     |- RequestError(ValueError)    a request is bad; names the field (HTTP 4xx)
     |- CapacityError(RuntimeError) a resource ran out where waiting cannot help
+    |- LogError(ValueError)        an event log cannot be read, or does not replay to the steps it recorded
     |- DeadlineError(TimeoutError) a wait passed its deadline; says what was waited for
     `- PeerError(ConnectionError)  the other side of a connection failed or left
 
@@ -40,6 +41,14 @@ class RequestError(TesseraError, ValueError):
 
 class CapacityError(TesseraError, RuntimeError):
     """A resource ran out in a place where waiting cannot help."""
+
+
+class LogError(TesseraError, ValueError):
+    """An event log cannot be read, or does not replay to the steps that it recorded. `line` counts from 1."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(f"line {line} of the event log: {message}")
+        self.line = line
 
 
 class DeadlineError(TesseraError, TimeoutError):

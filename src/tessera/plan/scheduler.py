@@ -72,7 +72,8 @@ class Planner:
                     for rank in self.ranks:
                         rank.state.prefix.flush()
                 case Stop():
-                    self._stop_at = self.now + event.deadline_s
+                    deadline = self.now + event.deadline_s
+                    self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
             if self._stop_at is not None and self.now >= self._stop_at:
                 outputs += self._abort_all()
         return outputs

@@ -158,8 +158,7 @@ class PartDone:
     finished: Bools
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(msgspec.Struct, tag=True, frozen=True, eq=False):
     """A step came back from all ranks."""
 
     index: int
