@@ -37,6 +37,7 @@ VARIABLES = (
     Variable(OURS, "API_KEY", "api_key"),
     Variable(OURS, "DEBUG_CHECKS", "debug_checks"),
     Variable(OURS, "HOST", "host"),
+    Variable(OURS, "LOG_EVENTS", "log_events"),
     Variable(OURS, "LOG_LEVEL", "log_level"),
     Variable(OURS, "MODEL_PATH", "model_path"),
     Variable(OURS, "PORT", "port"),

@@ -50,5 +50,8 @@ LOGGING = (
     Flag("decode_log_interval", whole(1), 40, "Decode steps between two log lines.", "logging"),
     Flag("debug_checks", switch, False,
          "Check pages, slots, rows and the position of every recurrent state at every step (slow).", "logging"),
+    Flag("log_events", text, None,
+         "File that every event of the planner is written to, prompts included, so that its steps can be replayed.",
+         "logging"),
     Flag("enable_metrics", switch, False, "Serve /metrics.", "logging", state=Ignored("metrics are always on")),
 )  # fmt: skip

@@ -64,6 +64,7 @@ def resolve(
             values.on("log_requests"),
             values.number("decode_log_interval"),
             values.on("debug_checks"),
+            values.text("log_events"),
         ),
     )
     if notes.conflicts:

@@ -177,12 +177,14 @@ class ServingConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoggingConfig:
-    """What is logged. `decode_interval`: decode steps between two lines. `checks`: everything is checked each step."""
+    """What is logged. `decode_interval`: decode steps between two lines. `checks`: everything is checked each step.
+    `events`: file of the event log."""
 
     level: str
     requests: bool
     decode_interval: int
     checks: bool = False
+    events: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
