@@ -29,8 +29,9 @@ HYBRID: dict[str, Any] = _COMMON | {
     "model_type": "qwen3_5_moe_text",
     "hidden_size": 192,
     "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-    "full_attention_interval": 4,
+    # with a single attention layer, the last, the delta rule learns every task first and the KV cache hardly matters
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "full_attention_interval": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,

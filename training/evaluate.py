@@ -7,14 +7,13 @@ largest logit difference between transformers and the training module, and how e
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from export import restore
 from model import Model, MoE
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -30,22 +29,6 @@ def say(line: str) -> None:
 def load(path: Path) -> tuple[AutoModelForCausalLM, AutoTokenizer]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(path, padding_side="left")
-
-
-def restore(path: Path) -> Model:
-    """The training module with a checkpoint's weights, in float32."""
-    model = Model(json.loads((path / "config.json").read_text()))
-    held = load_file(path / "model.safetensors")
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        head, matrix = name.rsplit(".", 1)
-        if ".experts." in name:
-            state[name] = torch.stack([held.pop(f"{head}.{i}.{matrix}.weight") for i in range(len(value))])
-        else:
-            state[name] = held.pop(name)
-    assert not held, f"left over: {sorted(held)}"
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def chats(tokenizer: AutoTokenizer, questions: list[Question]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Write a trained model as a Hugging Face checkpoint: bfloat16, one matrix per expert, the two configs."""
+"""A trained model as a Hugging Face checkpoint and back: bfloat16, one matrix per expert, the two configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from configs import GENERATION
-from safetensors.torch import save_file
+from model import Model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -35,3 +36,19 @@ def write(model: nn.Module, config: dict[str, Any], tokenizer: Path, out: Path) 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (out / name).exists():
             shutil.copyfile(tokenizer / name, out / name)
+
+
+def restore(path: Path) -> Model:
+    """The training module with a checkpoint's weights, in float32."""
+    model = Model(json.loads((path / "config.json").read_text()))
+    held = load_file(path / "model.safetensors")
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        head, matrix = name.rsplit(".", 1)
+        if ".experts." in name:
+            state[name] = torch.stack([held.pop(f"{head}.{i}.{matrix}.weight") for i in range(len(value))])
+        else:
+            state[name] = held.pop(name)
+    assert not held, f"left over: {sorted(held)}"
+    model.load_state_dict(state)
+    return model

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from configs import CONFIGS
-from data import heldout, loader
-from export import write
+from data import Chats, heldout, loader
+from export import restore, write
 from model import Layer, Model
 from step import Step, optimizers
 from torch import Tensor
@@ -50,14 +50,16 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = CONFIGS[args.model]
-    model = Model(config).to(device)
+    model = restore(args.start) if args.start else Model(config)
+    model = model.to(device)
     log.info("%s: %.2f M parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
     if args.compile:  # every shape is fixed; only the layers: they are few kinds and hold nearly all the work
         Layer.forward = torch.compile(Layer.forward, dynamic=False)
     tokenizer = args.tokenizer / "tokenizer.json"
     length = args.length + 2
     sets = {task: heldout(tokenizer, task, args.eval, args.rows, length) for task in TASKS}
-    batches = iter(loader(tokenizer, args.rows, length, args.seed, args.workers))
+    mix = dict(zip(TASKS, args.mix, strict=True))
+    batches = iter(loader(Chats(tokenizer, args.rows, length, mix, args.seed), args.workers))
     step = Step(model, optimizers(model, args.lr, args.adam_lr), args.rows, length)
     signal.alarm(args.prepare)  # a compiler that does not come back ends this process
     if args.graph:
@@ -85,12 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(CONFIGS), required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--tokenizer", type=Path, default=here / "src/tessera/assets/abacus-hybrid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--minutes", type=float, default=600.0, help="end within this time, cooled down")
     parser.add_argument("--rows", type=int, default=96, help="chats in a batch")
     parser.add_argument("--length", type=int, default=384, help="tokens of a chat")
+    parser.add_argument("--mix", type=float, nargs=3, default=(3, 3, 4), help=f"how often {', '.join(TASKS)} is drawn")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--cooldown", type=float, default=0.5, help="share of the steps over which the rate falls")
