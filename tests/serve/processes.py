@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "intermediate_size": 48,
-    "vocab_size": 288,
+    "vocab_size": 259,  # those of the byte tokenizer
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,

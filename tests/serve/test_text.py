@@ -88,6 +88,7 @@ def test_a_long_answer_costs_the_same_per_token_at_its_end() -> None:
 def test_the_bytes_of_a_token_are_known_where_it_is_part_of_a_character() -> None:
     assert [BYTES.token_bytes(b) for b in "€".encode()] == [b"\xe2", b"\x82", b"\xac"]
     assert BYTES.token_text(0xE2) == REPLACEMENT
+    assert BYTES.token_name(0xE2) == "bytes:\\xe2"
     assert BYTES.token_bytes(256) == b"<|endoftext|>"
 
 

@@ -93,6 +93,6 @@ class _Maker:
         if echo and delta.prompt_logprobs is not None:
             tokens, entries = [*item.tokens, *tokens], [*delta.prompt_logprobs, *entries]
         key = (delta.item, delta.choice)
-        made = completion_logprobs(self._tokenizer, tokens, entries, top, self._offsets.get(key, 0))
-        self._offsets[key] = self._offsets.get(key, 0) + sum(map(len, made["tokens"]))
+        before = self._offsets.get(key, 0)
+        made, self._offsets[key] = completion_logprobs(self._tokenizer, tokens, entries, top, before)
         return made

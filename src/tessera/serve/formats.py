@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -37,30 +38,28 @@ def namer(tokenizer: Tokenizer | None) -> Callable[[int], str]:
 
 def completion_logprobs(
     tokenizer: Tokenizer | None, tokens: Sequence[int], entries: Sequence[TokenLogprobs], top: int, offset: int
-) -> dict[str, Any]:
-    """`logprobs` of completions: parallel lists. `offset`: characters before the first token."""
-    name = namer(tokenizer)
+) -> tuple[dict[str, Any], int]:
+    """`logprobs` of completions: parallel lists. `offset`: characters before the first token; those up to the end."""
+    name, text = (namer(tokenizer),) * 2 if tokenizer is None else (tokenizer.token_name, tokenizer.token_text)
     names = [name(token) for token in tokens]
-    offsets = []
-    for text in names:
-        offsets.append(offset)
-        offset += len(text)
-    return {
+    offsets = list(itertools.accumulate((len(text(token)) for token in tokens), initial=offset))
+    made = {
         "tokens": names,
         "token_logprobs": [finite(entry.logprob) for entry in entries],
-        "top_logprobs": [_top(text, entry, top, name) for text, entry in zip(names, entries, strict=True)],
-        "text_offset": offsets,
+        "top_logprobs": [_top(own, entry, top, name) for own, entry in zip(names, entries, strict=True)],
+        "text_offset": offsets[:-1],
     }
+    return made, offsets[-1]
 
 
-def _top(text: str, entry: TokenLogprobs, top: int, name: Callable[[int], str]) -> dict[str, float | None] | None:
+def _top(own: str, entry: TokenLogprobs, top: int, name: Callable[[int], str]) -> dict[str, float | None] | None:
     """The likeliest tokens and the token itself; None for the first of a prompt, which nothing predicts."""
     if entry.logprob is None:
         return None
     found: dict[str, float | None] = {}
     for token, logprob in zip(entry.top_ids[:top], entry.top_logprobs, strict=False):
         found.setdefault(name(token), finite(logprob))
-    found.setdefault(text, finite(entry.logprob))
+    found[own] = finite(entry.logprob)  # also where another token has the same text
     return found
 
 

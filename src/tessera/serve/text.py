@@ -66,8 +66,16 @@ class Tokenizer:
         return text.encode()
 
     def token_text(self, token: int) -> str:
-        """One token as text, for logprobs; bytes that are part of a character show as U+FFFD."""
+        """One token as text; bytes that are part of a character show as U+FFFD."""
         return self.token_bytes(token).decode(errors="replace")
+
+    def token_name(self, token: int) -> str:
+        """One token as a key: its text, or its bytes where they are part of a character (OpenAI's own convention)."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 @dataclass(slots=True)

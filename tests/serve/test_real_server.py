@@ -1,0 +1,207 @@
+"""`tessera serve` with a real engine: two layers of noise behind HTTP, with every check on at every step."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.processes import Running, gone, model_folder, running, wait_until
+
+FLAGS = """--load-format dummy --device cpu --port 0 --served-model-name tiny --page-size 4 --max-total-tokens 640
+--max-running-requests 16 --chunked-prefill-size 64 --enable-mixed-chunk --debug-checks --decode-log-interval 5"""
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "tessera.cli", "serve", "--model-path", str(folder), *FLAGS.split()]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = model_folder(tmp_path_factory.mktemp("model"))
+    with running(command(folder), folder / "log") as started:
+        started.ready()
+        engine = started.engine()
+        yield started
+        started.signal(signal.SIGTERM)
+        assert started.code() == 0
+        gone(engine)
+        assert "Traceback" not in started.text
+
+
+@pytest.fixture(scope="module")
+def url(server: Running) -> str:
+    return server.ready()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as made:
+        yield made
+
+
+def metrics(url: str) -> dict[str, float]:
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {s.name.removeprefix("tessera:"): s.value for f in families for s in f.samples if "le" not in s.labels}
+
+
+def test_the_openai_client_completes(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "Once upon", "temperature": 0, "max_tokens": 12}
+    whole = client.completions.create(**ask, n=2, logprobs=3)
+    assert [c.index for c in whole.choices] == [0, 1]
+    first, second = whole.choices
+    assert first.text == second.text, "greedy"
+    assert first.logprobs is not None
+    assert len(first.logprobs.token_logprobs or []) == 12
+    assert all(len(top) in (3, 4) for top in first.logprobs.top_logprobs or [])
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    options = {"include_usage": True}
+    parts = list(client.completions.create(**ask, stream=True, stream_options=options))  # type: ignore[call-overload]
+    assert "".join(part.choices[0].text for part in parts if part.choices) == first.text
+    assert parts[-1].usage.completion_tokens == 12
+    scored = client.completions.create(model="tiny", prompt="Once upon", max_tokens=0, echo=True, logprobs=0)
+    assert scored.choices[0].logprobs is not None
+    assert len(scored.choices[0].logprobs.token_logprobs or []) == len("Once upon")
+
+
+def test_the_openai_client_chats(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 0,
+        "max_completion_tokens": 12,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    whole = client.chat.completions.create(**ask)
+    (choice,) = whole.choices
+    assert choice.message.role == "assistant"
+    assert choice.logprobs is not None
+    content = choice.logprobs.content
+    assert content is not None
+    assert [len(entry.top_logprobs) for entry in content] == [2] * 12
+    assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in content), "greedy takes the likeliest"
+    parts = list(client.chat.completions.create(**ask, stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == choice.message.content
+    assert parts[-1].choices[0].finish_reason == "length"
+
+
+def test_the_openai_client_sees_errors_and_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="tiny", prompt="a", temperature=101)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="a")
+
+
+def test_a_seed_repeats_what_is_drawn(url: str) -> None:
+    def drawn(seed: int) -> list[int]:
+        params = {"max_new_tokens": 20, "temperature": 1, "seed": seed}
+        return httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": params}).json()["output_ids"]
+
+    assert drawn(5) == drawn(5)
+    assert drawn(5) != drawn(6)
+
+
+def test_two_requests_with_one_prefix_show_a_hit(url: str) -> None:
+    httpx.post(f"{url}/flush_cache")
+    before = metrics(url)
+    prefix = "a prefix that both of them share, longer than several pages"
+    answers = [
+        httpx.post(f"{url}/v1/completions", json={"prompt": prefix + end, "max_tokens": 2}).json() for end in ("A", "B")
+    ]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [0, len(prefix) // 4 * 4]
+    after = metrics(url)
+    assert after["cached_tokens_total"] - before["cached_tokens_total"] == cached[1]
+    assert after["cache_hit_rate"] > 0
+
+
+def test_a_prompt_too_long_for_the_pool_is_refused_and_too_long_for_the_model_too(url: str) -> None:
+    found = httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 600})
+    assert found.status_code == 400
+    assert "the context is 512 tokens" in found.json()["error"]["message"]
+
+
+def test_a_thousand_requests_with_aborts_and_disconnects_leave_every_page_free(server: Running, url: str) -> None:
+    rng = random.Random(0)
+    count = 1000
+
+    async def one(http: httpx.AsyncClient, index: int, gate: asyncio.Semaphore) -> int:
+        # Some share a prefix, some fork, some are longer than a chunk; they may be aborted, left or read to the end.
+        prompt = rng.choice(["shared words in front ", "", "x" * 70]) + str(index)
+        body = {
+            "prompt": prompt,
+            "max_tokens": rng.choice([1, 12, 24, 150]),
+            "n": rng.choice([1, 1, 1, 2]),
+            "ignore_eos": True,
+        }
+        fate = rng.random()
+        async with gate:
+            if fate < 0.25:  # leaves
+                try:
+                    await http.post("/v1/completions", json=body, timeout=rng.random() * 0.1)
+                except httpx.TimeoutException:
+                    return 0
+            elif fate < 0.5:  # leaves a stream after some events
+                async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                    left = rng.randint(1, 10)
+                    async for _ in response.aiter_lines():
+                        left -= 1
+                        if left == 0:
+                            break
+            elif fate < 0.75:  # is aborted by its id
+                body["rid"] = f"r{index}"
+                call = asyncio.create_task(http.post("/v1/completions", json=body))
+                await asyncio.sleep(rng.random() * 0.05)
+                await http.post("/abort_request", json={"rid": body["rid"]})
+                return (await call).status_code
+            else:
+                return (await http.post("/v1/completions", json=body)).status_code
+        return 200
+
+    async def play() -> list[int]:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
+            gate = asyncio.Semaphore(48)
+            return await asyncio.gather(*(one(http, i, gate) for i in range(count)))
+
+    statuses = asyncio.run(play())
+    assert set(statuses) <= {0, 200}, statuses
+    assert statuses.count(200) > count / 3
+    wait_until(lambda: metrics(url)["num_running_reqs"] == 0)
+    httpx.post(f"{url}/flush_cache")
+    httpx.post(f"{url}/v1/completions", json={"prompt": "z", "max_tokens": 1})
+    found = metrics(url)
+    for name in ("num_running_reqs", "num_queue_reqs", "num_used_tokens", "token_usage", "slot_usage"):
+        assert found[name] == 0, name
+    assert found["num_cached_pages"] == 0
+    assert found["num_preemptions_total"] > 0, "the pool is too large to test anything"
+    assert httpx.get(f"{url}/server_info").json()["state"]["in_flight"] == 0
+    assert "kind: MIXED" in server.text
+    assert "Decode batch. #running-req: " in server.text
+
+
+def test_the_engine_killed_is_a_503_and_a_failed_server(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    with running(command(folder), folder / "log") as server:
+        url = server.ready()
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 500}
+        ) as r:
+            parts = r.iter_text()
+            next(parts)
+            server.engine().kill()
+            assert "ended by SIGKILL" in "".join(parts)
+        assert server.code() == 1
+        assert "tessera: the engine process was ended by SIGKILL" in server.text
