@@ -305,5 +305,7 @@ def _block(fields: Fields) -> tuple[int, int] | None:
     inner = Fields(quantisation, "config.json quantization_config")
     inner.choice("quant_method", ("fp8",))
     inner.choice("fmt", ("e4m3",), "e4m3")
-    inner.choice("weight_block_size", ([128, 128], (128, 128)))
-    return 128, 128
+    block = inner.get("weight_block_size")
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        raise inner.error("weight_block_size", block, "rows and columns of a block, for instance [128, 128]")
+    return block[0], block[1]

@@ -14,9 +14,9 @@ from tessera.core.errors import ModelError
 from tessera.core.families import read_spec
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import TensorSpec
+from tessera.models.checkpoint import Checkpoint
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
-from tessera.models.safetensors import Checkpoint
 from tessera.models.source import Source
 
 ASSETS = Path(__file__).parents[1] / "assets"

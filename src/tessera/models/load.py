@@ -6,7 +6,6 @@ packed, which replaces the tile. At no time are there two copies of more than on
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -21,13 +20,16 @@ from tessera.models.source import Source
 from tessera.ops.linear import PackedLinear, pack
 from tessera.ops.precision import wide
 
-log = logging.getLogger(__name__)
-
 Progress = Callable[[int, int], None]  # elements loaded, elements in all
 
-# Tensors of a checkpoint that need no place here: computed, of the vision part, of draft layers, scales of a KV cache.
-KNOWN = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?visual\.|^mtp\.|\.[kv]_scale$")
+# Tensors of a checkpoint that need no place here: computed ones, the vision part, draft layers and their copies of
+# embedding and head, scales of a quantised KV cache.
+KNOWN = re.compile(
+    r"rotary_emb\.inv_freq$|^(model\.)?visual\.|^mtp\.|\.shared_head\.head\.weight$|\.[kv]_scale$"
+    r"|^model\.layers\.\d+\.embed_tokens\.weight$"
+)
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+SHOWN = 8  # of the tensors that an error names
 
 
 def load_weights(
@@ -48,6 +50,7 @@ def load_weights(
         tile = load_tile(source, spec, mesh, rank, wide(dtype) if spec.wide else dtype).to(device)
         done += tile.numel()
         tiles[spec.name] = pack_linear(tile) if spec.role == "linear" else tile
+        del tile  # where it was packed, its memory is free before the next is read
         if progress is not None:
             progress(done, total)
     return tiles
@@ -85,16 +88,24 @@ def stored_shapes(table: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:
 
 
 def check(source: Source, table: Sequence[TensorSpec]) -> None:
-    """Raises `ModelError` for missing and misshapen tensors, all together; warns of unknown ones, in one line."""
+    """Raises `ModelError` for missing, misshapen and unexpected tensors, all together.
+
+    What is not expected may change the answer (a bias, another norm), so it is refused unless it is known not to.
+    """
     expected = stored_shapes(table)
-    wrong = [(name, source.shape(name), shape) for name, shape in expected.items() if source.shape(name) != shape]
+    wrong = [
+        f"'{name}' in {source.where(name)}: found {found or 'nothing'}, expected {shape}"
+        for name, shape in expected.items()
+        if (found := source.shape(name)) != shape
+    ]
+    wrong += [
+        f"'{name}' in {source.where(name)}: nothing here uses it"
+        for name in source.leftovers(expected)
+        if not _needless(name, expected)
+    ]
     if wrong:
-        shown = "; ".join(f"'{name}': found {found or 'nothing'}, expected {shape}" for name, found, shape in wrong[:8])
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ModelError(f"the checkpoint does not fit its config.json: {shown}{more}")
-    unknown = [name for name in source.leftovers(expected) if not _needless(name, expected)]
-    if unknown:
-        log.warning("%d tensors of the checkpoint are not used: %s", len(unknown), ", ".join(unknown[:8]))
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ModelError(f"the checkpoint does not fit its config.json: {'; '.join(wrong[:SHOWN])}{more}")
 
 
 def _needless(name: str, expected: Mapping[str, object]) -> bool:

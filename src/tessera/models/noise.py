@@ -29,6 +29,10 @@ class Noise:
         """See `Source.shape`."""
         return self.shapes.get(name)
 
+    def where(self, name: str) -> str:
+        """See `Source.where`."""
+        return f"dummy weights of seed {self.seed}"
+
     def copy(self, name: str, rows: Span, columns: Span, out: Tensor) -> None:
         """See `Source.copy`."""
         shape = self.shapes[name]

@@ -1,4 +1,4 @@
-"""A checkpoint folder of safetensors files, read box by box with plain reads: no mapping, so no page of a file stays.
+"""Safetensors files, read box by box with plain reads: no mapping, so no page of a file stays with the process.
 
 Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, then the bytes of all tensors).
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,22 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import ModelError
-from tessera.models.source import Span, blocks
 
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-INDEX = "model.safetensors.index.json"
-SCALE = "_scale_inv"
-FUSED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,165 +51,80 @@ class Entry:
     pitch: int
     transposed: bool = False
 
+    def bytes(self, length: int) -> int:
+        """Bytes from the first to the last element of `length` neighbouring rows."""
+        return ((length - 1) * self.pitch + self.columns) * self.dtype.itemsize
 
-class Checkpoint:
-    """The tensors of a folder under their canonical names; fp8 blocks are dequantised, fused experts are taken apart.
+    def read(self, start: int, length: int, buffer: Tensor) -> Tensor:
+        """Stored rows `start .. start + length - 1` as [length, columns]: a view of `buffer` (bytes).
 
-    `block`: rows and columns of a block of fp8 weights. Raises `ModelError` when the folder holds no safetensors or a
-    file is broken.
-    """
-
-    def __init__(self, folder: Path, block: tuple[int, int] | None = None) -> None:
-        self.block = block
-        self._entries: dict[str, Entry] = {}
-        self._files: dict[Path, int] = {}
-        self._scales: dict[str, Tensor] = {}
-        for path in _files(folder):
-            for name, entry in _entries(path):
-                self._entries[canonical(name)] = entry
-        self._found = set(self._entries)
-        self._parts: dict[str, str] = {}  # an expert's tensor -> the fused tensor that it is a part of
-        self._split_experts()
-
-    def close(self) -> None:
-        """Closes the files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `Source.shape`."""
-        entry = self._entries.get(name)
-        return None if entry is None else entry.shape
-
-    def copy(self, name: str, rows: Span, columns: Span, out: Tensor) -> None:
-        """See `Source.copy`. fp8 weights are multiplied by the scales of their global blocks, at any cut."""
-        entry = self._entries[name]
-        if entry.transposed:
-            rows, columns, out = columns, rows, out.T
-        done = 0
-        for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
-            box = self._read(entry, start, length).narrow(1, *columns)
-            if entry.dtype == torch.float8_e4m3fn:
-                box = self._dequantised(name, box, start, columns[0])
-            out[done : done + length].copy_(box)
-            done += length
-
-    def leftovers(self, used: Iterable[str]) -> list[str]:
-        """See `Source.leftovers`."""
-        known = set(used)
-        known |= {self._parts[name] for name in known if name in self._parts}
-        return sorted(name for name in self._found if name.removesuffix(SCALE) not in known)
-
-    def _read(self, entry: Entry, start: int, length: int) -> Tensor:
-        """Stored rows `start ..` as [length, columns]."""
-        size = entry.dtype.itemsize
-        count = (length - 1) * entry.pitch + entry.columns
-        buffer = torch.empty(count * size, dtype=torch.uint8)
-        view, at = memoryview(buffer.numpy()), entry.offset + start * entry.pitch * size
-        while view:
-            got = os.preadv(self._open(entry.path), [view], at)
-            if got <= 0:
-                raise ModelError(f"{entry.path} ends at byte {at}, inside a tensor; fetch the file again")
-            view, at = view[got:], at + got
-        return buffer.view(entry.dtype).as_strided((length, entry.columns), (entry.pitch, 1))
-
-    def _open(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
-
-    def _dequantised(self, name: str, box: Tensor, row: int, column: int) -> Tensor:
-        if self.block is None:
-            raise ModelError(f"tensor '{name}' is fp8, but config.json has no quantization_config with its block size")
-        height, width = self.block
-        scales = self._scale(name)
-        rows = torch.arange(row, row + box.shape[0]) // height
-        columns = torch.arange(column, column + box.shape[1]) // width
-        return box.float() * scales[rows][:, columns]
-
-    def _scale(self, name: str) -> Tensor:
-        if name not in self._scales:
-            found, entry = self._entries.get(name + SCALE), self._entries[name]
-            expected = tuple(-(-n // b) for n, b in zip((entry.rows, entry.columns), self.block or (), strict=True))
-            if found is None or (found.rows, found.columns) != expected:
-                shape = None if found is None else found.shape
-                raise ModelError(f"tensor '{name}{SCALE}' of an fp8 weight: found {shape}, expected {expected}")
-            self._scales[name] = self._read(found, 0, found.rows).float()
-        return self._scales[name]
-
-    def _split_experts(self) -> None:
-        """Adds a name per expert for the fused `experts.gate_up_proj` and `experts.down_proj`.
-
-        Both orientations exist: [E, 2I, H] with [E, H, I], and their transposes. The second of the pair tells them
-        apart: gate_up shares H with down, and I is half of the other.
+        Raises `ModelError` when the file ends.
         """
-        for name in [n for n in self._entries if n.endswith(".experts.gate_up_proj")]:
-            base = name.removesuffix("gate_up_proj")
-            fused, down = self._entries[name], self._entries.get(f"{base}down_proj")
-            if down is None or len(fused.shape) != 3 or len(down.shape) != 3:
-                raise ModelError(f"'{name}' {fused.shape} needs '{base}down_proj', both of three dims")
-            transposed = fused.shape[1:] != (2 * down.shape[2], down.shape[1])
-            if transposed and fused.shape[1:] != (down.shape[2], 2 * down.shape[1]):
-                raise ModelError(f"'{name}' {fused.shape} does not go with '{base}down_proj' {down.shape}")
-            for e in range(fused.shape[0]):
-                for part, (tensor, half) in FUSED.items():
-                    expert = f"{base}{e}.{part}_proj.weight"
-                    self._entries[expert] = _expert(self._entries[base + tensor], e, half, part != "down", transposed)
-                    self._parts[expert] = base + tensor
+        taken = buffer[: self.bytes(length)]
+        view, at = memoryview(taken.numpy()), self.offset + start * self.pitch * self.dtype.itemsize
+        with self.path.open("rb", buffering=0) as file:
+            while view:
+                got = os.preadv(file.fileno(), [view], at)
+                if got <= 0:
+                    raise ModelError(f"{self.path} ends at byte {at}, inside a tensor; fetch the file again")
+                view, at = view[got:], at + got
+        return taken.view(self.dtype).as_strided((length, self.columns), (self.pitch, 1))
 
 
-def _expert(fused: Entry, e: int, half: int, halved: bool, transposed: bool) -> Entry:
-    """Expert `e` of a fused tensor: all of its matrix, or half `half` of the rows (columns where transposed)."""
-    rows, columns = fused.shape[1:]
-    size = fused.dtype.itemsize
-    offset, pitch = fused.offset + e * rows * columns * size, columns
-    if halved and transposed:
-        columns //= 2
-        offset += half * columns * size
-    elif halved:
-        rows //= 2
-        offset += half * rows * columns * size
-    shape = (columns, rows) if transposed else (rows, columns)
-    return replace(fused, shape=shape, offset=offset, rows=rows, columns=columns, pitch=pitch, transposed=transposed)
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The tensors of a folder by their names in its files, and the file where its index expects each."""
+
+    entries: dict[str, Entry]
+    expected: dict[str, Path]
 
 
-def canonical(name: str) -> str:
-    """The name under which `core/weights.py` knows a tensor: the text part of a larger model loses its prefix."""
-    for prefix, plain in (("model.language_model.", "model."), ("language_model.model.", "model.")):
-        if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
-    return name.removeprefix("language_model.")
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        paths = [folder / name for name in names]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise ModelError(f"{folder}: {INDEX} names {len(missing)} missing files: {', '.join(missing[:5])}")
-        return paths
-    paths = sorted(folder.glob("*.safetensors"))
+def read_folder(folder: Path) -> Folder:
+    """The headers of all safetensors files of a folder. Raises `ModelError` naming the file that is no good."""
+    expected = _index(folder)
+    paths = sorted(set(expected.values())) or sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ModelError(f"{folder} holds no *.safetensors; only that format is read (or use --load-format dummy)")
-    return paths
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ModelError(f"{folder}: {INDEX} names {len(missing)} missing files: {', '.join(missing[:5])}")
+    return Folder({name: entry for path in paths for name, entry in _header(path)}, expected)
 
 
-def _entries(path: Path) -> list[tuple[str, Entry]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ModelError(f"{path} is no safetensors file, or it was cut short; fetch it again")
-        header: dict[str, Any] = json.loads(file.read(length))
-    entries = []
-    for name, about in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = DTYPES.get(about["dtype"], torch.uint8)  # integers are never asked for by a table
-        shape = tuple(about["shape"])
-        rows = shape[0] if shape else 1
-        columns = prod(shape[1:])
-        entries.append((name, Entry(path, dtype, shape, 8 + length + about["data_offsets"][0], rows, columns, columns)))
-    return entries
+def _index(folder: Path) -> dict[str, Path]:
+    """The file of each tensor as the index says; nothing where a folder has none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        return {str(name): folder / str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is no index of safetensors files ({error}); fetch it again") from error
+
+
+def _header(path: Path) -> Iterator[tuple[str, Entry]]:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError(f"its header of {length} bytes does not fit into {size} bytes")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        for name, about in header.items():
+            if name != "__metadata__":
+                yield name, _entry(path, name, about, 8 + length, size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} cannot be read as safetensors: {error}; if it was cut short, fetch it again"
+        ) from error
+
+
+def _entry(path: Path, name: str, about: dict[str, Any], base: int, size: int) -> Entry:
+    shape, (start, end) = tuple(about["shape"]), about["data_offsets"]
+    dtype = DTYPES.get(about["dtype"])
+    if dtype is None:
+        raise ValueError(f"tensor '{name}' is {about['dtype']}; this build reads: {', '.join(DTYPES)}")
+    if end - start != prod(shape) * dtype.itemsize or base + end > size:
+        raise ValueError(f"tensor '{name}' {shape} is given bytes {start} to {end} of {size - base}")
+    rows, columns = (shape[0] if shape else 1), prod(shape[1:])
+    return Entry(path, dtype, shape, base + start, rows, columns, columns)

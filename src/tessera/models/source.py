@@ -12,7 +12,7 @@ from torch import Tensor
 
 Span = tuple[int, int]  # start, length
 
-BLOCK_BYTES = 1 << 25  # what is read at a time: small beside any model, large beside the cost of a read
+BLOCK_BYTES = 1 << 23  # what is read at a time: small beside any model, large beside the cost of a read
 
 
 class Source(Protocol):
@@ -20,6 +20,10 @@ class Source(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor; None when there is none of that name."""
+        ...
+
+    def where(self, name: str) -> str:
+        """Where the tensor is, or should be: for errors."""
         ...
 
     def copy(self, name: str, rows: Span, columns: Span, out: Tensor) -> None:

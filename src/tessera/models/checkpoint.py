@@ -1,0 +1,164 @@
+"""A checkpoint folder as a `Source`: canonical names, experts one by one, fp8 blocks dequantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tessera.core.errors import ModelError
+from tessera.models.safetensors import Entry, read_folder
+from tessera.models.source import Span, blocks
+
+SCALE = "_scale_inv"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FUSED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
+
+
+class Checkpoint:
+    """The tensors of a folder under the names of `core/weights.py`.
+
+    `block`: rows and columns of a block of fp8 weights that share a scale. Raises `ModelError` when the folder holds no
+    safetensors or a file is broken.
+    """
+
+    def __init__(self, folder: Path, block: tuple[int, int] | None = None) -> None:
+        self.folder, self.block = folder, block
+        found = read_folder(folder)
+        self._entries = {canonical(name): entry for name, entry in found.entries.items()}
+        self._expected = {canonical(name): path for name, path in found.expected.items()}
+        self._found = set(self._entries)
+        self._scales: dict[str, Tensor] = {}
+        self._parts: dict[str, str] = {}  # an expert's tensor -> the fused tensor that it is a part of
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._split_experts()
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See `Source.shape`."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.shape
+
+    def where(self, name: str) -> str:
+        """See `Source.where`: the file that holds the tensor, or should."""
+        entry = self._entries.get(name)
+        return str(entry.path if entry is not None else self._expected.get(name, self.folder))
+
+    def copy(self, name: str, rows: Span, columns: Span, out: Tensor) -> None:
+        """See `Source.copy`. fp8 weights are multiplied by the scales of their global blocks, at any cut."""
+        entry = self._entries[name]
+        if entry.transposed:
+            rows, columns, out = columns, rows, out.T
+        done = 0
+        for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
+            box = self._read(entry, start, length).narrow(1, *columns)
+            out[done : done + length].copy_(self._plain(name, entry, box, start, columns[0]))
+            done += length
+
+    def _read(self, entry: Entry, start: int, length: int) -> Tensor:
+        """Stored rows, in the one buffer that every read uses: the next read overwrites them.
+
+        Buffers that come and go would leave the allocator holding more than a model is.
+        """
+        if (size := entry.bytes(length)) > len(self._buffer):
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return entry.read(start, length, self._buffer)
+
+    def leftovers(self, used: Iterable[str]) -> list[str]:
+        """See `Source.leftovers`."""
+        known = set(used)
+        known |= {self._parts[name] for name in known if name in self._parts}
+        return sorted(name for name in self._found if name.removesuffix(SCALE) not in known)
+
+    def _plain(self, name: str, entry: Entry, box: Tensor, row: int, column: int) -> Tensor:
+        """What a stored box stands for; its first element is stored at (row, column)."""
+        if entry.dtype in FLOATS:
+            return box
+        if entry.dtype != torch.float8_e4m3fn:
+            raise ModelError(
+                f"{entry.path}: tensor '{name}' is {entry.dtype}; weights are floats, or fp8 e4m3 in blocks"
+            )
+        scales, (height, width) = self._scale(name, entry), self._block(name, entry)
+        rows = torch.arange(row, row + box.shape[0]) // height
+        columns = torch.arange(column, column + box.shape[1]) // width
+        return box.float() * scales[rows][:, columns]
+
+    def _block(self, name: str, entry: Entry) -> tuple[int, int]:
+        if self.block is None:
+            raise ModelError(
+                f"{entry.path}: tensor '{name}' is fp8, but config.json has no quantization_config with its block size"
+            )
+        return self.block
+
+    def _scale(self, name: str, entry: Entry) -> Tensor:
+        """The scales of a weight [row blocks, column blocks], as stored; read once."""
+        if name not in self._scales:
+            found, block = self._entries.get(name + SCALE), self._block(name, entry)
+            expected = tuple(-(-n // b) for n, b in zip((entry.rows, entry.columns), block, strict=True))
+            if found is None or (found.rows, found.columns) != expected:
+                shape = "nothing" if found is None else (found.rows, found.columns)
+                where = self.where(name + SCALE)
+                raise ModelError(
+                    f"{where}: scales '{name}{SCALE}' of an fp8 weight: found {shape}, expected {expected}"
+                )
+            self._scales[name] = found.read(
+                0, found.rows, torch.empty(found.bytes(found.rows), dtype=torch.uint8)
+            ).float()
+        return self._scales[name]
+
+    def _split_experts(self) -> None:
+        """Adds a name per expert for the fused `experts.gate_up_proj` and `experts.down_proj`, and for their scales.
+
+        Both orientations exist: [E, 2I, H] with [E, H, I], and their transposes. The second of the pair tells them
+        apart: gate_up shares H with down, and I is half of the other.
+        """
+        for name in [n for n in self._entries if n.endswith(".experts.gate_up_proj")]:
+            base = name.removesuffix("gate_up_proj")
+            fused, down = self._entries[name], self._entries.get(f"{base}down_proj")
+            if down is None or len(fused.shape) != 3 or len(down.shape) != 3:
+                raise ModelError(f"{fused.path}: '{name}' {fused.shape} needs '{base}down_proj', both of three dims")
+            transposed = fused.shape[1:] != (2 * down.shape[2], down.shape[1])
+            if transposed and fused.shape[1:] != (down.shape[2], 2 * down.shape[1]):
+                raise ModelError(
+                    f"{fused.path}: '{name}' {fused.shape} does not go with '{base}down_proj' {down.shape}"
+                )
+            for part, (tensor, half) in FUSED.items():
+                self._split(base, part, base + tensor, half, transposed)
+
+    def _split(self, base: str, part: str, tensor: str, half: int, transposed: bool) -> None:
+        halved, dim = part != "down", 2 if transposed else 1
+        fused, scales = self._entries[tensor], self._entries.get(tensor + SCALE)
+        if scales is not None and halved and (self.block is None or fused.shape[dim] // 2 % self.block[dim - 1]):
+            raise ModelError(
+                f"{fused.path}: in '{tensor}' {fused.shape} gate and up meet inside a block of {self.block}"
+            )
+        for entry, suffix in ((fused, ""), *([(scales, SCALE)] if scales is not None else [])):
+            for e in range(entry.shape[0]):
+                expert = f"{base}{e}.{part}_proj.weight{suffix}"
+                self._entries[expert] = _expert(entry, e, half, halved, transposed)
+                self._parts[expert] = tensor + suffix
+
+
+def _expert(fused: Entry, e: int, half: int, halved: bool, transposed: bool) -> Entry:
+    """Expert `e` of a fused tensor: all of its matrix, or half `half` of the rows (columns where transposed)."""
+    rows, columns = fused.shape[1:]
+    size = fused.dtype.itemsize
+    offset, pitch = fused.offset + e * rows * columns * size, columns
+    if halved and transposed:
+        columns //= 2
+        offset += half * columns * size
+    elif halved:
+        rows //= 2
+        offset += half * rows * columns * size
+    shape = (columns, rows) if transposed else (rows, columns)
+    return replace(fused, shape=shape, offset=offset, rows=rows, columns=columns, pitch=pitch, transposed=transposed)
+
+
+def canonical(name: str) -> str:
+    """The name under which `core/weights.py` knows a tensor: the text part of a larger model loses its prefix."""
+    for prefix, plain in (("model.language_model.", "model."), ("language_model.model.", "model.")):
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
