@@ -278,6 +278,7 @@ class World:
     def verify(self) -> None:
         recurrent = self.config.num_slots > 0
         for key, tokens in self.got.items():
+            assert key in self.ends, f"{key} was never answered"
             end = self.ends[key]
             if end.finish == "error":
                 assert not tokens
