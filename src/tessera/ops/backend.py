@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tessera.core.config.types import KernelConfig
 from tessera.ops import attention, delta, linear, mla, moe, sample
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One version of each op that has several. All versions of an op share signature and docstring (see the reference)."""
+    """One version of each op that has several. All versions share signature and docstring (see the reference)."""
 
     name: str
     pack: Callable[..., linear.PackedLinear]
@@ -50,3 +51,15 @@ TORCH = Backend(
 )
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
+
+
+def chosen(kernels: KernelConfig) -> Backend:
+    """The versions that a configuration names; linear maps are those of the attention's."""
+    delta_rule = BACKENDS[kernels.delta]
+    return replace(
+        BACKENDS[kernels.attention],
+        causal_conv=delta_rule.causal_conv,
+        gated_delta_rule=delta_rule.gated_delta_rule,
+        experts=BACKENDS[kernels.moe].experts,
+        draw=BACKENDS[kernels.sampling].draw,
+    )

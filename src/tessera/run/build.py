@@ -15,7 +15,7 @@ from tessera.models.decoder import Decoder
 from tessera.models.load import Progress, load_weights
 from tessera.models.parts import drain
 from tessera.models.source import Source
-from tessera.ops.backend import BACKENDS
+from tessera.ops.backend import chosen
 from tessera.ops.segments import Segments
 from tessera.plan.scheduler import PlannerConfig
 from tessera.run.host import Executor, Inline, Worker
@@ -53,10 +53,12 @@ def planner_config(config: Config) -> PlannerConfig:
         num_slots=memory.num_slots,
         num_dp=config.mesh.dp,
         chunk_size=scheduling.chunk_size,
+        max_prefill_tokens=scheduling.max_prefill_tokens,
         mixed=scheduling.mixed,
         max_in_flight=scheduling.max_in_flight,
         prefix_cache=scheduling.prefix_cache,
         policy=scheduling.policy,
+        load_balance=config.mesh.balance,
         max_queued=scheduling.max_queued,
     )
 
@@ -70,7 +72,7 @@ def build_runner(
 ) -> Runner:
     """Loads the weights and allocates the pools of rank 0."""
     mesh, memory, device = config.mesh.mesh, config.memory, torch.device(config.mesh.device)
-    backend = BACKENDS[config.kernels.attention]
+    backend = chosen(config.kernels)
     dtype = getattr(torch, config.model.dtype)
     context = config.model.context_length
     tiles = load_weights(source, weight_table(spec, mesh), mesh, 0, dtype, device, backend.pack, progress)

@@ -127,18 +127,19 @@ SCHEDULING = (
 )  # fmt: skip
 
 KERNELS = (
-    Flag("attention_backend", text, "auto", "Attention kernels; reference: the plain twin of every operation, slow.",
+    Flag("attention_backend", text, "auto", "Attention kernels; reference: the plain twin, slow. Others follow it.",
          "kernels", choices=("auto", "torch", "torch_native", "reference"),
          unbuilt=("triton", "flashinfer", "fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha",
                                      "trtllm_mla", "intel_amx"), instead=TORCH),
-    Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels", choices=("auto", "torch"),
+    Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels", choices=("auto", "torch", "reference"),
          unbuilt=("triton", "cutedsl", "flashinfer"), instead=TORCH),
-    Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels", choices=("auto", "torch"),
+    Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels", choices=("auto", "torch", "reference"),
          unbuilt=("triton", "deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "cutlass",
                                      "flashinfer_mxfp4", "marlin"), instead=TORCH),
     Flag("moe_a2a_backend", text, "none", "How tokens travel between experts.", "kernels", choices=("none",),
          unbuilt=("deepep", "mooncake", "nixl", "flashinfer"), instead="use 'none'; one rank sends nothing"),
-    Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels", choices=("auto", "torch", "pytorch"),
+    Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels",
+         choices=("auto", "torch", "pytorch", "reference"),
          unbuilt=("flashinfer",), instead=TORCH),
     Flag("grammar_backend", text, "none", "Structured output.", "kernels", choices=("none",),
          unbuilt=("xgrammar", "llguidance", "outlines"), instead="use 'none'; structured output comes later"),

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from tessera.core.config.ask import Asked, read
 from tessera.core.config.built import BUILT
+from tessera.core.config.kernels import kernels_phase
 from tessera.core.config.memory import memory_phase
 from tessera.core.config.mesh import mesh_phase
 from tessera.core.config.types import (
     Config,
     Hardware,
-    KernelConfig,
     LoggingConfig,
     ModelConfig,
     Notes,
@@ -57,7 +57,7 @@ def resolve(
         mesh=mesh,
         memory=memory,
         scheduling=_scheduling(values, spec, (chunk, most), max_running, notes),
-        kernels=_kernels(values, spec, device, notes),
+        kernels=kernels_phase(values, spec, device, notes),
         serving=_serving(values),
         logging=LoggingConfig(
             values.word("log_level"),
@@ -176,26 +176,6 @@ def _scheduling(
         overlap=values.on("enable_two_batch_overlap"),
         overlap_share=threshold,
     )
-
-
-def _kernels(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> KernelConfig:
-    chosen = {}
-    for name in ("attention_backend", "linear_attn_backend", "moe_runner_backend", "sampling_backend"):
-        chosen[name] = "reference" if values.word(name) == "reference" else "torch"
-        if values.word(name) == "auto" and (name != "linear_attn_backend" or spec.recurrent):
-            notes.decide(name.replace("_", "-"), "torch", f"the one that this build has on {device}")
-    if values.text("quantization") == "fp8" and spec.block is None:
-        notes.refuse(
-            ("--quantization fp8", "an unquantised checkpoint"),
-            "weights are not quantised while loading in this build",
-            "Leave --quantization out, or serve an fp8 checkpoint.",
-        )
-    if spec.block is not None:
-        rows, columns = spec.block
-        notes.decide(
-            "quantization", "dequantised while loading", f"fp8 in blocks of {rows}x{columns}; no fp8 products yet"
-        )
-    return KernelConfig(*chosen.values())
 
 
 def _serving(values: Asked) -> ServingConfig:

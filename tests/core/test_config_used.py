@@ -1,0 +1,76 @@
+"""No silent change: whatever a configuration holds is read by somebody, and kernels are those that were named."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import fields
+from typing import get_type_hints
+
+import pytest
+
+from core.test_config import HYBRID, config_of, decided, resolved, spec_of
+from house.source import PACKAGE
+from tessera.core.config import Config
+from tessera.ops.backend import BACKENDS, chosen
+
+SOURCE = "\n".join(p.read_text() for p in sorted(PACKAGE.rglob("*.py")) if "config" not in p.relative_to(PACKAGE).parts)
+FIELDS = [f"{group}.{f.name}" for group, kind in get_type_hints(Config).items() for f in fields(kind)]
+RANKS = "of several ranks, which are refused until they are lifted"
+
+# What nobody reads, and why that is no flag passed over.
+EXCUSED = {
+    "model.revision": "the model has been found before",
+    "model.download_dir": "the model has been found before",
+    "mesh.tp": "part of mesh.mesh",
+    "mesh.ep": "part of mesh.mesh",
+    "mesh.dense_tp": "part of mesh.mesh",
+    "mesh.replicas": RANKS,
+    "mesh.dp_lm_head": RANKS,
+    "mesh.num_nodes": RANKS,
+    "mesh.node_rank": RANKS,
+    "mesh.meeting": RANKS,
+    "memory.page_bytes": "part of memory.kv_bytes",
+    "memory.slot_bytes": "part of memory.state_bytes",
+    "scheduling.overlap": "of two-batch overlap, which is refused until it is lifted",
+    "scheduling.overlap_share": "of two-batch overlap, which is refused until it is lifted",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_is_read_or_excused(field: str) -> None:
+    read = re.search(rf"\b{field}\b", SOURCE) is not None
+    assert read != (field in EXCUSED), "read it, or excuse it" if not read else "delete its excuse"
+
+
+def test_excuses_are_about_fields() -> None:
+    assert EXCUSED.keys() <= set(FIELDS)
+
+
+def test_every_choice_of_kernels_is_what_runs() -> None:
+    flags = ("attention_backend", "linear_attn_backend", "moe_runner_backend", "sampling_backend")
+    for names in itertools.product(BACKENDS, repeat=4):
+        backend = chosen(config_of(spec_of(HYBRID), **dict(zip(flags, names, strict=True))).kernels)
+        attention, delta, moe, sampling = (BACKENDS[name] for name in names)
+        assert (backend.paged_attention, backend.mla_absorbed, backend.pack) == (
+            attention.paged_attention,
+            attention.mla_absorbed,
+            attention.pack,
+        )
+        assert (backend.causal_conv, backend.gated_delta_rule) == (delta.causal_conv, delta.gated_delta_rule)
+        assert (backend.experts, backend.draw) == (moe.experts, sampling.draw)
+
+
+def test_kernels_that_nobody_chose_follow_the_attention_and_are_told() -> None:
+    result = resolved(spec_of(HYBRID), attention_backend="reference", moe_runner_backend="torch")
+    kernels = result.config.kernels
+    assert (kernels.attention, kernels.delta, kernels.moe, kernels.sampling) == (
+        "reference",
+        "reference",
+        "torch",
+        "reference",
+    )
+    assert decided(result, "linear-attn-backend").value == "reference"
+    assert not [d for d in result.decisions if d.what == "moe-runner-backend"]
+    assert not [d for d in resolved().decisions if d.what in ("linear-attn-backend", "moe-runner-backend")]
+    assert config_of(sampling_backend="pytorch", attention_backend="torch_native").kernels.sampling == "torch"
