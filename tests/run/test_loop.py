@@ -6,11 +6,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tessera.core.errors import ConfigError
 from tessera.core.messages import Abort, Fatal, Outbound, Output, Outputs, Ready, SamplingParams, Stop, Submit, Tick
+from tessera.plan.log import encode, replay
+from tessera.plan.step import Step
 from tessera.run import loop as loop_module
 from tessera.run.core import EngineCore
 from tiny import all_free, resolved, tiny_model
@@ -210,6 +214,27 @@ def test_a_second_request_of_the_same_id_does_not_end_the_first() -> None:
     assert [o.fault for o in outputs if o.finish == "error"] == ["request"]
     assert sum(len(o.tokens) for o in outputs) == 4
     assert all_free(engine.core)
+
+
+def test_the_event_log_replays_to_the_same_steps(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    engine = Engine(log_events=str(path), max_total_tokens=96, enable_mixed_chunk=True, chunked_prefill_size=9)
+    launched: list[Step] = []
+    launch = engine.core.runner.launch
+    engine.core.runner.launch = lambda step: (launched.append(step), launch(step))[1]  # type: ignore[method-assign]
+    for i in range(9):
+        engine.core.post(Submit(f"r{i}", prompt(4 * i), SHORT, n=1 + i % 3))
+    engine.core.post(Abort("r5"))
+    engine.core.post(Stop(30.0))
+    engine.core.run()
+    again = [step for step in replay(path.read_bytes().splitlines(), check=True) if step is not None]
+    assert [encode(step) for step in again] == [encode(step) for step in launched]
+    assert len(again) > 10
+
+
+def test_an_event_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--log-events"):
+        Engine(log_events=str(tmp_path))
 
 
 def test_many_threads_may_post() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from tessera.core.config.types import Resolved
+from tessera.core.errors import ConfigError, Conflict
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.core.spec import ModelSpec
 from tessera.core.weights import weight_table
 from tessera.models.folder import open_source
 from tessera.models.load import Progress
 from tessera.models.source import Source
+from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner
 from tessera.run.build import build_runner, planner_config
 from tessera.run.hardware import cores
@@ -26,8 +30,8 @@ class EngineCore:
     """Builds everything of one instance from a resolved configuration: weights, pools, planner, runner, loop.
 
     `sink(message)` is called from the thread in `run()`: `Ready` first, then `Outputs`, `StepReport`, `Tick`, and
-    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. With `--debug-checks` the position of
-    every recurrent state is watched, and the planner checks itself at every turn.
+    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. With `--debug-checks` the position
+    of every recurrent state is watched, and the planner checks itself at every turn.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class EngineCore:
         self._sink = sink
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
+        self._events = open_events(resolved.config.logging.events)
         self.runner = build_runner(resolved.config, spec, source, progress)
         hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)
-        self._loop = StepLoop(self.planner, self.runner, self._inbox, sink, report, in_flight, hook)
+        planner = self.planner if self._events is None else Recorder(self.planner, self._events.write)
+        self._loop = StepLoop(planner, self.runner, self._inbox, sink, report, in_flight, hook)
 
     def post(self, message: Inbound) -> None:
         """Hands a message to the loop. A `Submit` after the end is answered with an error output at once."""
@@ -60,6 +66,8 @@ class EngineCore:
             self._loop.run(Ready(self.info()))
         finally:
             self.runner.close()
+            if self._events is not None:
+                self._events.close()
 
     @property
     def last_tick(self) -> float:
@@ -76,6 +84,17 @@ class EngineCore:
             "context_length": self.resolved.config.model.context_length,
             "num_layers": len(self.spec.layers),
         }
+
+
+def open_events(path: str | None) -> BinaryIO | None:
+    """The file of the event log, without a buffer: it is wanted most after a crash. Raises `ConfigError`."""
+    if path is None:
+        return None
+    try:
+        return Path(path).open("wb", buffering=0)
+    except OSError as error:
+        flag = f"--log-events {path}"
+        raise ConfigError([Conflict((flag,), str(error), "Name a file that can be written.")]) from error
 
 
 def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress: Progress | None = None) -> EngineCore:
