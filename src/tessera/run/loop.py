@@ -99,7 +99,14 @@ def failures(choices: Iterable[tuple[str, int]], why: str, fault: Fault = "engin
     return [Output(request_id, choice, [], finish="error", error=why, fault=fault) for request_id, choice in choices]
 
 
-Report = Callable[[Step, list[Tally], list[Output], float], list[StepReport]]
+class Reports(Protocol):
+    """Tells what steps did."""
+
+    def __call__(self, step: Step, tallies: list[Tally], outputs: list[Output], seconds: float) -> list[StepReport]:
+        """Of a step that came back after `seconds`."""
+
+    def idle(self) -> list[StepReport]:
+        """Where things stand when nothing runs."""
 
 
 class StepLoop(Generic[TicketT]):
@@ -111,7 +118,7 @@ class StepLoop(Generic[TicketT]):
         runner: Runs[TicketT],
         inbox: Inbox,
         sink: Callable[[Outbound], None],
-        report: Report,
+        report: Reports,
         max_in_flight: int = 2,
         turn_hook: Callable[[], None] | None = None,
     ) -> None:
@@ -158,6 +165,8 @@ class StepLoop(Generic[TicketT]):
         self._idle = not self._flying
         if self._flying:
             self._collect()
+        elif messages:
+            self._send_reports(self.report.idle())
 
     def _note(self, messages: list[Inbound]) -> list[Inbound]:
         """The messages for the planner. A request whose id is under way is refused here, lest it end the other."""
@@ -184,13 +193,16 @@ class StepLoop(Generic[TicketT]):
         seconds, self._last_collect = now - self._last_collect, now
         self._send(outputs)
         self._settle(self.planner.apply([Clock(now), done]))
-        for report in self.report(step, launched.tallies, outputs, seconds):
-            self.sink(report)
+        self._send_reports(self.report(step, launched.tallies, outputs, seconds))
 
     def _send(self, outputs: list[Output]) -> None:
         if outputs:
             self._live.finish(outputs)
             self.sink(Outputs(outputs))
+
+    def _send_reports(self, reports: list[StepReport]) -> None:
+        for report in reports:
+            self.sink(report)
 
     def _end(self, why: str) -> None:
         self.end = why

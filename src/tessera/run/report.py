@@ -33,24 +33,33 @@ def tally(part: Part, table: RowTable) -> Tally:
     return Tally(label, num_prompt, int(part.lengths[prompt].sum()), cached)
 
 
+NOTHING = Tally("IDLE", 0, 0, 0)
+
+
 class Reporter:
     """Makes the reports of steps that came back."""
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
         self._preempted = [0] * len(planner.ranks)
+        self._index = -1
 
     def __call__(self, step: Step, tallies: list[Tally], outputs: list[Output], seconds: float) -> list[StepReport]:
         """One report per DP rank."""
+        self._index = step.index
         num_output = sum(len(output.tokens) for output in outputs)
-        return [self._report(step, i, counted, num_output, seconds) for i, counted in enumerate(tallies)]
+        return [self._report(i, counted, num_output, seconds) for i, counted in enumerate(tallies)]
 
-    def _report(self, step: Step, dp_rank: int, counted: Tally, num_output: int, seconds: float) -> StepReport:
+    def idle(self) -> list[StepReport]:
+        """Where things stand when nothing runs: after an abort or a flush no step would tell."""
+        return [self._report(i, NOTHING, 0, 0.0) for i in range(len(self._preempted))]
+
+    def _report(self, dp_rank: int, counted: Tally, num_output: int, seconds: float) -> StepReport:
         state = self._planner.ranks[dp_rank].state
         preempted = state.num_preempted - self._preempted[dp_rank]
         self._preempted[dp_rank] = state.num_preempted
         return StepReport(
-            index=step.index,
+            index=self._index,
             label=counted.label,
             num_new_seq=counted.num_prompt_seq,
             num_new_token=counted.num_prompt_token,

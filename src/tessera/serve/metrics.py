@@ -83,7 +83,8 @@ class Metrics:
         for name, value in values.items():
             self._gauges[name].set(value)
         self._counters["num_preemptions"].inc(report.num_preempted)
-        self._steps.labels(self._model, report.label).observe(report.seconds)
+        if report.seconds:  # an idle engine reports too
+            self._steps.labels(self._model, report.label).observe(report.seconds)
 
     def begin(self, items: Sequence[Item]) -> Track:
         """Follows one request."""
