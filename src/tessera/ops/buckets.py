@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops.segments import Segments
+from tessera.ops.upload import upload
 
 FOLD = 1024  # queries of a call per key head: enough for large tiles, and the mask stays small
 BATCHED = 16  # blocks of up to this many tokens share calls
@@ -150,6 +151,8 @@ def _lines(segments: Segments, of_blocks: slice | Tensor, length: int, shape: Sh
 def _single(segments: Segments, b: _Block, triangle: Tensor, shape: Shape) -> Bucket:
     lines = _lines(segments, slice(b.segment, b.segment + 1), b.end, shape)
     mask = triangle[None, None, :, triangle.shape[1] - b.end :]
+    if mask.device.type != "cpu":
+        mask = mask.contiguous()  # kernels want its first element aligned
     return Bucket(slice(b.first, b.first + b.size), 1, b.size, b.end, lines, mask, None)
 
 
@@ -160,18 +163,18 @@ def _batch(segments: Segments, members: list[_Block], shape: Shape) -> Bucket:
     ends = np.array([b.end for b in members])
     rows = (np.array([b.first for b in members])[:, None] + np.arange(size)).ravel()
     adjoining = bool((np.diff(rows) == 1).all())
-    tokens = slice(int(rows[0]), int(rows[-1]) + 1) if adjoining else torch.from_numpy(rows).to(device)
-    lines = _lines(segments, torch.tensor([b.segment for b in members], device=device), length, shape)
+    tokens = slice(int(rows[0]), int(rows[-1]) + 1) if adjoining else upload(rows, device)
+    lines = _lines(segments, upload(np.array([b.segment for b in members]), device), length, shape)
     at = np.arange(length)
     mask = stale = None
     if size > 1 or (ends != length).any():
         own = (ends[:, None] - size + np.arange(size))[:, :, None]  # position of each query
-        hidden = torch.from_numpy(np.tile(at > own, (1, shape.group, 1))).to(device)
+        hidden = upload(np.tile(at > own, (1, shape.group, 1)), device)
         mask = torch.zeros(hidden.shape, dtype=shape.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
     if (ends != length).any():
         block, position = np.nonzero(at >= ends[:, None])
         taken = -(-length // segments.page_size) * segments.page_size
         plane = np.arange(shape.planes)[:, None, None] * len(members)
         row = ((plane + block) * shape.heads + np.arange(shape.heads)[:, None]) * taken + position
-        stale = torch.from_numpy(row.ravel()).to(device)
+        stale = upload(row.ravel(), device)
     return Bucket(tokens, len(members), size, length, lines, mask, stale)

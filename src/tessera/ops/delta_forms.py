@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops.segments import Segments
+from tessera.ops.upload import upload
 
 Form = Literal["recurrent", "chunked"]
 CHUNK = 64
@@ -63,9 +64,9 @@ def _side(segments: Segments, members: np.ndarray, chunk: int) -> Side | None:
     tokens = first[which, None] + np.minimum(places, lengths[which, None] - 1)
     device = segments.device
     return Side(
-        slots=segments.slots[torch.from_numpy(members).to(device)].long(),
-        tokens=torch.from_numpy(tokens).to(device),
-        valid=torch.from_numpy(valid).to(device),
+        slots=segments.slots[upload(members, device)].long(),
+        tokens=upload(tokens, device),
+        valid=upload(valid, device),
         active=np.bincount(time).tolist(),
         padded=not valid.all(),
     )

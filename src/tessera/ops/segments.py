@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.ops.upload import upload
+
 Ints = NDArray[np.int32]
 V = TypeVar("V")
 
@@ -121,7 +123,7 @@ def make_segments(
     write_page = tables[rows, positions // page_size]
     columns = (cu_lengths, starts, lengths, np.maximum(np.asarray(slots, np.int32), 0), tables.ravel())
     columns += (positions, rows, write_page, positions % page_size)
-    packed = torch.from_numpy(np.concatenate(columns).astype(np.int32, copy=False)).to(device, non_blocking=True)
+    packed = upload(np.concatenate(columns).astype(np.int32, copy=False), torch.device(device))
     views = packed.split([len(c) for c in columns])
     return Segments(
         cu_lengths=views[0],

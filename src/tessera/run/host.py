@@ -14,16 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.ops.upload import upload
+
 T = TypeVar("T")
 
 CLOSE_S = 60.0  # how long the end of an executor waits for the step under way
 log = logging.getLogger(__name__)
-
-
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A host array on the device: on CPU the same memory, on CUDA by way of pinned memory, without waiting."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def upload_columns(columns: Sequence[NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from tessera.core.messages import SamplingParams
+from tessera.ops.upload import upload
 from tessera.plan.step import Enter
-from tessera.run.host import upload
 
 DRAW, TOP_K, TOP_P, MIN_P, PENALTY, BIAS, MIN_NEW, LOGPROB = (1 << bit for bit in range(8))
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.ops.sample import Adjustments, Drawing, Penalties, adjust, token_counts, token_logprobs
+from tessera.ops.upload import upload
 from tessera.run.batch import Wanted
-from tessera.run.host import upload
 from tessera.run.rowparams import BIAS, DRAW, LOGPROB, MIN_NEW, MIN_P, PENALTY, TOP_K, TOP_P, RowParams
 from tessera.run.table import RowTable, Sequence
 

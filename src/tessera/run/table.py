@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.core.messages import SamplingParams, TokenLogprobs
+from tessera.ops.upload import upload
 from tessera.plan.step import Change, Enter, Ints
 
 NO_LIMIT = np.iinfo(np.int32).max
@@ -107,8 +108,8 @@ class RowTable:
     def write_known(self, known: list[Known]) -> None:
         """Writes known tokens of entering rows into the device's token table."""
         for entry in known:
-            tokens = torch.from_numpy(entry.tokens)
-            self.tokens[entry.row, : len(tokens)].copy_(tokens, non_blocking=True)
+            tokens = upload(entry.tokens, self.tokens.device)
+            self.tokens[entry.row, : len(tokens)] = tokens
 
     def taken(self) -> NDArray[np.bool_]:
         """Per row, whether somebody sits in it."""

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the tests that need a CUDA device, with the Python at hand: tools/gpu_check.sh [pytest arguments]
+# WHEELS: a folder of wheels to install first, where packages are missing and nothing can be downloaded.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+if [[ -n "${WHEELS:-}" ]]; then
+    "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+fi
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m pytest -p no:cacheprovider -m gpu "${@:-tests/run}"
