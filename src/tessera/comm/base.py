@@ -38,7 +38,10 @@ class Comm(Protocol):
         ...
 
     def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
-        """Sum over the group of the ordered `parts` of each rank, all of one shape, in fp32 or wider, rounded once."""
+        """Sum over the group of the ordered `parts` of each rank, all of one shape, in fp32 or wider, rounded once.
+
+        The parts are given away: they may be written to, since the fastest sums on GPUs work in place.
+        """
         ...
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
@@ -74,5 +77,6 @@ def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
     for part in parts[1:]:
+        assert part.shape == total.shape, f"parts {tuple(part.shape)} and {tuple(total.shape)} of one sum"
         total += part
     return total.to(parts[0].dtype)

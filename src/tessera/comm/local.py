@@ -36,7 +36,18 @@ class LocalGroup:
         self.deadline_s = deadline_s
         self._changed = threading.Condition()
         self._meetings: dict[Key, _Meeting] = {}
+        self._joined: set[int] = set()
         self._failed: tuple[int, BaseException | None] | None = None
+
+    def join(self, rank: int, seconds: float) -> LocalComm:
+        """The collectives of one rank once all have joined. Raises DeadlineError naming those that did not."""
+        with self._changed:
+            self._joined.add(rank)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: len(self._joined) == self.mesh.size, seconds):
+                missing = sorted(set(range(self.mesh.size)) - self._joined)
+                raise DeadlineError(f"of {self.mesh.size} ranks these did not join within {seconds} s: {missing}")
+        return self.comm(rank)
 
     def comm(self, rank: int) -> LocalComm:
         """The collectives of one rank, for the thread that runs it."""
@@ -118,8 +129,11 @@ class LocalComm:
         self._counts: dict[tuple[int, ...], int] = {}
 
     def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
-        """See `Comm.sum`."""
-        return _Sum(self.group, self._bring(axis, "sum", tuple(parts)), self.rank)
+        """See `Comm.sum`. The parts are spoilt, so that tests see who still uses what was given away."""
+        brought = tuple(part.clone() for part in parts)
+        for part in parts:
+            part.fill_(torch.nan)
+        return _Sum(self.group, self._bring(axis, "sum", brought), self.rank)
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""

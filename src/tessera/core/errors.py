@@ -77,3 +77,7 @@ class ConfigError(TesseraError, ValueError):
     def __init__(self, conflicts: list[Conflict]) -> None:
         self.conflicts = tuple(conflicts)
         super().__init__("\n".join(f"- {c}" for c in conflicts))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Conflict]]]:
+        """A worker process hands it on whole: by default the text would be taken for the conflicts."""
+        return type(self), (list(self.conflicts),)

@@ -1,0 +1,227 @@
+"""Collectives through torch.distributed: gloo among CPU ranks of one or several hosts, NCCL among GPUs.
+
+One process group per group of ranks, made from the meeting's store and known to nobody else. The backends run a
+collective on the side: gloo on threads, NCCL on a stream of its own, which the current stream waits for in `wait`
+without the host. So on CUDA a collective that never ends is found not by `wait` but by NCCL's watchdog, which ends the
+process after `deadline_s`; on CPU `wait` raises.
+
+What is exact. `scatter_sum`, and `sum` when `ordered`, bring the terms together and add them in the order of ranks, in
+fp32 or wider, rounded once: the same bits everywhere. `sum` is otherwise the backend's all-reduce, faster and in
+another order: on CPU in fp32 or wider, on CUDA in the dtype of the parts, rounded at every addition (with two ranks
+there is one, so it is the same sum).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tessera.comm.base import Handle, Ready, ordered_sum
+from tessera.comm.meet import Meeting
+from tessera.comm.single import SingleComm
+from tessera.core.errors import DeadlineError, PeerError
+from tessera.core.mesh import Mesh
+
+Ranks = tuple[int, ...]
+
+
+@dataclass
+class _Work:
+    """A collective under way. `finish` holds the buffers and makes the result of them."""
+
+    work: dist.Work
+    finish: Callable[[], Tensor]
+    what: str
+    deadline_s: float
+
+    def wait(self) -> Tensor:
+        """The result."""
+        with _explained(self.what, self.deadline_s):
+            self.work.wait()
+        return self.finish()
+
+
+@contextmanager
+def _explained(what: str, deadline_s: float) -> Iterator[None]:
+    """Errors of the backends as ours. They are all RuntimeErrors: only the time tells why."""
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        waited = time.monotonic() - began
+        if waited >= 0.9 * deadline_s:
+            raise DeadlineError(f"{what}: nothing came for {waited:.1f} s") from error
+        raise PeerError(f"{what}: a rank has ended or left ({str(error).splitlines()[0]})") from error
+
+
+class DistComm:
+    """The `Comm` of one rank. `backend` makes a group: (store, rank in the group, its size) -> process group."""
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        backend: Callable[[dist.Store, int, int], dist.Backend],
+        device: torch.device,
+        deadline_s: float,
+        ordered: bool,
+    ) -> None:
+        self.mesh: Mesh = meeting.mesh
+        self.rank: int = meeting.rank
+        self._device, self._deadline_s, self._ordered = device, deadline_s, ordered
+        self._meeting: Meeting | None = meeting  # keeps the store of rank 0 alive
+        self._alone = SingleComm()
+        groups = {self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
+        self._groups: dict[Ranks, dist.Backend] = {}
+        for ranks in sorted(ranks for ranks in groups if len(ranks) > 1):  # all ranks in one order: making one waits
+            store = dist.PrefixStore(f"group/{ranks}", meeting.store)
+            self._groups[ranks] = backend(store, ranks.index(self.rank), len(ranks))
+        for axis in self.mesh.axes:  # connects, so that a link that does not work is found now
+            self.sum([torch.ones(1, device=device)], axis.name).wait()
+        meeting.all_at("connected")
+
+    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+        """See `Comm.sum`."""
+        group = self._group(axis)
+        if group is None or parts[0].numel() == 0:
+            return self._alone.sum(parts, axis)
+        if self._ordered:
+            return self._ordered_sum(parts, group, axis)
+        dtype = parts[0].dtype
+        wire = dtype if parts[0].is_cuda else torch.promote_types(dtype, torch.float32)
+        total = ordered_sum([part.to(wire) for part in parts]).contiguous()
+        return self._start(f"sum over '{axis}'", lambda: total.to(dtype), group.allreduce, [total])
+
+    def _ordered_sum(self, parts: Sequence[Tensor], group: dist.Backend, axis: str) -> Handle:
+        mine = torch.stack(list(parts)) if len(parts) > 1 else parts[0].contiguous()[None]
+        everything = mine.new_empty(group.size(), *mine.shape)
+        made = partial(_add, everything, mine)
+        return self._start(f"sum over '{axis}'", made, group._allgather_base, everything.flatten(0, 1), mine)
+
+    def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
+        """See `Comm.gather`. Parts are padded to the longest on the way. Without `lengths` the host waits for them."""
+        group = self._group(axis)
+        if group is None:
+            return self._alone.gather(part, axis, dim, lengths)
+        at, length = self.mesh.coordinate(self.rank, axis), part.shape[dim]
+        lengths = self._lengths(length, group, axis) if lengths is None else lengths
+        assert length == lengths[at], f"{length} elements, {lengths} announced"
+        mine = _padded(part, dim, max(lengths))
+        everything = mine.new_empty(group.size(), *mine.shape)
+        if everything.numel() == 0:
+            return Ready(_join(everything, dim, lengths, mine))
+        made, into = partial(_join, everything, dim, lengths, mine), _raw(everything.flatten(0, 1))
+        return self._start(f"gather over '{axis}'", made, group._allgather_base, into, _raw(mine))
+
+    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+        """See `Comm.scatter_sum`. Each rank gets the terms of what it keeps, unpadded, and adds them itself."""
+        group = self._group(axis)
+        if group is None:
+            return self._alone.scatter_sum(parts, axis, dim, lengths)
+        first = parts[0]
+        assert first.shape[dim] == sum(lengths), f"{first.shape[dim]} elements to cut into {lengths}"
+        shape = list(first.shape)
+        shape[dim] = lengths[self.mesh.coordinate(self.rank, axis)]
+        terms = first.new_empty(group.size(), len(parts), *shape)
+        if first.numel() == 0:
+            return Ready(terms[0, 0])
+        sent = _by_owner(parts, dim, lengths)
+        unit = len(sent) // sum(lengths)
+        shares = [unit * n for n in lengths]
+        made, mine = partial(_add, terms, sent), [terms[0].numel()] * group.size()
+        what = f"scatter_sum over '{axis}'"
+        return self._start(what, made, group.alltoall_base, terms.flatten(), sent, mine, shares)
+
+    def close(self) -> None:
+        """See `Comm.close`. Waits, up to the deadline, for what the GPU has still to do: the others may need it."""
+        if self._device.type == "cuda":
+            done, until = torch.cuda.Event(), time.monotonic() + self._deadline_s
+            done.record()
+            while not done.query() and time.monotonic() < until:
+                time.sleep(0.001)
+        while self._groups:
+            self._groups.popitem()[1].abort()
+        self._meeting = None
+
+    def _group(self, axis: str) -> dist.Backend | None:
+        return self._groups.get(self.mesh.group(self.rank, axis))
+
+    def _start(self, what: str, finish: Callable[[], Tensor], call: Callable[..., dist.Work], *args: object) -> Handle:
+        what = f"rank {self.rank} in {what}"
+        with _explained(what, self._deadline_s):
+            return _Work(call(*args), finish, what, self._deadline_s)
+
+    def _lengths(self, length: int, group: dist.Backend, axis: str) -> list[int]:
+        mine = torch.tensor([length], device=self._device)
+        everything = mine.new_empty(group.size())
+        what = f"gather over '{axis}'"
+        lengths: list[int] = (
+            self._start(what, lambda: everything, group._allgather_base, everything, mine).wait().tolist()
+        )
+        return lengths
+
+
+def _raw(x: Tensor) -> Tensor:
+    """One-byte elements as plain bytes: the backends do not know all of these dtypes."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def _padded(part: Tensor, dim: int, length: int) -> Tensor:
+    """The part in one piece, with zeros behind it up to `length` along `dim`."""
+    if part.shape[dim] == length:
+        return part.contiguous()
+    shape = list(part.shape)
+    shape[dim] = length
+    padded = part.new_zeros(shape)
+    padded.narrow(dim, 0, part.shape[dim]).copy_(part)
+    return padded
+
+
+def _join(everything: Tensor, dim: int, lengths: Sequence[int], _sent: Tensor) -> Tensor:
+    """everything [ranks, padded part] -> the parts side by side."""
+    if dim == 0 and min(lengths) == max(lengths):
+        return everything.flatten(0, 1)
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(everything, lengths, strict=True)], dim)
+
+
+def _by_owner(parts: Sequence[Tensor], dim: int, lengths: Sequence[int]) -> Tensor:
+    """What goes to coordinate 0 of all parts, then what goes to coordinate 1 ..., flat."""
+    if len(parts) == 1 and dim == 0:
+        return parts[0].flatten()
+    cuts = zip(*(part.split(list(lengths), dim) for part in parts), strict=True)
+    return torch.cat([torch.stack(cut).flatten() for cut in cuts])
+
+
+def _add(terms: Tensor, _sent: Tensor) -> Tensor:
+    """terms [ranks, parts, ...] -> their sum in this order."""
+    return ordered_sum(terms.flatten(0, 1).unbind())
+
+
+def gloo(meeting: Meeting, device: torch.device, deadline_s: float, ordered: bool) -> DistComm:
+    """Collectives of CPU ranks over TCP."""
+    limit = timedelta(seconds=deadline_s)
+    return DistComm(meeting, partial(_gloo, limit), device, deadline_s, ordered)
+
+
+def _gloo(limit: timedelta, store: dist.Store, rank: int, size: int) -> dist.Backend:
+    return dist.ProcessGroupGloo(store, rank, size, limit)
+
+
+def nccl(meeting: Meeting, device: torch.device, deadline_s: float, ordered: bool) -> DistComm:
+    """Collectives of GPU ranks, one GPU each."""
+    torch.cuda.set_device(device)
+    limit = timedelta(seconds=deadline_s)
+    return DistComm(meeting, partial(_nccl, limit), device, deadline_s, ordered)
+
+
+def _nccl(limit: timedelta, store: dist.Store, rank: int, size: int) -> dist.Backend:
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, rank, size, options)
