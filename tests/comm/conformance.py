@@ -6,7 +6,6 @@ Each rank knows what all the others bring, since that follows from a seed, so ea
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ MESHES = {
     "tp 2": instance_mesh(2, dp=2),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+CPU = torch.device("cpu")
 # How far a sum in another order may be off, relative to its largest term.
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
@@ -52,9 +52,9 @@ class Case:
         parts = [(part * 10.0 ** torch.randint(-3, 3, shape, generator=make)).to(self.dtype) for part in parts]
         return [part.mT.contiguous().mT for part in parts] if self.seed % 3 == 0 else parts
 
-    def start(self, comm: Comm) -> Handle:
+    def start(self, comm: Comm, device: torch.device) -> Handle:
         """Calls the collective."""
-        parts = self.brought(comm.rank, comm.mesh.coordinate(comm.rank, self.axis))
+        parts = [part.to(device) for part in self.brought(comm.rank, comm.mesh.coordinate(comm.rank, self.axis))]
         if self.kind == "sum":
             return comm.sum(parts, self.axis)
         if self.kind == "scatter_sum":
@@ -115,12 +115,12 @@ def cases(mesh: Mesh, seed: int, count: int) -> list[Case]:
     return found
 
 
-def run(comm: Comm, seed: int = 0, count: int = 72, exact: bool = True) -> None:
+def run(comm: Comm, seed: int = 0, count: int = 72, exact: bool = True, device: torch.device = CPU) -> None:
     """Runs the cases in windows: several are begun, then waited for in the order of their beginning."""
     chance = random.Random(seed)
     waiting: list[tuple[Case, Handle]] = []
     for case in cases(comm.mesh, seed, count):
-        waiting.append((case, case.start(comm)))
+        waiting.append((case, case.start(comm, device)))
         if chance.random() < 0.3:
             _finish(comm, waiting, chance.randrange(len(waiting) + 1), exact)
     _finish(comm, waiting, len(waiting), exact)
@@ -128,8 +128,5 @@ def run(comm: Comm, seed: int = 0, count: int = 72, exact: bool = True) -> None:
 
 def _finish(comm: Comm, waiting: list[tuple[Case, Handle]], number: int, exact: bool) -> None:
     for case, handle in waiting[:number]:
-        case.check(handle.wait(), comm.mesh, comm.rank, exact)
+        case.check(handle.wait().cpu(), comm.mesh, comm.rank, exact)
     del waiting[:number]
-
-
-Program = Callable[[Comm], None]

@@ -73,10 +73,12 @@ class Ready:
 
 def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
     """The sum from first to last, in fp32 or wider, rounded once to the parts' dtype. One part is itself."""
-    if len(parts) == 1:
-        return parts[0]
-    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
-    for part in parts[1:]:
-        assert part.shape == total.shape, f"parts {tuple(part.shape)} and {tuple(total.shape)} of one sum"
+    first, *others = parts
+    if not others:
+        return first
+    shape = first.shape
+    assert all(part.shape == shape for part in others), f"one sum of {[tuple(part.shape) for part in parts]}"
+    total = first.to(torch.promote_types(first.dtype, torch.float32)) + others[0]
+    for part in others[1:]:
         total += part
-    return total.to(parts[0].dtype)
+    return total.to(first.dtype)

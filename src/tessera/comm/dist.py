@@ -78,18 +78,19 @@ class DistComm:
         self._device, self._deadline_s, self._ordered = device, deadline_s, ordered
         self._meeting: Meeting | None = meeting  # keeps the store of rank 0 alive
         self._alone = SingleComm()
-        groups = {self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
-        self._groups: dict[Ranks, dist.Backend] = {}
-        for ranks in sorted(ranks for ranks in groups if len(ranks) > 1):  # all ranks in one order: making one waits
+        groups = {axis.name: self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
+        made: dict[Ranks, dist.Backend] = {}
+        for ranks in sorted({ranks for ranks in groups.values() if len(ranks) > 1}):  # in one order: making one waits
             store = dist.PrefixStore(f"group/{ranks}", meeting.store)
-            self._groups[ranks] = backend(store, ranks.index(self.rank), len(ranks))
+            made[ranks] = backend(store, ranks.index(self.rank), len(ranks))
+        self._groups = {axis: made.get(ranks) for axis, ranks in groups.items()}
         for axis in self.mesh.axes:  # connects, so that a link that does not work is found now
-            self.sum([torch.ones(1, device=device)], axis.name).wait()
+            self.sum([torch.ones(1, device=device)], axis.name).wait().tolist()
         meeting.all_at("connected")
 
     def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
         """See `Comm.sum`."""
-        group = self._group(axis)
+        group = self._groups.get(axis)
         if group is None or parts[0].numel() == 0:
             return self._alone.sum(parts, axis)
         if self._ordered:
@@ -107,7 +108,7 @@ class DistComm:
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`. Parts are padded to the longest on the way. Without `lengths` the host waits for them."""
-        group = self._group(axis)
+        group = self._groups.get(axis)
         if group is None:
             return self._alone.gather(part, axis, dim, lengths)
         at, length = self.mesh.coordinate(self.rank, axis), part.shape[dim]
@@ -122,7 +123,7 @@ class DistComm:
 
     def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
         """See `Comm.scatter_sum`. Each rank gets the terms of what it keeps, unpadded, and adds them itself."""
-        group = self._group(axis)
+        group = self._groups.get(axis)
         if group is None:
             return self._alone.scatter_sum(parts, axis, dim, lengths)
         first = parts[0]
@@ -146,12 +147,9 @@ class DistComm:
             done.record()
             while not done.query() and time.monotonic() < until:
                 time.sleep(0.001)
-        while self._groups:
-            self._groups.popitem()[1].abort()
+        for group in {id(group): group for group in self._groups.values() if group is not None}.values():
+            group.abort()
         self._meeting = None
-
-    def _group(self, axis: str) -> dist.Backend | None:
-        return self._groups.get(self.mesh.group(self.rank, axis))
 
     def _start(self, what: str, finish: Callable[[], Tensor], call: Callable[..., dist.Work], *args: object) -> Handle:
         what = f"rank {self.rank} in {what}"

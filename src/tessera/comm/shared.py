@@ -134,19 +134,21 @@ class SharedComm:
         self.rank: int = meeting.rank
         self._segment = _map(meeting)
         self._peers = Peers(self._segment, [card.pid for card in meeting.cards])
-        mine = [ranks for ranks in self._segment.plan.groups if self.rank in ranks]
-        self._channels = {r: _Channel(self._segment, self._peers, r, self.rank, deadline_s) for r in mine}
+        groups = {axis.name: self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
+        shared = {ranks for ranks in groups.values() if len(ranks) > 1}
+        channels = {r: _Channel(self._segment, self._peers, r, self.rank, deadline_s) for r in shared}
+        self._channels = {axis: channels.get(ranks) for axis, ranks in groups.items()}
         self._alone = SingleComm()
 
     def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
         """See `Comm.sum`."""
-        if (channel := self._channel(axis)) is None:
+        if (channel := self._channels.get(axis)) is None:
             return self._alone.sum(parts, axis)
         return channel.post("sum", axis, parts, _sum)
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
-        if (channel := self._channel(axis)) is None:
+        if (channel := self._channels.get(axis)) is None:
             return self._alone.gather(part, axis, dim, lengths)
         at = self.mesh.coordinate(self.rank, axis)
         assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
@@ -154,7 +156,7 @@ class SharedComm:
 
     def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
         """See `Comm.scatter_sum`."""
-        if (channel := self._channel(axis)) is None:
+        if (channel := self._channels.get(axis)) is None:
             return self._alone.scatter_sum(parts, axis, dim, lengths)
         at = self.mesh.coordinate(self.rank, axis)
         assert parts[0].shape[dim] == sum(lengths), f"{parts[0].shape[dim]} elements to cut into {lengths}"
@@ -165,9 +167,6 @@ class SharedComm:
         """See `Comm.close`."""
         self._segment.leave(self.rank)
         self._peers.close()
-
-    def _channel(self, axis: str) -> _Channel | None:
-        return self._channels.get(self.mesh.group(self.rank, axis))
 
 
 def _map(meeting: Meeting) -> Segment:
