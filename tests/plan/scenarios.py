@@ -35,16 +35,26 @@ def ending(submit: Submit, lengths: list[int], recurrent: bool) -> Submit:
 
 
 def shared_prefix() -> World:
-    """The second prompt begins with pages of the first, which runs on; a third needs what nobody uses any more."""
-    world = World(PlannerConfig(3, 12, 2, 24, prefix_cache=True))
+    """The second prompt begins with pages of the first, which runs on."""
+    world = World(PlannerConfig(3, 50, 2, 24, prefix_cache=True))
     world.submit(request("first", LONG[:8], 10, ignore_eos=True))
     world.turn()
     world.submit(request("second", [*LONG[:6], 1], 4, ignore_eos=True))
-    world.turn()
-    world.turn()
-    world.submit(request("third", LONG[::-1], 2))
     world.finish()
     assert world.ends["second", 0].num_cached == 6
+    return world
+
+
+def evicting() -> World:
+    """The tree gives up pages that nobody uses, and not those of an answer that runs on."""
+    world = World(PlannerConfig(3, 10, 2, 24, prefix_cache=True))
+    world.submit(request("running", LONG[:4], 6, ignore_eos=True))
+    world.turn()
+    world.submit(request("ended", LONG[3:9], 1))
+    world.turn()
+    world.submit(request("third", LONG[::-1][:8], 2))
+    world.finish()
+    assert kinds(world) == "pdpdpddd", kinds(world)
     return world
 
 
@@ -63,7 +73,7 @@ def growing() -> World:
     world = World(PlannerConfig(2, 5, 4, 16))
     world.submit(request("first", [1, 2], 6, ignore_eos=True))
     world.turn()
-    world.submit(request("second", LONG, 4, ignore_eos=True))
+    world.submit(request("second", LONG[:11], 4, ignore_eos=True))
     world.finish()
     assert world.planner.ranks[0].state.num_preempted == 0, "the page of a running answer was given away"
     return world

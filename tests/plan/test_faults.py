@@ -24,6 +24,7 @@ Patch = pytest.MonkeyPatch
 Scenario = Callable[[], World]
 ALL: list[Scenario] = [
     scenarios.shared_prefix,
+    scenarios.evicting,
     scenarios.crowded,
     scenarios.growing,
     scenarios.riding,
@@ -66,13 +67,12 @@ def pages_in_use_are_evicted(patch: Patch) -> None:
         for page in [page for page, node in self._nodes.items() if not node.children][:count]:
             node = self._nodes.pop(page)
             del node.parent.children[node.key]  # type: ignore[union-attr]
+            self._pool.num_idle += int(self._pool.refs[page] > 1)
             self._pool.refs[page] = 1
-            self._pool.num_idle += 1
             self._pool.evict(page)
         return count
 
     patch.setattr(PrefixTree, "evict", evict)
-    patch.setattr(PagePool, "num_idle", property(lambda self: 4, lambda self, value: None), raising=False)
 
 
 def admission_takes_the_last_page(patch: Patch) -> None:
@@ -170,7 +170,7 @@ FAULTS: list[tuple[Callable[[Patch], None], Scenario]] = [
     (shared_pages_are_not_counted, scenarios.shared_prefix),
     (shared_pages_are_not_counted, scenarios.forked),
     (dropped_pages_are_free_whoever_holds_them, scenarios.forked),
-    (pages_in_use_are_evicted, scenarios.shared_prefix),
+    (pages_in_use_are_evicted, scenarios.evicting),
     (admission_takes_the_last_page, scenarios.growing),
     (a_preempted_sequence_forgets_what_it_drew, scenarios.crowded),
     (a_preempted_sequence_keeps_its_pages, scenarios.crowded),

@@ -9,6 +9,8 @@ occupant entered, and a result of an older step is dropped.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 
 from tessera.plan.change import ChangeBuilder
@@ -49,48 +51,52 @@ class RankState:
     @property
     def num_spare(self) -> int:
         """Pages that are spoken for by nobody: one is left for every row, which may need its next one."""
-        return self.pages.available - self._num_promised - self.table.num_running - len(self._admitted)
+        return self.pages.available - self.table.num_running - self._num_promised
 
     # -- into a row ------------------------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence) -> bool:
         """Promises a row, a slot, and pages for all that is known of it, which `seat` gives; False: no room now."""
-        num_more = len(self._admitted) + 1
-        if num_more > len(self.table.free) or num_more > self.slots.room:
+        admitted = self._admitted
+        if len(admitted) >= min(len(self.table.free), self.slots.room):
             return False
-        sequence.node, cached = self.match(sequence)
-        num_fresh = self.config.pages_for(len(sequence.tokens)) - len(cached)
-        if len(cached):
+        num_known, size = len(sequence.tokens), self.config.page_size
+        sequence.node, cached = self.match(sequence) if self.prefix.enabled else (None, NO_INTS)
+        num_cached = len(cached)
+        if num_cached:
             self.pages.share(cached)  # first, so that they are not counted as available
-        if num_fresh > self.num_spare:
-            if len(cached):
+        num_soon = -(-min(num_known + 1, sequence.goal) // size) - num_cached  # with the page of its next token
+        if num_soon > self.num_spare:
+            if num_cached:
                 self.pages.drop(cached)
             return False
-        if len(cached):
+        start = sequence.num_computed = num_cached * size
+        if num_cached:
             self.prefix.touch(cached)
-        start = sequence.num_computed = len(cached) * self.config.page_size
         if not sequence.entered:
             sequence.num_cached = start
-        sequence.num_published = len(cached)
-        self._admitted.append((sequence, cached, start, num_fresh))
-        self._num_promised += num_fresh
+        sequence.num_published = num_cached
+        num_fresh = -(-num_known // size) - num_cached
+        admitted.append((sequence, cached, start, num_fresh))
+        self._num_promised += num_fresh + 1
         return True
 
     def seat(self, index: int) -> None:
         """Who was admitted enters a row, at step `index`."""
         if not self._admitted:
             return
-        fresh, at, pages = self.take_pages(self._num_promised), 0, []
-        for _, cached, _, count in self._admitted:
-            own, at = fresh[at : at + count], at + count
-            pages.append(np.concatenate([cached, own]) if len(cached) else own)
-        self._enter([entry[0] for entry in self._admitted], [entry[2] for entry in self._admitted], pages, index)
+        sequences, cached, starts, counts = zip(*self._admitted, strict=True)
+        ends = list(accumulate(counts))
+        fresh = self.take_pages(ends[-1])
+        pages = [
+            np.concatenate([shared, fresh[end - count : end]]) if len(shared) else fresh[end - count : end]
+            for shared, count, end in zip(cached, counts, ends, strict=True)
+        ]
+        self._enter(sequences, starts, pages, index)
         self._admitted, self._num_promised = [], 0
 
-    def match(self, sequence: Sequence) -> tuple[Node | None, Ints]:
+    def match(self, sequence: Sequence) -> tuple[Node, Ints]:
         """Deepest node of the tree for a waiting sequence, and its pages; positions that need logits are computed."""
-        if not self.prefix.enabled:
-            return None, NO_INTS
         return self.prefix.match(sequence.namespace, sequence.tokens, sequence.logits_from)
 
     def fork(self, parent: Sequence, index: int, most: int) -> list[Sequence]:
@@ -112,7 +118,7 @@ class RankState:
                 child.leader, child.num_computed, child.num_cached = None, position, parent.num_cached
                 child.node, child.num_published = parent.node, parent.num_published
             pages = [np.append(held[:at], page) for page in own]
-            self._enter(children, [position] * len(children), pages, index)
+            self._enter(tuple(children), (position,) * len(children), pages, index)
         for child in children:
             copied = (int(held[at]), int(self.table.pages[child.row, at])) if inside else None
             self.change.copy(copied, (parent.slot, child.slot) if parent.slot >= 0 else None)
@@ -120,7 +126,7 @@ class RankState:
             self.queue.push(leader)
         return children
 
-    def _enter(self, sequences: list[Sequence], starts: list[int], pages: list[Ints], index: int) -> None:
+    def _enter(self, sequences: tuple[Sequence, ...], starts: tuple[int, ...], pages: list[Ints], index: int) -> None:
         rows = self.table.enter(sequences, starts, pages, index)
         slots = self.slots.take(len(sequences))
         enters = []
@@ -184,8 +190,9 @@ class RankState:
         self.table.leave(rows)
         for sequence in sequences:
             sequence.slot, sequence.node, sequence.num_published = -1, None, 0
-            self.prefilling.pop(sequence, None)
-            self.leaders.pop(sequence, None)
+        for group in (self.prefilling, self.leaders):
+            for sequence in sequences if group else ():
+                group.pop(sequence, None)
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to the queue with all that is known of it; nothing of it may be in flight, so all is known here."""

@@ -43,7 +43,9 @@ class RowTable:
         """Rows that are taken."""
         return len(self.occupants) - len(self.free)
 
-    def enter(self, sequences: list[Sequence], starts: list[int], pages: list[Ints], index: int) -> list[int]:
+    def enter(
+        self, sequences: tuple[Sequence, ...], starts: tuple[int, ...], pages: list[Ints], index: int
+    ) -> list[int]:
         """Puts sequences into free rows; their positions before `starts` are computed already."""
         rows = [self.free.pop() for _ in sequences]
         self.computed[rows] = self.done[rows] = starts
@@ -51,11 +53,14 @@ class RowTable:
         self.ready[rows] = False
         columns = np.array([(s.goal, s.draws, s.priority, s.arrival) for s in sequences], np.int64)
         self.goal[rows], self.draws[rows], self.priority[rows], self.arrival[rows] = columns.T
-        self.capacity[rows] = np.array([len(held) for held in pages]) * self.page_size
-        for sequence, row, held in zip(sequences, rows, pages, strict=True):
+        for sequence, row in zip(sequences, rows, strict=True):
             self.occupants[row] = sequence
             sequence.row = row
-            self.pages[row, : len(held)] = held
+        counts = np.array([len(held) for held in pages])
+        self.capacity[rows] = counts * self.page_size
+        firsts = np.cumsum(counts) - counts
+        within = np.arange(counts.sum()) - np.repeat(firsts, counts)
+        self.pages[np.repeat(rows, counts), within] = np.concatenate(pages)
         return rows
 
     def leave(self, rows: list[int]) -> None:
