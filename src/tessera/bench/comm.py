@@ -1,6 +1,6 @@
-"""Microseconds of a sum among CPU ranks: `python -m tessera.bench.comm [--ranks 2 4] [--kinds shared gloo]`.
+"""Microseconds of a sum among CPU ranks: `python -m tessera.bench.comm [--ranks 2 4] [--kinds shared gloo] [--rows 1]`.
 
-What is summed is one decode step's hidden states, `[rows, 2048]` in float32. Each round is timed on rank 0 from the
+What is summed is a step's hidden states, `[rows, 2048]` in float32. Each round is timed on rank 0 from the
 call to the result; ranks meet anew in each round, so the figure holds what waiting for the slowest costs.
 """
 
@@ -17,7 +17,6 @@ import torch
 from tessera.comm.connect import Place, connect
 from tessera.core.mesh import instance_mesh
 
-ROWS = (1, 8, 64)
 HIDDEN = 2048
 
 
@@ -27,10 +26,10 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _rank(place: Place, rounds: int) -> None:
+def _rank(place: Place, all_rows: list[int], rounds: int) -> None:
     torch.set_num_threads(1)
     comm = connect(place)
-    for rows in ROWS:
+    for rows in all_rows:
         took = []
         for _ in range(rounds):
             part = torch.ones(rows, HIDDEN)
@@ -45,13 +44,13 @@ def _rank(place: Place, rounds: int) -> None:
     comm.close()
 
 
-def measure(kind: str, ranks: int, ordered: bool, rounds: int) -> None:
-    """Prints a row for each of ROWS: microseconds, the best, the median and what 95 % of rounds stay below."""
+def measure(kind: str, ranks: int, ordered: bool, rows: list[int], rounds: int) -> None:
+    """Prints a line for each number of rows: microseconds, the best, the median and what 95 % of rounds stay below."""
     address, mesh = f"127.0.0.1:{_free_port()}", instance_mesh(ranks)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tessera.comm.connect"])
     places = [Place(mesh, rank, torch.device("cpu"), address, kind, ordered=ordered) for rank in range(ranks)]
-    processes = [context.Process(target=_rank, args=(place, rounds)) for place in places]
+    processes = [context.Process(target=_rank, args=(place, rows, rounds)) for place in places]
     for process in processes:
         process.start()
     for process in processes:
@@ -63,12 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     ask.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     ask.add_argument("--kinds", nargs="+", default=["shared", "gloo", "gloo-ordered"])
+    ask.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     ask.add_argument("--rounds", type=int, default=500)
     asked = ask.parse_args(arguments)
     print("| collectives | ranks | rows | best us | median us | 95 % us |\n|---|---|---|---|---|---|", flush=True)
     for ranks in asked.ranks:
         for kind in asked.kinds:
-            measure(kind.removesuffix("-ordered"), ranks, kind.endswith("-ordered"), asked.rounds)
+            measure(kind.removesuffix("-ordered"), ranks, kind.endswith("-ordered"), asked.rows, asked.rounds)
 
 
 if __name__ == "__main__":

@@ -147,12 +147,15 @@ class Segment:
 
     def write(self, slot: int, turn: int, kind: int, parts: Sequence[Tensor]) -> None:
         """Puts down the parts, all of one shape and dtype, as one message."""
-        head = _header(kind, parts[0].dtype, len(parts), parts[0].shape)
+        first, *others = parts
+        head = _header(kind, first.dtype, len(parts), first.shape)
         offset = self.plan.message(slot, turn)
         self._memory[offset : offset + _HEADER.size] = head
-        for view, part in zip(self._views(offset, head), parts, strict=True):
-            assert part.shape == view.shape, "the parts of one collective differ in shape"
-            assert part.dtype == view.dtype, "the parts of one collective differ in dtype"
+        views = self._views(offset, head)
+        views[0].copy_(first)
+        for view, part in zip(views[1:], others, strict=True):
+            assert part.shape == first.shape, "the parts of one collective differ in shape"
+            assert part.dtype == first.dtype, "the parts of one collective differ in dtype"
             view.copy_(part)
 
     def read(self, slot: int, turn: int) -> tuple[bytes, list[Tensor]]:

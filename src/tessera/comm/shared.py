@@ -54,7 +54,7 @@ class Peers:
             os.close(self._ends.pop())
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Collective:
     """One under way."""
 
