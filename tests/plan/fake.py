@@ -214,8 +214,15 @@ class World:
         self.steps.append(step)
         for part in step.parts:
             self.check_budget(part)
-        self.running.append((step, [r.launch(p) for r, p in zip(self.ranks, step.parts, strict=True)]))
+        halves = [half.parts for half in step.halves]
+        self.running.append(
+            (step, [self.run(r, p) for r, p in zip(self.ranks, zip(*halves, strict=True), strict=True)])
+        )
         return True
+
+    def run(self, rank: FakeRank, parts: tuple[Part, ...]) -> list[tuple[Occupant, int]]:
+        """A rank's part of a step, or the halves of it one after the other."""
+        return [drawn for part in parts for drawn in rank.launch(part)]
 
     def check_budget(self, part: Part) -> None:
         config, lengths = self.config, part.lengths

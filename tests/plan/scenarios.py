@@ -165,3 +165,15 @@ def spread() -> World:
     assert kinds(world, 0) == "p" + "d" * 11
     assert kinds(world, 1) == "p" + "-" * 11
     return world
+
+
+def halved() -> World:
+    """Mixed steps in two halves; one cut falls inside a prompt."""
+    world = World(PlannerConfig(3, 50, 4, 24, num_slots=4, chunk_size=8, mixed=True, split_from=2, split_grain=1))
+    world.submit(request("first", [1], 9, ignore_eos=True))
+    world.turn()
+    world.submit(request("long", LONG, 3, ignore_eos=True))
+    world.finish()
+    assert "mm" in kinds(world)
+    assert any(a.parts[0].rows[-1:] == b.parts[0].rows[:1] for a, b in (s.halves for s in world.steps if s.cuts))
+    return world

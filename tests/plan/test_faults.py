@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tessera.plan.policy import BALANCES
 from tessera.plan.prefix import PrefixTree
 from tessera.plan.slots import SlotPool
 from tessera.plan.state import RankState
-from tessera.plan.step import NO_INTS, Ints
+from tessera.plan.step import NO_INTS, Ints, Part
 from tessera.plan.table import RowTable
 
 Patch = pytest.MonkeyPatch
@@ -35,6 +36,7 @@ ALL: list[Scenario] = [
     scenarios.twins,
     scenarios.one_slot,
     scenarios.spread,
+    scenarios.halved,
 ]
 
 
@@ -166,6 +168,28 @@ def requests_go_round_whatever_they_weigh(patch: Patch) -> None:
     patch.setitem(BALANCES, "total_tokens", BALANCES["round_robin"])
 
 
+def the_second_half_runs_first(patch: Patch) -> None:
+    def split(real: Any, self: Part, at: int) -> tuple[Part, Part]:
+        first, second = real(self, at)
+        return replace(second, change=first.change), replace(first, change=second.change)
+
+    around(patch, Part, "split", split)
+
+
+def a_range_cut_in_two_draws_in_both_halves(patch: Patch) -> None:
+    def cut(real: Any, self: Part, keep: Any, starts: Ints, lengths: Ints, logits: Ints, ends_here: Any) -> Any:
+        return real(self, keep, starts, lengths, logits, np.ones_like(ends_here))
+
+    around(patch, Part, "_cut", cut)
+
+
+def the_second_half_starts_where_the_first_does(patch: Patch) -> None:
+    def cut(real: Any, self: Part, keep: Any, starts: Ints, *others: Any) -> Any:
+        return real(self, keep, self.starts, *others)
+
+    around(patch, Part, "_cut", cut)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], Scenario]] = [
     (shared_pages_are_not_counted, scenarios.shared_prefix),
     (shared_pages_are_not_counted, scenarios.forked),
@@ -186,6 +210,9 @@ FAULTS: list[tuple[Callable[[Patch], None], Scenario]] = [
     (forks_keep_pages_that_their_parent_gave_up, scenarios.twins),
     (a_swapped_page_is_not_told_to_the_ranks, scenarios.twins),
     (requests_go_round_whatever_they_weigh, scenarios.spread),
+    (the_second_half_runs_first, scenarios.halved),
+    (a_range_cut_in_two_draws_in_both_halves, scenarios.halved),
+    (the_second_half_starts_where_the_first_does, scenarios.halved),
 ]
 
 

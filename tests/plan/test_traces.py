@@ -33,6 +33,8 @@ def configs(draw: st.DrawFn) -> PlannerConfig:
         policy=draw(st.sampled_from(["fcfs", "lpm", "priority"])),
         load_balance=draw(st.sampled_from(["round_robin", "total_requests", "total_tokens"])),
         max_queued=draw(st.sampled_from([0, 0, 3])),
+        split_from=draw(st.sampled_from([0, 1, 6])),
+        split_grain=draw(st.sampled_from([1, 3])),
     )
 
 

@@ -19,6 +19,8 @@ class PlannerConfig:
     `max_prefill_tokens` goes alone. `mixed`: decodes ride along with prefill ranges; else the two take turns.
     `max_context`: most tokens of a sequence, prompt and answer. `max_in_flight`: steps planned and not yet done.
     `max_queued`: most requests waiting (<= 0: no limit).
+    `split_from`: a step whose largest part has at least this many tokens is run as two halves, on all ranks (0: none
+    is); `split_share`, `split_grain`: where each part is cut, see `halves.cut`.
     """
 
     max_running: int
@@ -36,6 +38,9 @@ class PlannerConfig:
     load_balance: str = "round_robin"
     max_queued: int = 0
     weights_version: str = ""
+    split_from: int = 0
+    split_share: float = 0.48
+    split_grain: int = 64
 
     def __post_init__(self) -> None:
         conflicts = [
@@ -47,6 +52,8 @@ class PlannerConfig:
                 ("max_context", self.max_context, 2),
                 ("num_dp", self.num_dp, 1),
                 ("max_in_flight", self.max_in_flight, 1),
+                ("split_from", self.split_from, 0),
+                ("split_grain", self.split_grain, 1),
                 ("num_slots", self.num_slots, 2 if self.num_slots else 0),
             )
             if value < least
@@ -57,6 +64,10 @@ class PlannerConfig:
         ):
             if value not in choices:
                 conflicts.append(Conflict((f"{name} {value}",), "it is not known", f"Use one of {', '.join(choices)}"))
+        if not 0 <= self.split_share <= 0.5:
+            conflicts.append(
+                Conflict((f"split_share {self.split_share}",), "the smaller half has 0 to 0.5", "Use 0 (never) to 0.5")
+            )
         if self.prefix_cache and self.num_slots:
             conflicts.append(
                 Conflict(

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from tessera.core.messages import Abort, Fault, FinishReason, Flush, Output, Stop, Submit
 from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
+from tessera.plan.halves import cut
 from tessera.plan.policy import BALANCES
 from tessera.plan.request import Sequence, choices
-from tessera.plan.step import Clock, Event, Step, StepDone
+from tessera.plan.step import Clock, Event, Part, Step, StepDone
 
 __all__ = ["Planner", "PlannerConfig"]
 
@@ -85,10 +86,17 @@ class Planner:
         planned = [rank.plan(self._index) for rank in self.ranks]
         if not any(len(part.rows) for part, _ in planned):
             return None
-        step = Step(self._index, tuple(part for part, _ in planned))
+        parts = tuple(part for part, _ in planned)
+        step = Step(self._index, parts, self._cuts(parts))
         self._in_flight.append([record for _, record in planned])
         self._index += 1
         return step
+
+    def _cuts(self, parts: tuple[Part, ...]) -> tuple[int, ...]:
+        config = self.config
+        if not 0 < config.split_from <= max(part.num_tokens for part in parts):
+            return ()
+        return tuple(cut(part, config.split_share, config.split_grain).num_tokens for part in parts)
 
     def check(self) -> None:
         """Raises AssertionError when a page, a slot or a row is lost, held twice or written by two."""

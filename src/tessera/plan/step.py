@@ -134,15 +134,30 @@ def empty_part(change: Change = NO_CHANGE) -> Part:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all ranks run once: one part per DP rank. `index` counts steps (the epoch of the row table)."""
+    """What all ranks run once: one part per DP rank. `index` counts steps (the epoch of the row table).
+
+    `cuts`: tokens of each part's first half where the step is to run as two (see `halves`); empty: it runs whole.
+    """
 
     index: int
     parts: tuple[Part, ...]
+    cuts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all parts."""
         return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def halves(self) -> tuple[Step, ...]:
+        """The steps that this one runs as: two halves on every rank, or itself. What they draw is in this one's order.
+
+        The change belongs to the first, and is applied before either begins.
+        """
+        if not self.cuts:
+            return (self,)
+        pairs = [part.split(at) for part, at in zip(self.parts, self.cuts, strict=True)]
+        return Step(self.index, tuple(a for a, _ in pairs)), Step(self.index, tuple(b for _, b in pairs))
 
 
 @dataclass(frozen=True, slots=True)
