@@ -50,7 +50,7 @@ def leaves(comm: Comm) -> None:
 
 def hangs(comm: Comm) -> None:
     """Lives, and does nothing."""
-    time.sleep(2.5)
+    time.sleep(4)
 
 
 VICTIM = 2
@@ -77,11 +77,11 @@ def test_the_others_are_told(kind: str) -> None:
     for told in (*left, *died):
         name, text, waited = told
         assert name == "PeerError", told
-        assert waited < 2.0, told
+        assert waited < 4.0, told
         # Rank 3 waits for 2 and leaves when it hears: its neighbours may hear of either.
         assert kind != "shared" or "rank 2 has " in text or "rank 3 has " in text, told
     assert any(name == "DeadlineError" for name, _, _ in hung), hung
-    assert all(waited < 2.4 for _, _, waited in hung), hung
+    assert all(waited < 3.5 for _, _, waited in hung), hung
     assert kind != "shared" or any("for ranks [2]" in text for _, text, _ in hung), hung
 
 

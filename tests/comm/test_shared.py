@@ -103,26 +103,27 @@ def joined(mesh: Mesh, **more: Any) -> list[SharedComm]:
     return comms
 
 
-def fast_and_slow(rounds: int) -> list[Any]:
-    """Rank 1 begins DEPTH collectives and is slow to wait for them; rank 0 goes on as far as it can."""
+def fast_and_slow(rounds: int, patience_s: float) -> list[Any]:
+    """Rank 1 begins DEPTH collectives and then waits for rank 0 to begin all of its own, before it reads any."""
     fast, slow = joined(instance_mesh(2))
+    channel = fast._channels["tp"]
 
-    def sums(comm: SharedComm, pause: float) -> list[float]:
-        handles = []
+    def sums(comm: SharedComm) -> list[float]:
+        handles, until = [], time.monotonic() + patience_s
         for i in range(rounds):
-            if i == DEPTH:
-                time.sleep(pause)
+            while comm is slow and i == DEPTH and channel._count < rounds and time.monotonic() < until:
+                time.sleep(0.001)
             handles.append(comm.sum([torch.full((4,), float(i))], "tp"))
         return [handle.wait()[0].item() for handle in handles]
 
-    results = together([partial(sums, fast, 0.0), partial(sums, slow, 0.3)])
+    results = together([partial(sums, fast), partial(sums, slow)])
     fast.close()
     slow.close()
     return results
 
 
 def test_a_place_is_not_reused_before_all_have_read_it() -> None:
-    assert fast_and_slow(3 * DEPTH) == [[2.0 * i for i in range(3 * DEPTH)]] * 2
+    assert fast_and_slow(3 * DEPTH, patience_s=0.2) == [[2.0 * i for i in range(3 * DEPTH)]] * 2
 
 
 def test_reusing_a_place_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,20 @@ def test_reusing_a_place_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             wait(channel, counters, count, what)
 
     monkeypatch.setattr(shared._Channel, "_await", hasty)
-    assert fast_and_slow(DEPTH + 1) != [[2.0 * i for i in range(DEPTH + 1)]] * 2
+    assert fast_and_slow(DEPTH + 1, patience_s=10.0) != [[2.0 * i for i in range(DEPTH + 1)]] * 2
+
+
+def test_a_handle_that_nobody_waits_for_is_in_nobodys_way() -> None:
+    comms = joined(instance_mesh(2))
+
+    def sums(comm: SharedComm) -> float:
+        for _ in range(3 * DEPTH):
+            comm.sum([torch.zeros(2)], "tp")
+        return comm.sum([torch.ones(2)], "tp").wait()[0].item()
+
+    assert together([partial(sums, comm) for comm in comms]) == [2.0, 2.0]
+    for comm in comms:
+        comm.close()
 
 
 def test_ranks_in_different_collectives() -> None:
