@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.oracle import CASES, make_model
+from models.configs import CASES
+from models.oracle import make_model
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.weights import weight_table
 from tessera.models.folder import open_source, read_model

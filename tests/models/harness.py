@@ -35,16 +35,19 @@ class Rank:
     tables: np.ndarray
     computed: list[int] = field(default_factory=list)
 
-    def run(self, ranges: list[tuple[int, list[int]]]) -> Tensor:
-        """Computes the next tokens of some sequences, in one step: logits [T, V] of all of them."""
-        sequences = np.array([s for s, _ in ranges])
+    def run(self, ranges: list[tuple[int, list[int]]], counts: tuple[int, ...] | None = None) -> Tensor:
+        """Computes the next tokens of some sequences, in one step: logits [T, V] of all of them.
+
+        `counts`: tokens of every DP rank in this step; this one may have none.
+        """
+        sequences = np.array([s for s, _ in ranges], np.int32)
         starts = np.array([self.computed[s] for s in sequences], np.int32)
         lengths = np.array([len(tokens) for _, tokens in ranges], np.int32)
-        segments = make_segments(starts, lengths, self.tables[sequences], (sequences + 1).astype(np.int32), PAGE)
+        segments = make_segments(starts, lengths, self.tables[sequences], sequences + 1, PAGE)
         flat = torch.tensor([t for _, tokens in ranges for t in tokens], dtype=torch.int32)
         with torch.inference_mode():
-            hidden = drain(self.decoder.hidden(flat, segments, self.caches))
-            logits = self.decoder.logits(hidden)
+            hidden = drain(self.decoder.hidden(flat, segments, self.caches, counts))
+            logits = self.decoder.logits(hidden, counts)
         for s, tokens in ranges:
             self.computed[s] += len(tokens)
         return logits

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from models.configs import CASES
 from models.harness import make_rank
-from models.oracle import CASES, logits, make_model, save
+from models.oracle import logits, make_model, save
 from tessera.core.mesh import SINGLE
 from tessera.core.weights import weight_table
 from tessera.models.folder import open_source, read_model

@@ -57,32 +57,39 @@ class Mesh:
         return tuple(first + i * axis.stride for i in range(axis.size))
 
 
-def instance_mesh(tp: int = 1, dp: int = 1, ep: int = 1, dense_tp: int | None = None) -> Mesh:
+def instance_mesh(tp: int = 1, dp: int = 1, ep: int = 1, dense_tp: int | None = None, dp_lm_head: bool = False) -> Mesh:
     """Mesh of one serving instance of `tp` ranks in SGLang's meaning.
 
     attn: attention TP = tp / dp, neighbours; dp: groups of them; moe: TP inside an expert = tp / ep; expert: EP over
-    those; dense: TP of dense MLPs; tp: all ranks.
+    those; dense: TP of dense MLPs; vocab: TP of embedding and head, the attention's (`dp_lm_head`) or all ranks; tp:
+    all ranks. A group of ranks as the attention sees it: `G/dp` are the attention groups that it joins, `G/attn` its
+    ranks inside one of them.
     """
     dense = tp if dense_tp is None else dense_tp
     for name, size in (("dp", dp), ("ep", ep), ("dense_tp", dense)):
         if size < 1 or tp % size:
             raise LayoutError(f"{name} {size} does not divide tp {tp}; choose a divisor of {tp}")
-    return Mesh(
-        tp,
-        (
-            Axis("tp", tp),
-            Axis("attn", tp // dp),
-            Axis("dp", dp, tp // dp),
-            Axis("moe", tp // ep),
-            Axis("expert", ep, tp // ep),
-            Axis("dense", dense),
-        ),
-    )
+    attn = tp // dp
+    axes = [Axis("attn", attn), Axis("dp", dp, attn), Axis("moe", tp // ep), Axis("expert", ep, tp // ep)]
+    for name, size in (("tp", tp), ("dense", dense), ("vocab", attn if dp_lm_head else tp)):
+        if size % attn and attn % size:
+            raise LayoutError(f"{name} {size} cuts attention groups of {attn} ranks; one must divide the other")
+        axes += [
+            Axis(name, size),
+            Axis(f"{name}/dp", max(size // attn, 1), attn),
+            Axis(f"{name}/attn", min(size, attn)),
+        ]
+    return Mesh(tp, tuple(axes))
 
 
 def divisors(ranks: int) -> list[int]:
     """Sizes into which `ranks` can be cut evenly, smallest first."""
     return [n for n in range(1, ranks + 1) if ranks % n == 0]
+
+
+def even_lengths(total: int, ranks: int) -> tuple[int, ...]:
+    """Lengths of `ranks` neighbouring parts of `total`, as even as can be, the longer ones first."""
+    return tuple((total + ranks - 1 - r) // ranks for r in range(ranks))
 
 
 def share(total: int, ranks: int) -> int:

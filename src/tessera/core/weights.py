@@ -2,8 +2,8 @@
 
 Fused tensors (`q | gate | k | v`, `gate | up`, `q | k | v | z | b | a`) are sections from several checkpoint tensors.
 Mesh axes: heads on "attn", dense MLPs on "dense", experts on "expert" and inside an expert on "moe", shared experts on
-"tp" (so that one sum over "tp" adds routed and shared parts), vocabulary on "attn". A dim that feeds a sum across ranks
-is `summed`. Names in a checkpoint are the canonical `model.layers.N....`; `models/load.py` maps others to them.
+"tp" (so that one sum over "tp" adds routed and shared parts), vocabulary on "vocab". A dim that feeds a sum across
+ranks is `summed`. Names in a checkpoint are the canonical `model.layers.N....`; `models/load.py` maps others to them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _row_parallel(name: str, tensor: str, what: str, units: int, width: int, axi
 def _vocabulary(
     name: str, tensor: str, role: Literal["linear", "embedding"], spec: ModelSpec, mesh: Mesh
 ) -> TensorSpec:
-    units, padding = padded(spec.vocab_size, mesh.size_of("attn"))
-    rows = Dim("vocabulary", (Section("vocabulary", units, padding=padding, stored=Stored(tensor)),), "attn")
+    units, padding = padded(spec.vocab_size, mesh.size_of("vocab"))
+    rows = Dim("vocabulary", (Section("vocabulary", units, padding=padding, stored=Stored(tensor)),), "vocab")
     return TensorSpec(name, Layout((rows, whole("hidden", spec.hidden))), role)
 
 

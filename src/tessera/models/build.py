@@ -13,7 +13,7 @@ from tessera.core.weights import weight_table
 from tessera.models.decoder import Decoder
 from tessera.models.parts import Tools, Weights
 from tessera.ops.backend import TORCH, Backend
-from tessera.ops.linear import PackedLinear, pack_reference
+from tessera.ops.linear import PackedLinear
 from tessera.ops.rope import rope_tables
 
 
@@ -38,5 +38,5 @@ def build_model(
         for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
     }
     tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred)
-    head = pack_reference(embed) if spec.tied else weights.linear("head")
+    head = backend.pack(embed, shared=True) if spec.tied else weights.linear("head")
     return Decoder(spec, weights, tools, head)

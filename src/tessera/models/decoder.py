@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from tessera.comm.together import Together, together
+from tessera.comm.waits import Waits
 from tessera.core.spec import AttentionSpec, DenseSpec, LayerSpec, MLASpec, ModelSpec
 from tessera.models.experts import MoE
 from tessera.models.forms import choose_forms
 from tessera.models.layers import MLA, Attention, DeltaNet, DenseMLP
-from tessera.models.parts import Batch, Tools, Waits, Weights
+from tessera.models.parts import Batch, Tools, Weights, drain
 from tessera.ops.linear import PackedLinear, linear
 from tessera.ops.norm import add_rmsnorm, rmsnorm
 from tessera.ops.precision import wide
@@ -43,46 +45,75 @@ class Layer:
         eps, zero_centred = self.tools.eps, self.tools.zero_centred
         mixed = yield from self.mixer(rmsnorm(x, self.mixer_norm, eps, zero_centred), batch)
         normed, x = add_rmsnorm(mixed, x, self.mlp_norm, eps, zero_centred)
-        return x + (yield from self.mlp(normed))
+        return x + (yield from self.mlp(normed, batch))
 
 
 class Embedding:
     """Rows of the vocabulary that this rank holds; the others' rows come in by a sum."""
 
-    def __init__(self, weights: Weights, tools: Tools) -> None:
-        self.weight, self.tools = weights.tensor("embed"), tools
+    def __init__(self, weights: Weights, vocabulary: Together) -> None:
+        self.weight, self.together = weights.tensor("embed"), vocabulary
         held = weights.held("embed")
         self.first, self.count = held[0], len(held)
 
-    def __call__(self, tokens: Tensor) -> Waits[Tensor]:
+    def __call__(self, tokens: Tensor, counts: tuple[int, ...]) -> Waits[Tensor]:
         """tokens [T] -> [T, hidden]."""
-        local = tokens - self.first
+        local = (yield from self.together.bring(tokens, counts)) - self.first
         outside = (local < 0) | (local >= self.count)
         part = embedding(local.clamp(0, self.count - 1), self.weight).masked_fill(outside[:, None], 0)
-        return (yield self.tools.comm.sum([part], "attn"))
+        return (yield from self.together.home(part, counts))
+
+
+class Head:
+    """Logits of the part of the vocabulary that this rank holds; the others' come in by a gather."""
+
+    def __init__(self, weight: PackedLinear, vocabulary: Together, tools: Tools, vocab_size: int) -> None:
+        self.weight, self.together, self.comm, self.vocab_size = weight, vocabulary, tools.comm, vocab_size
+
+    def __call__(self, hidden: Tensor, counts: tuple[int, ...]) -> Waits[Tensor]:
+        """hidden [N, hidden] -> [N, V]."""
+        part = linear((yield from self.together.bring(hidden, counts)), self.weight)
+        whole = yield self.comm.gather(part, "vocab", -1)
+        logits = whole[self.together.own(counts), : self.vocab_size]
+        return logits.to(wide(logits.dtype))
 
 
 class Decoder:
-    """A model on one rank. Built by `models/build.py`."""
+    """A model on one rank. Built by `models/build.py`.
+
+    `counts`: how many rows every DP rank of the instance has in this step; this one's alone where it is the only one.
+    """
 
     def __init__(self, spec: ModelSpec, weights: Weights, tools: Tools, head: PackedLinear) -> None:
-        self.spec, self.tools, self.head = spec, tools, head
-        self.embed = Embedding(weights, tools)
+        self.spec, self.tools = spec, tools
+        vocabulary = together(tools.comm, "vocab")
+        self.embed, self.head = Embedding(weights, vocabulary), Head(head, vocabulary, tools, spec.vocab_size)
         self.layers = [
             Layer(layer, weights.at(f"layers.{i}"), tools, f"layers.{i}") for i, layer in enumerate(spec.layers)
         ]
         self.norm = weights.tensor("norm")
 
-    def hidden(self, tokens: Tensor, segments: Segments, caches: Mapping[str, Tensor]) -> Waits[Tensor]:
+    def hidden(
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        caches: Mapping[str, Tensor],
+        counts: tuple[int, ...] | None = None,
+    ) -> Waits[Tensor]:
         """tokens [T] of the step's ranges -> [T, hidden] after the final norm. Writes keys, values and states."""
-        batch = Batch(segments, caches, choose_forms(segments))
-        x = yield from self.embed(tokens)
+        batch = Batch(segments, caches, choose_forms(segments), self._counts(counts, len(tokens)))
+        x = yield from self.embed(tokens, batch.counts)
         for layer in self.layers:
             x = yield from layer(x, batch)
         return rmsnorm(x, self.norm, self.tools.eps, self.tools.zero_centred)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
         """hidden [N, hidden] -> [N, V] in fp32 or wider. The padding of the vocabulary is cut off."""
-        part = linear(hidden, self.head)
-        whole = self.tools.comm.gather(part.to(wide(part.dtype)), "attn", -1).wait()
-        return whole[:, : self.spec.vocab_size]
+        return drain(self.head(hidden, self._counts(counts, len(hidden))))
+
+    def _counts(self, counts: tuple[int, ...] | None, mine: int) -> tuple[int, ...]:
+        comm = self.tools.comm
+        found = (mine,) if counts is None else counts
+        assert len(found) == comm.mesh.size_of("dp"), f"{found} for {comm.mesh.size_of('dp')} DP ranks"
+        assert found[comm.mesh.coordinate(comm.rank, "dp")] == mine, f"{mine} rows where {found} were announced"
+        return found

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tessera.comm.together import together
+from tessera.comm.waits import Waits
 from tessera.core.spec import MoESpec
 from tessera.models.layers import GatedMLP
-from tessera.models.parts import Tools, Waits, Weights
+from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.linear import linear
 from tessera.ops.moe import route
 from tessera.ops.precision import wide
@@ -20,7 +22,7 @@ class MoE:
     """Routed experts, plus a shared one where the model has it."""
 
     def __init__(self, spec: MoESpec, weights: Weights, tools: Tools) -> None:
-        self.spec, self.tools = spec, tools
+        self.spec, self.tools, self.together = spec, tools, together(tools.comm, "tp")
         self.router = weights.linear("router")
         self.bias = weights.tensor("router_bias") if spec.router.bias else None
         self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
@@ -28,8 +30,9 @@ class MoE:
         self.shared = GatedMLP(weights.at("shared")) if spec.shared else None
         self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
 
-    def __call__(self, x: Tensor) -> Waits[Tensor]:
+    def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
+        x = yield from self.together.bring(x, batch.counts)
         ids, scores = self._route(x)
         part = self.tools.backend.experts(x, self.w_in, self.w_out, self.local[ids], scores)
         if self.shared is not None:
@@ -37,7 +40,7 @@ class MoE:
             if self.shared_gate is not None:
                 shared = linear(x, self.shared_gate).sigmoid() * shared
             part = part + shared
-        return (yield self.tools.comm.sum([part], "tp"))
+        return (yield from self.together.home(part, batch.counts))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [T, k] by their number in the model, and their weights."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from tessera.comm.together import together
+from tessera.comm.waits import Waits
 from tessera.core.spec import AttentionSpec, DeltaSpec, MLASpec
-from tessera.models.parts import Batch, Tools, Waits, Weights
+from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.attention import write_kv
 from tessera.ops.linear import linear
 from tessera.ops.mla import write_latent
@@ -151,11 +153,12 @@ class GatedMLP:
 
 
 class DenseMLP:
-    """A gated MLP whose parts are summed over the ranks of the dense axis."""
+    """A gated MLP cut over the ranks of the dense axis."""
 
     def __init__(self, weights: Weights, tools: Tools) -> None:
-        self.mlp, self.tools = GatedMLP(weights), tools
+        self.mlp, self.together = GatedMLP(weights), together(tools.comm, "dense")
 
-    def __call__(self, x: Tensor) -> Waits[Tensor]:
+    def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
-        return (yield self.tools.comm.sum([self.mlp.part(x)], "dense"))
+        x = yield from self.together.bring(x, batch.counts)
+        return (yield from self.together.home(self.mlp.part(x), batch.counts))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from torch import Tensor
 
-from tessera.comm.base import Comm, Handle
+from tessera.comm.base import Comm
+from tessera.comm.waits import Result, Waits
 from tessera.core.layout import Dim
 from tessera.core.mesh import Mesh
 from tessera.core.spec import RopeSpec
@@ -18,9 +18,6 @@ from tessera.ops.backend import Backend
 from tessera.ops.linear import PackedLinear
 from tessera.ops.rope import RopeTables
 from tessera.ops.segments import Segments
-
-Result = TypeVar("Result")
-Waits = Generator[Handle, Tensor, Result]  # yields what it waits for, is sent the tensor, returns a Result
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,15 @@ class Tools:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step as layers see it: its ranges, the caches by `CacheSpec.name`, and the form of each op."""
+    """A step as layers see it: its ranges, the caches by `CacheSpec.name`, and the form of each op.
+
+    `counts`: tokens of every DP rank of the instance; those of this one are the ranges'.
+    """
 
     segments: Segments
     caches: Mapping[str, Tensor]
     forms: Forms
+    counts: tuple[int, ...]
 
     def rotation(self, rope: RopeSpec, tables: RopeTables) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, dim / 2] of the step's tokens, looked up once for all layers."""

@@ -1,0 +1,84 @@
+"""The known faults of layouts, put in one by one: the comparison with one rank must see each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from models.test_layouts import Layout, check
+from tessera.comm.together import Across, Within
+from tessera.comm.waits import Waits
+from tessera.core.layout import Dim, Section
+from tessera.models.experts import MoE
+
+Good = Callable[..., Any]
+SEED = 4  # models with two KV heads, two key heads and a vocabulary that is padded
+TWO: Layout = (2, 1, 1, 2, False)
+
+
+def modulo(good: Good, section: Section, size: int, rank: int) -> Sequence[int]:
+    """Replicas of KV heads dealt out in turn, not side by side."""
+    held: Sequence[int] = good(section, size, rank)
+    return [rank % section.units] if section.leaders and size > section.units else held
+
+
+def one_block(good: Good, dim: Dim, size: int, rank: int) -> Iterator[Any]:
+    """q | k | v cut as one contiguous block."""
+    if dim.name == "channels" and size > 1:
+        last = replace(dim.sections[-1], units=dim.length, width=1)
+        dim = replace(dim, sections=(last,))
+    found: Iterator[Any] = good(dim, size, rank)
+    return found
+
+
+def other_order(good: Good, self: Across, counts: Sequence[int]) -> list[int]:
+    """The tokens of the last DP rank taken for those of the first."""
+    return list(good(self, counts))[::-1]
+
+
+def first_rows(good: Good, self: Across, counts: Sequence[int]) -> slice:
+    """Every DP rank takes the logits of the first."""
+    return slice(0, counts[self.members[self.at]])
+
+
+def no_sum(good: Good, self: Within, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    """A rank's part taken for the sum."""
+    yield from ()
+    return parts
+
+
+def half_sum(good: Good, self: Across, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    """Summed in the attention group alone."""
+    return (yield self.comm.sum([parts[self.own(counts)].clone()], self.within))
+
+
+def as_held(good: Good, self: MoE, held: list[int]) -> Tensor:
+    """Experts numbered from 0 on every rank."""
+    ids: Tensor = good(self, list(range(len(held))))
+    return ids
+
+
+FAULTS: list[tuple[type, str, Good, str, Layout]] = [
+    (Section, "held", modulo, "qwen3", (4, 1, 1, 4, False)),
+    (Dim, "_blocks", one_block, "qwen3_next", TWO),
+    (Across, "_lengths", other_order, "qwen3_moe", (2, 2, 1, 2, True)),
+    (Across, "own", first_rows, "llama", (2, 2, 1, 1, False)),
+    (Within, "home", no_sum, "llama", TWO),
+    (Across, "home", half_sum, "qwen3", (4, 2, 1, 4, True)),
+    (MoE, "_local_ids", as_held, "qwen3_moe", (2, 1, 2, 2, False)),
+]
+
+
+@pytest.mark.parametrize(("where", "name", "fault", "family", "layout"), FAULTS, ids=[f[2].__name__ for f in FAULTS])
+def test_a_known_fault_is_seen(
+    where: type, name: str, fault: Good, family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(family, SEED, layout)
+    good = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args: fault(good, *args))
+    with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
+        check(family, SEED, layout)
