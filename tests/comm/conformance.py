@@ -22,6 +22,7 @@ MESHES = {
     "tp 3": instance_mesh(3, ep=3),
     "tp 2": instance_mesh(2, dp=2),
 }
+KINDS = ("sum", "gather", "scatter_sum", "exchange")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
 # How far a sum in another order may be off, relative to its largest term.
@@ -48,9 +49,16 @@ class Case:
         shape = list(self.shape)
         if self.kind == "gather":
             shape[self.dim] = self.lengths[coordinate]
+        if self.kind == "exchange":
+            shape[0] = sum(self.sent(coordinate))
         parts = [torch.randn(shape, generator=make, dtype=torch.float64) for _ in range(self.parts)]
         parts = [(part * 10.0 ** torch.randint(-3, 3, shape, generator=make)).to(self.dtype) for part in parts]
         return [part.mT.contiguous().mT for part in parts] if self.seed % 3 == 0 else parts
+
+    def sent(self, coordinate: int) -> list[int]:
+        """Rows that a coordinate sends to each, in an exchange."""
+        chance = random.Random(f"{self.seed} {coordinate}")
+        return [chance.choice([0, 0, 1, 3, 8]) for _ in self.lengths]
 
     def start(self, comm: Comm, device: torch.device) -> Handle:
         """Calls the collective."""
@@ -59,6 +67,11 @@ class Case:
             return comm.sum(parts, self.axis)
         if self.kind == "scatter_sum":
             return comm.scatter_sum(parts, self.axis, self.dim, self.lengths)
+        if self.kind == "exchange":
+            at = comm.mesh.coordinate(comm.rank, self.axis)
+            received = [self.sent(c)[at] for c in range(len(self.lengths))]
+            sent = self.sent(at)
+            return comm.exchange(parts[0], self.axis, sent, *([received] if self.tell else []))
         return comm.gather(parts[0], self.axis, self.dim, *([self.lengths] if self.tell else []))
 
     def expected(self, mesh: Mesh, rank: int) -> Tensor:
@@ -67,6 +80,9 @@ class Case:
         parts = [part for i, r in enumerate(group) for part in self.brought(r, i)]
         if self.kind == "gather":
             return torch.cat(parts, self.dim)
+        if self.kind == "exchange":
+            at = mesh.coordinate(rank, self.axis)
+            return torch.cat([part.split(self.sent(c))[at] for c, part in enumerate(parts)])
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         total = parts[0].to(wide)
         for part in parts[1:]:
@@ -98,8 +114,8 @@ def cases(mesh: Mesh, seed: int, count: int) -> list[Case]:
     chance, found = random.Random(seed), []
     axes = [axis.name for axis in mesh.axes]
     for i in range(count):
-        kind = ("sum", "gather", "scatter_sum")[i % 3]
-        axis = axes[i // 3 % len(axes)]
+        kind = KINDS[i % len(KINDS)]
+        axis = axes[i // len(KINDS) % len(axes)]
         shape = chance.choice([(0, 8), (1, 8), (5, 33), (7, 3, 4), (64, 48)])
         dim = chance.choice([0, 0, -1, 1])
         lengths = [chance.choice([0, 1, 3, 8, 17]) for _ in range(mesh.size_of(axis))]
@@ -109,13 +125,13 @@ def cases(mesh: Mesh, seed: int, count: int) -> list[Case]:
             sizes = list(shape)
             sizes[dim] = sum(lengths)
             shape = tuple(sizes)
-        parts = 1 if kind == "gather" else chance.choice([1, 1, 2, 3])
+        parts = 1 if kind in ("gather", "exchange") else chance.choice([1, 1, 2, 3])
         made = (kind, axis, chance.choice(DTYPES), shape, dim, tuple(lengths), parts, chance.random() < 0.5)
         found.append(Case(*made, seed=seed * count + i))
     return found
 
 
-def run(comm: Comm, seed: int = 0, count: int = 72, exact: bool = True, device: torch.device = CPU) -> None:
+def run(comm: Comm, seed: int = 0, count: int = 80, exact: bool = True, device: torch.device = CPU) -> None:
     """Runs the cases in windows: several are begun, then waited for in the order of their beginning."""
     chance = random.Random(seed)
     waiting: list[tuple[Case, Handle]] = []

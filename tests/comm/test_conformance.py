@@ -65,6 +65,13 @@ class KeepsOthers(LocalComm):
         return super().scatter_sum(moved if len(set(lengths)) == 1 else parts, axis, dim, lengths)
 
 
+class SendsBackwards(LocalComm):
+    """Cuts an exchange by the lengths of the others."""
+
+    def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
+        return super().exchange(part, axis, sent[::-1], None)
+
+
 class MixesAxes(LocalComm):
     """Takes one axis for another where both are of one size."""
 
@@ -97,7 +104,7 @@ def narrow(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-MUTANTS = [GathersBackwards, SwapsLengths, KeepsOthers, MixesAxes, MixesHandles]
+MUTANTS = [GathersBackwards, SwapsLengths, KeepsOthers, SendsBackwards, MixesAxes, MixesHandles]
 MESH = conformance.MESHES["tp 4, dp 2"]
 
 
@@ -134,9 +141,9 @@ def test_what_was_given_away_is_spoilt() -> None:
 def test_nothing_of_the_suite_is_idle() -> None:
     """The cases hold every kind on every axis, with zero rows, unequal lengths and several parts."""
     for name, mesh in conformance.MESHES.items():
-        made = conformance.cases(mesh, 0, 72)
+        made = conformance.cases(mesh, 0, 80)
         assert {(c.kind, c.axis) for c in made} == {
-            (kind, axis.name) for kind in ("sum", "gather", "scatter_sum") for axis in mesh.axes
+            (kind, axis.name) for kind in conformance.KINDS for axis in mesh.axes
         }, name
         assert {c.dtype for c in made} == set(conformance.DTYPES)
         assert any(0 in c.shape for c in made)

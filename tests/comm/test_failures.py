@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -95,6 +96,17 @@ def test_ranks_that_do_not_join_are_named() -> None:
     named = [str(error) for error in errors if isinstance(error, DeadlineError)]
     assert named, errors
     assert all("1 (unknown), 2 (unknown)" in text and "0 (" not in text for text in named), named
+
+
+def test_rank_0_leaves_while_ranks_meet() -> None:
+    port, two = free_port(), instance_mesh(2)
+    met = [partial(meet, two, rank, f"127.0.0.1:{port}", "shared", 5.0) for rank in range(2)]
+    first, second = together(met)
+    del first, met
+    gc.collect()
+    for what in (partial(second.all_at, "mapped"), partial(second.ask, "segment")):
+        with pytest.raises(PeerError, match=r"rank 0 has left before all ranks met at '(mapped|segment)'"):
+            what()
 
 
 def test_rank_0_does_not_come() -> None:

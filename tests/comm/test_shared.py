@@ -19,7 +19,7 @@ from comm.ranks import free_port, place, raise_first, together
 from tessera.comm import segment, shared
 from tessera.comm.connect import connect
 from tessera.comm.futex import Counter, check_platform
-from tessera.comm.segment import DEPTH, MESSAGE_BYTES, Segment, plan
+from tessera.comm.segment import DEPTH, MEMBERS, MESSAGE_BYTES, Segment, plan
 from tessera.comm.shared import SharedComm
 from tessera.core.errors import CapacityError, ConfigError
 from tessera.core.mesh import Mesh, instance_mesh
@@ -79,6 +79,11 @@ def test_a_message_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError, match="use smaller steps"):
         made.write(0, 0, 1, [large])
     made.seal()
+
+
+def test_too_many_ranks() -> None:
+    with pytest.raises(ConfigError, match=f"at most {MEMBERS} ranks share memory, not 64"):
+        plan(instance_mesh(64))
 
 
 def test_other_memory_is_not_taken_for_ours() -> None:
@@ -172,7 +177,7 @@ def test_every_dtype_is_gathered(dtype: torch.dtype) -> None:
     made = Segment.create(instance_mesh(2))
     part = torch.arange(6).view(2, 3).to(dtype)
     made.write(0, 1, 1, [part])
-    _, (got,) = made.read(0, 1)
+    (got,) = made.read(0, 1).parts
     made.seal()
     assert got.dtype == dtype
     assert torch.equal(got.view(torch.uint8), part.view(torch.uint8))

@@ -55,6 +55,14 @@ class Comm(Protocol):
         """`sum`, of which coordinate c keeps `lengths[c]` neighbouring elements along `dim`."""
         ...
 
+    def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
+        """Sends the first `sent[0]` rows of `part` to coordinate 0, the next `sent[1]` to coordinate 1 and so on.
+
+        Gives the rows that came, in order of coordinate. `received[c]`: how many come from c; whoever knows says so,
+        else ranks that share no memory ask each other first, and the host waits.
+        """
+        ...
+
     def close(self) -> None:
         """Leaves for good. Ranks that wait for something this one has not brought get a `PeerError`."""
         ...

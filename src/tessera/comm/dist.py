@@ -82,7 +82,8 @@ class DistComm:
         made: dict[Ranks, dist.Backend] = {}
         for ranks in sorted({ranks for ranks in groups.values() if len(ranks) > 1}):  # in one order: making one waits
             store = dist.PrefixStore(f"group/{ranks}", meeting.store)
-            made[ranks] = backend(store, ranks.index(self.rank), len(ranks))
+            with _explained(f"rank {self.rank} connecting to ranks {ranks}", deadline_s):
+                made[ranks] = backend(store, ranks.index(self.rank), len(ranks))
         self._groups = {axis: made.get(ranks) for axis, ranks in groups.items()}
         for axis in self.mesh.axes:  # connects, so that a link that does not work is found now
             self.sum([torch.ones(1, device=device)], axis.name).wait().tolist()
@@ -140,6 +141,20 @@ class DistComm:
         what = f"scatter_sum over '{axis}'"
         return self._start(what, made, group.alltoall_base, terms.flatten(), sent, mine, shares)
 
+    def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
+        """See `Comm.exchange`. Without `received` the host waits for it."""
+        group = self._groups.get(axis)
+        if group is None:
+            return self._alone.exchange(part, axis, sent, received)
+        assert len(part) == sum(sent), f"{len(part)} rows to cut into {sent}"
+        received = self._counts(sent, group, axis) if received is None else received
+        got, row = part.new_empty(sum(received), *part.shape[1:]), part.shape[1:].numel()
+        flat, into = _raw(part.flatten()), _raw(got.view(-1))
+        splits = [row * n for n in received], [row * n for n in sent]
+        return self._start(
+            f"exchange over '{axis}'", partial(_first, got, flat), group.alltoall_base, into, flat, *splits
+        )
+
     def close(self) -> None:
         """See `Comm.close`. Waits, up to the deadline, for what the GPU has still to do: the others may need it."""
         if self._device.type == "cuda":
@@ -164,6 +179,18 @@ class DistComm:
             self._start(what, lambda: everything, group._allgather_base, everything, mine).wait().tolist()
         )
         return lengths
+
+    def _counts(self, sent: Sequence[int], group: dist.Backend, axis: str) -> list[int]:
+        mine = torch.tensor(sent, device=self._device)
+        counts, ones = torch.empty_like(mine), [1] * group.size()
+        made = partial(_first, counts, mine)
+        handle = self._start(f"exchange over '{axis}'", made, group.alltoall_base, counts, mine, ones, ones)
+        received: list[int] = handle.wait().tolist()
+        return received
+
+
+def _first(result: Tensor, _sent: Tensor) -> Tensor:
+    return result
 
 
 def _raw(x: Tensor) -> Tensor:

@@ -119,6 +119,24 @@ class _Gather:
         return torch.cat([part for (part,) in self.group.take(self.key, self.rank)], self.dim)
 
 
+@dataclass
+class _Exchange:
+    """An exchange that is taken, by coordinate `at`, when waited for."""
+
+    group: LocalGroup
+    key: Key
+    rank: int
+    at: int
+    received: Sequence[int] | None
+
+    def wait(self) -> Tensor:
+        """The result."""
+        came = [pieces[self.at] for pieces in self.group.take(self.key, self.rank)]
+        lengths = [len(piece) for piece in came]
+        assert self.received is None or lengths == list(self.received), f"{lengths} rows came, not {self.received}"
+        return torch.cat(came)
+
+
 class LocalComm:
     """The `Comm` of one thread. What a rank brings must not change until all have waited."""
 
@@ -146,6 +164,11 @@ class LocalComm:
         at = self.mesh.coordinate(self.rank, axis)
         keep = (dim, sum(lengths[:at]), lengths[at])
         return _Sum(self.group, self._bring(axis, "scatter_sum", tuple(parts)), self.rank, keep)
+
+    def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
+        """See `Comm.exchange`."""
+        key = self._bring(axis, "exchange", part.split(list(sent)))
+        return _Exchange(self.group, key, self.rank, self.mesh.coordinate(self.rank, axis), received)
 
     def close(self) -> None:
         """See `Comm.close`."""

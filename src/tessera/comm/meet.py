@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,11 +46,22 @@ class Meeting:
 
         Raises DeadlineError, PeerError.
         """
-        self.store.set(f"{point}/{self.rank}", "")
-        self._wait(point)
-        self.store.set(f"all {point}/{self.rank}", "")
-        if self.rank == 0:
-            self._wait(f"all {point}")
+        with _rank_0(point):
+            self.store.set(f"{point}/{self.rank}", "")
+            self._wait(point)
+            self.store.set(f"all {point}/{self.rank}", "")
+            if self.rank == 0:
+                self._wait(f"all {point}")
+
+    def say(self, word: str, text: str) -> None:
+        """Tells the others something, once."""
+        self.store.set(word, text)
+
+    def ask(self, word: str) -> str:
+        """What a rank says under `word`; waits for it."""
+        with _rank_0(word):
+            text: str = self.store.get(word).decode()
+            return text
 
     def _wait(self, point: str) -> None:
         _wait_for_all(self.store, self.mesh, point, self.until, lambda rank: str(self.cards[rank]))
@@ -64,11 +76,12 @@ def meet(mesh: Mesh, rank: int, address: str, kind: str, seconds: float) -> Meet
     until = time.monotonic() + seconds
     store = _open(rank, address, seconds)
     mine = Card(socket.gethostname(), os.getpid(), repr(mesh), kind)
-    held = store.compare_set(f"joined/{rank}", "", msgspec.json.encode(mine).decode())
-    if (other := msgspec.json.decode(held, type=Card)) != mine:
-        raise _refused(rank, f"{other} is that rank already", "Give each node its own --node-rank")
-    _wait_for_all(store, mesh, "joined", until, lambda rank: "unknown")
-    cards = [msgspec.json.decode(store.get(f"joined/{r}"), type=Card) for r in range(mesh.size)]
+    with _rank_0("joined"):
+        held = store.compare_set(f"joined/{rank}", "", msgspec.json.encode(mine).decode())
+        if (other := msgspec.json.decode(held, type=Card)) != mine:
+            raise _refused(rank, f"{other} is that rank already", "Give each node its own --node-rank")
+        _wait_for_all(store, mesh, "joined", until, lambda rank: "unknown")
+        cards = [msgspec.json.decode(store.get(f"joined/{r}"), type=Card) for r in range(mesh.size)]
     for r, card in enumerate(cards):
         if (card.mesh, card.kind) != (mine.mesh, mine.kind):
             found = f"rank {r} ({card}) has {card.kind}, {card.mesh}; here it is {kind}, {mine.mesh}"
@@ -96,16 +109,22 @@ def _open(rank: int, address: str, seconds: float) -> dist.Store:
 
 
 def _wait_for_all(store: dist.Store, mesh: Mesh, point: str, until: float, who: Callable[[int], str]) -> None:
-    """Polls, so that at the deadline, or when rank 0 leaves, it is known who was missing."""
+    """Polls, so that at the deadline it is known who was missing."""
     missing = list(range(mesh.size))
+    while missing := [r for r in missing if not store.check([f"{point}/{r}"])]:
+        if time.monotonic() > until:
+            names = ", ".join(f"{r} ({who(r)})" for r in missing)
+            raise DeadlineError(f"of {mesh.size} ranks these did not come in time to '{point}': {names}")
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _rank_0(point: str) -> Iterator[None]:
+    """The store is in the process of rank 0: when it fails, that has gone."""
     try:
-        while missing := [r for r in missing if not store.check([f"{point}/{r}"])]:
-            if time.monotonic() > until:
-                names = ", ".join(f"{r} ({who(r)})" for r in missing)
-                raise DeadlineError(f"of {mesh.size} ranks these did not come in time to '{point}': {names}")
-            time.sleep(_POLL_S)
+        yield
     except dist.DistError as error:
-        raise PeerError(f"rank 0 left while ranks {missing} were awaited at '{point}'") from error
+        raise PeerError(f"rank 0 has left before all ranks met at '{point}'") from error
 
 
 def _first_line(error: BaseException) -> str:

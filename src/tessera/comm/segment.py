@@ -2,7 +2,7 @@
 
     page 0          nonce, then for each rank whether it has left
     page 1 ..       for each group and member, on cache lines of their own: messages posted, messages taken
-    then            for each group, member and turn of DEPTH: a header and the tensors of one message
+    then            for each group, member and turn of DEPTH: a header, a note and the tensors of one message
 
 The memory has no name (memfd_create), so it ends with its last process, whatever that dies of. It is sparse: a place
 may hold MESSAGE_BYTES, but only what was once written takes memory; at most DEPTH times the largest message a member.
@@ -17,6 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,11 @@ from tessera.core.mesh import Mesh
 DEPTH = 4  # messages a member may have under way in one group
 MESSAGE_BYTES = 1 << 28
 _LINE, _PAGE = 64, 4096
-_DIMS = 12
-# Kind, dtype, number of parts, dims, sizes: 128 bytes, so that tensors behind it lie aligned.
-_HEADER = struct.Struct(f"<{4 + _DIMS}q")
-KIND_BYTES = 8
+_DIMS, MEMBERS = 11, 32
+# Kind, dtype, number of parts, length of the note, dims, sizes; then the note. Tensors behind them lie aligned.
+_HEADER, _NOTE = struct.Struct(f"<{5 + _DIMS}q"), struct.Struct(f"<{MEMBERS}q")
+_DATA = _HEADER.size + _NOTE.size
+KIND_BYTES, NOTED = 8, 24  # of a header: the bytes of the kind, and the byte that counts the note
 _NONCE_BYTES = 16
 
 DTYPES = (
@@ -78,11 +80,22 @@ def plan(mesh: Mesh) -> Plan:
     """The groups of two or more ranks of every axis, each once."""
     groups, slots = {}, 0
     for ranks in sorted({mesh.group(r, axis.name) for r in range(mesh.size) for axis in mesh.axes}):
+        if len(ranks) > MEMBERS:
+            found = f"at most {MEMBERS} ranks share memory, not {len(ranks)}"
+            raise ConfigError([Conflict(("shared-memory collectives",), found, "Use gloo")])
         if len(ranks) > 1:
             groups[ranks] = slots
             slots += len(ranks)
     counters = _PAGE + 2 * _LINE * slots
     return Plan(groups, slots, -(-counters // _PAGE) * _PAGE)
+
+
+class Message(NamedTuple):
+    """What a member brought. The parts are views: the next message of that turn writes over them."""
+
+    head: bytes
+    parts: list[Tensor]
+    note: tuple[int, ...]
 
 
 class Segment:
@@ -145,12 +158,14 @@ class Segment:
         offset = self.plan.counters(slot)
         return Counter(self._memory, offset), Counter(self._memory, offset + _LINE)
 
-    def write(self, slot: int, turn: int, kind: int, parts: Sequence[Tensor]) -> None:
-        """Puts down the parts, all of one shape and dtype, as one message."""
+    def write(self, slot: int, turn: int, kind: int, parts: Sequence[Tensor], note: Sequence[int] = ()) -> None:
+        """Puts down the parts, all of one shape and dtype, and a note of up to MEMBERS numbers, as one message."""
         first, *others = parts
-        head = _header(kind, first.dtype, len(parts), first.shape)
+        head = _header(kind, first.dtype, len(parts), len(note), first.shape)
         offset = self.plan.message(slot, turn)
         self._memory[offset : offset + _HEADER.size] = head
+        if note:
+            struct.pack_into(f"<{len(note)}q", self._memory, offset + _HEADER.size, *note)
         views = self._views(offset, head)
         views[0].copy_(first)
         for view, part in zip(views[1:], others, strict=True):
@@ -158,24 +173,26 @@ class Segment:
             assert part.dtype == first.dtype, "the parts of one collective differ in dtype"
             view.copy_(part)
 
-    def read(self, slot: int, turn: int) -> tuple[bytes, list[Tensor]]:
-        """Header and parts of a message. The parts are views: the next message of that turn writes over them."""
+    def read(self, slot: int, turn: int) -> Message:
+        """The message of a member."""
         offset = self.plan.message(slot, turn)
         head = self._memory[offset : offset + _HEADER.size]
-        return head, self._views(offset, head)
+        note = head[NOTED] and struct.unpack_from(f"<{head[NOTED]}q", self._memory, offset + _HEADER.size)
+        return Message(head, self._views(offset, head), note or ())
 
     def _make_views(self, offset: int, head: bytes) -> list[Tensor]:
         """The tensors that a header promises. They are remembered: making them takes longer than a small sum."""
-        _, dtype, count, dims, *sizes = _HEADER.unpack(head)
+        _, dtype, count, _, dims, *sizes = _HEADER.unpack(head)
         shape = torch.Size(sizes[:dims])
-        size, first = shape.numel() * DTYPES[dtype].itemsize, offset + _HEADER.size
+        size, first = shape.numel() * DTYPES[dtype].itemsize, offset + _DATA
         starts = [first + i * size for i in range(count)]
         return [self._bytes[start : start + size].view(DTYPES[dtype]).view(shape) for start in starts]
 
 
 @lru_cache(4096)
-def _header(kind: int, dtype: torch.dtype, count: int, shape: torch.Size) -> bytes:
+def _header(kind: int, dtype: torch.dtype, count: int, noted: int, shape: torch.Size) -> bytes:
     size = count * shape.numel() * dtype.itemsize
-    if _HEADER.size + size > MESSAGE_BYTES:
+    if _DATA + size > MESSAGE_BYTES:
         raise CapacityError(f"{size} bytes for one collective, at most {MESSAGE_BYTES} fit: use smaller steps")
-    return _HEADER.pack(kind, DTYPES.index(dtype), count, len(shape), *shape, *(0,) * (_DIMS - len(shape)))
+    sizes = (*shape, *(0,) * (_DIMS - len(shape)))
+    return _HEADER.pack(kind, DTYPES.index(dtype), count, noted, len(shape), *sizes)

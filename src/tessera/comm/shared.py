@@ -22,15 +22,15 @@ from torch import Tensor
 from tessera.comm.base import Handle, ordered_sum
 from tessera.comm.futex import Counter, check_platform
 from tessera.comm.meet import Meeting
-from tessera.comm.segment import DEPTH, KIND_BYTES, Ranks, Segment
+from tessera.comm.segment import DEPTH, KIND_BYTES, Message, Ranks, Segment
 from tessera.comm.single import SingleComm
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
 _LOOK_S = 0.05  # how often a waiter looks whether the one it waits for is alive
-KINDS = ("sum", "gather", "scatter_sum")
+KINDS = ("sum", "gather", "scatter_sum", "exchange")
 
-Combine = Callable[[list[list[Tensor]]], Tensor]
+Combine = Callable[[list[Message]], Tensor]
 
 
 class Peers:
@@ -84,12 +84,12 @@ class _Channel:
         self._count = 0
         self._pending: deque[_Collective] = deque()
 
-    def post(self, kind: str, axis: str, parts: Sequence[Tensor], combine: Combine) -> Handle:
+    def post(self, kind: str, axis: str, parts: Sequence[Tensor], combine: Combine, note: Sequence[int] = ()) -> Handle:
         """Brings this member's parts to the next collective."""
         collective = _Collective(self, self._count, f"{kind} over '{axis}'", combine)
         self.finish(self._count - DEPTH)
         self._await(self._taken, self._count - DEPTH + 1, collective.what)
-        self._segment.write(self._slots[self._me], self._count % DEPTH, KINDS.index(kind), parts)
+        self._segment.write(self._slots[self._me], self._count % DEPTH, KINDS.index(kind), parts, note)
         self._pending.append(collective)
         self._count += 1
         self._posted[self._me].set(self._count)
@@ -101,9 +101,9 @@ class _Channel:
             collective = self._pending[0]
             self._await(self._posted, collective.number + 1, collective.what)
             messages = [self._segment.read(slot, collective.number % DEPTH) for slot in self._slots]
-            kinds = {head[:KIND_BYTES] for head, _ in messages}
+            kinds = {message.head[:KIND_BYTES] for message in messages}
             assert len(kinds) == 1, f"ranks {self._ranks} met in different collectives, here a {collective.what}"
-            collective.value = collective.combine([parts for _, parts in messages])
+            collective.value = collective.combine(messages)
             self._pending.popleft()
             self._taken[self._me].set(collective.number + 1)
 
@@ -163,6 +163,14 @@ class SharedComm:
         keep = (dim, sum(lengths[:at]), lengths[at])
         return channel.post("scatter_sum", axis, parts, partial(_sum, keep=keep))
 
+    def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
+        """See `Comm.exchange`. The note of a message says how it is cut."""
+        if (channel := self._channels.get(axis)) is None:
+            return self._alone.exchange(part, axis, sent, received)
+        assert len(part) == sum(sent), f"{len(part)} rows to cut into {sent}"
+        mine = partial(_pick, at=self.mesh.coordinate(self.rank, axis), received=received)
+        return channel.post("exchange", axis, [part], mine, sent)
+
     def close(self) -> None:
         """See `Comm.close`."""
         self._segment.leave(self.rank)
@@ -173,21 +181,27 @@ def _map(meeting: Meeting) -> Segment:
     """The segment, mapped by all ranks when this returns."""
     if meeting.rank == 0:
         segment = Segment.create(meeting.mesh)
-        meeting.store.set("segment", segment.nonce.hex() + segment.path)
+        meeting.say("segment", f"{segment.nonce.hex()} {segment.path}")
     else:
-        text = meeting.store.get("segment").decode()
-        nonce = bytes.fromhex(text[:32])
-        segment = Segment.attach(meeting.mesh, meeting.rank, text[32:], nonce)
+        nonce, _, path = meeting.ask("segment").partition(" ")
+        segment = Segment.attach(meeting.mesh, meeting.rank, path, bytes.fromhex(nonce))
     meeting.all_at("mapped")
     segment.seal()
     return segment
 
 
-def _sum(messages: list[list[Tensor]], keep: tuple[int, int, int] | None = None) -> Tensor:
+def _sum(messages: list[Message], keep: tuple[int, int, int] | None = None) -> Tensor:
     """The sum in order, of all or of what to `keep`. A group has two members or more, so the sum is a new tensor."""
-    parts = [part for message in messages for part in message]
+    parts = [part for message in messages for part in message.parts]
     return ordered_sum(parts if keep is None else [part.narrow(*keep) for part in parts])
 
 
-def _cat(messages: list[list[Tensor]], dim: int) -> Tensor:
-    return torch.cat([part for (part,) in messages], dim)
+def _cat(messages: list[Message], dim: int) -> Tensor:
+    return torch.cat([message.parts[0] for message in messages], dim)
+
+
+def _pick(messages: list[Message], at: int, received: Sequence[int] | None) -> Tensor:
+    came = [m.parts[0].narrow(0, sum(m.note[:at]), m.note[at]) for m in messages]
+    lengths = [len(piece) for piece in came]
+    assert received is None or lengths == list(received), f"{lengths} rows came, not {received}"
+    return torch.cat(came)
