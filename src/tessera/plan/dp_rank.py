@@ -80,9 +80,16 @@ class DpRank:
             return Part(rows, starts, ones, ones, samples, state.change.take()), InFlight(
                 index, rows, starts + 1, samples, ()
             )
-        prompts = np.array([(s.row, start, n, s.num_known, s.logits_from) for s, start, n in ranges.prefill], np.int32)
-        prompts = prompts[np.argsort(prompts[:, 2] == 1, kind="stable")]  # ranges of one token last
-        first, starts, lengths, known, logits_from = prompts.T
+        sequences = [s for s, _, _ in ranges.prefill]
+        columns = [
+            [s.row for s in sequences],
+            [start for _, start, _ in ranges.prefill],
+            [length for _, _, length in ranges.prefill],
+            [len(s.tokens) for s in sequences],
+            [s.logits_from for s in sequences],
+        ]
+        prompts = np.array(columns, np.int32)
+        first, starts, lengths, known, logits_from = prompts[:, np.argsort(prompts[2] == 1, kind="stable")]  # ones last
         ends, ones = starts + lengths, self._ones[: len(ranges.rows)]
         table.computed[first] = ends
         table.ready[first] = (ends >= known - 1) & (ends < table.goal[first])
@@ -95,8 +102,7 @@ class DpRank:
             table.draws[np.concatenate([first, ranges.rows])] & np.concatenate([ends == known, ones == 1]),
             state.change.take(),
         )
-        prefilled = tuple(s for s, _, _ in ranges.prefill)
-        return part, InFlight(index, part.rows, part.starts + part.lengths, part.samples, prefilled)
+        return part, InFlight(index, part.rows, part.starts + part.lengths, part.samples, tuple(sequences))
 
     def _ready(self) -> Ints:
         """Rows that have one token to compute."""

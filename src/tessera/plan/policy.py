@@ -49,11 +49,11 @@ class Queue:
 
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence."""
-        entry, entries = (self._policy.key(sequence, 0), sequence), self._entries
-        if not entries or entries[-1][0] < entry[0]:
-            entries.append(entry)
+        key, entries = self._policy.key(sequence, 0), self._entries
+        if not entries or entries[-1][0] < key:
+            entries.append((key, sequence))
         else:
-            insort(entries, entry)
+            insort(entries, (key, sequence))
         self.num_waiting += 1
         self._sorted_at = -1
 

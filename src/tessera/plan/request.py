@@ -85,21 +85,12 @@ def choices(submit: Submit, max_context: int, arrival: int) -> list[Sequence]:
     tokens = np.array(submit.tokens, np.int32)
     num_prompt, params = len(tokens), submit.params
     goal = max(min(num_prompt + params.max_new_tokens, max_context) - 1, num_prompt)
-    return [
-        Sequence(
-            submit.request_id,
-            i,
-            tokens,
-            num_prompt,
-            params,
-            choice_seed(params.seed, i),
-            goal,
-            arrival + i,
-            submit.priority,
-            submit.namespace,
-        )
-        for i in range(submit.n)
-    ]
+    name, priority, namespace = submit.request_id, submit.priority, submit.namespace
+    sequences = []
+    for i in range(submit.n):
+        seed = choice_seed(params.seed, i)
+        sequences.append(Sequence(name, i, tokens, num_prompt, params, seed, goal, arrival + i, priority, namespace))
+    return sequences
 
 
 def grouped(sequences: list[Sequence]) -> list[Sequence]:

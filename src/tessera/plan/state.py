@@ -51,14 +51,15 @@ class RankState:
     @property
     def num_spare(self) -> int:
         """Pages that are spoken for by nobody: one is left for every row, which may need its next one."""
-        return self.pages.available - self.table.num_running - self._num_promised
+        pages = self.pages
+        return pages.num_free + pages.num_idle - self.table.num_running - self._num_promised
 
     # -- into a row ------------------------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence) -> bool:
         """Promises a row, a slot, and pages for all that is known of it, which `seat` gives; False: no room now."""
         admitted = self._admitted
-        if len(admitted) >= min(len(self.table.free), self.slots.room):
+        if len(admitted) >= len(self.table.free) or len(admitted) >= self.slots.room:
             return False
         num_known, size = len(sequence.tokens), self.config.page_size
         sequence.node, cached = self.match(sequence) if self.prefix.enabled else (None, NO_INTS)

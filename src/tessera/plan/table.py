@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tessera.plan.config import PlannerConfig
 from tessera.plan.request import Sequence
@@ -37,30 +38,28 @@ class RowTable:
         self.pages = np.zeros((rows, config.max_pages), np.int32)
         self.occupants: list[Sequence | None] = [None] * rows
         self.free = list(range(rows - 1, -1, -1))
-
-    @property
-    def num_running(self) -> int:
-        """Rows that are taken."""
-        return len(self.occupants) - len(self.free)
+        self.num_running = 0
 
     def enter(
         self, sequences: tuple[Sequence, ...], starts: tuple[int, ...], pages: list[Ints], index: int
     ) -> list[int]:
         """Puts sequences into free rows; their positions before `starts` are computed already."""
         rows = [self.free.pop() for _ in sequences]
-        self.computed[rows] = self.done[rows] = starts
-        self.entered[rows] = index
-        self.ready[rows] = False
-        columns = np.array([(s.goal, s.draws, s.priority, s.arrival) for s in sequences], np.int64)
-        self.goal[rows], self.draws[rows], self.priority[rows], self.arrival[rows] = columns.T
+        self.num_running += len(rows)
         for sequence, row in zip(sequences, rows, strict=True):
             self.occupants[row] = sequence
             sequence.row = row
+        at = np.array(rows)
+        self.computed[at] = self.done[at] = starts
+        self.entered[at] = index
+        self.ready[at] = False
+        self.goal[at] = [s.goal for s in sequences]
+        self.draws[at] = [s.draws for s in sequences]
+        self.priority[at] = [s.priority for s in sequences]
+        self.arrival[at] = [s.arrival for s in sequences]
         counts = np.array([len(held) for held in pages])
-        self.capacity[rows] = counts * self.page_size
-        firsts = np.cumsum(counts) - counts
-        within = np.arange(counts.sum()) - np.repeat(firsts, counts)
-        self.pages[np.repeat(rows, counts), within] = np.concatenate(pages)
+        self.capacity[at] = counts * self.page_size
+        self.pages[_cells(at, counts)] = np.concatenate(pages)
         return rows
 
     def leave(self, rows: list[int]) -> None:
@@ -68,10 +67,12 @@ class RowTable:
         for row in rows:
             self.occupant(row).row = -1
             self.occupants[row] = None
-        self.entered[rows] = NEVER
-        self.ready[rows] = False
-        self.capacity[rows] = 0
+        at = np.array(rows)
+        self.entered[at] = NEVER
+        self.ready[at] = False
+        self.capacity[at] = 0
         self.free += rows
+        self.num_running -= len(rows)
 
     def occupant(self, row: int) -> Sequence:
         """The sequence in a row that is not free."""
@@ -90,9 +91,10 @@ class RowTable:
 
     def held(self, *rows: int) -> Ints:
         """Pages of rows, one after the other."""
-        counts = (self.capacity[list(rows)] // self.page_size).tolist()
-        parts = [self.pages[row, :count] for row, count in zip(rows, counts, strict=True)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(rows) == 1:
+            return self.pages[rows[0], : self.capacity[rows[0]] // self.page_size]
+        at = np.array(rows)
+        return self.pages[_cells(at, self.capacity[at] // self.page_size)]
 
     def holders(self, page: int, index: int) -> list[int]:
         """Rows whose page tables name `page` at `index`: sequences that share it share all before it too."""
@@ -107,3 +109,9 @@ class RowTable:
     def running(self) -> list[Sequence]:
         """Sequences in rows."""
         return [s for s in self.occupants if s is not None]
+
+
+def _cells(rows: Ints, counts: Ints) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of the first `counts[i]` cells of each of `rows`."""
+    columns = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(rows, counts), columns
