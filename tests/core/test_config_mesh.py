@@ -48,7 +48,7 @@ def test_the_seeds_layouts_resolve_once_they_are_lifted() -> None:
         tp_size=4, dp_size=2, ep_size=2, enable_dp_attention=True, enable_dp_lm_head=True, moe_dense_tp_size=1,
         load_balance_method="round_robin", gpus=4,
     ).config.mesh  # fmt: skip
-    assert decode.mesh == instance_mesh(4, 2, 2, 1)
+    assert decode.mesh == instance_mesh(4, 2, 2, 1, dp_lm_head=True)
     assert (decode.dp_lm_head, decode.balance, decode.replicas) == (True, "round_robin", 1)
     mixed = lifted(tp=2, dp=2, enable_dp_attention=True, enable_mixed_chunk=True, chunked_prefill_size=256)
     assert mixed.config.scheduling.chunk_size == 256
@@ -67,6 +67,8 @@ BAD: list[tuple[dict[str, object], str, str, str]] = [
      "use at most 4 ranks", "Use --ep-size 1, 2 or 4"),
     ({"tp_size": 4, "moe_dense_tp_size": 3}, "--moe-dense-tp-size 3 with --tp-size 4", "does not divide",
      "Use --moe-dense-tp-size 1, 2 or 4"),
+    ({"tp_size": 6, "dp_size": 3, "enable_dp_attention": True, "moe_dense_tp_size": 3},
+     "--moe-dense-tp-size 3 with --tp-size 6 with --dp-size 3", "groups of 2", "Use --moe-dense-tp-size 1, 2 or 6"),
     ({"tp_size": 2, "enable_dp_attention": True}, "--enable-dp-attention with --dp-size 1", "not data parallel",
      "Give --dp-size"),
     ({"tp_size": 2, "enable_dp_lm_head": True}, "--enable-dp-lm-head with no --enable-dp-attention", "no data-parallel",

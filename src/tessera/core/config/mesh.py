@@ -8,11 +8,12 @@ them (attention TP = tp / dp); without, `--dp-size` counts replicas of the whole
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tessera.core.config.ask import Asked
 from tessera.core.config.types import Hardware, MeshConfig, Notes
 from tessera.core.errors import LayoutError
-from tessera.core.mesh import Axis, Mesh, divisors, instance_mesh
+from tessera.core.mesh import Axis, Mesh, divisors, instance_mesh, share
 from tessera.core.spec import ModelSpec, MoESpec
 from tessera.core.weights import weight_table
 
@@ -27,6 +28,7 @@ def mesh_phase(
     mesh = _asked(values, hardware.device, _balance(values, notes))
     _groups(values, built, notes)
     _divisors(values, notes)
+    _straddling(mesh, notes)
     _hosts(mesh, notes)
     _devices(mesh, hardware, notes)
     _model(values, mesh, spec, notes)
@@ -80,6 +82,18 @@ def _divisors(values: Asked, notes: Notes) -> None:
         if size > 1 and size not in allowed:
             remedy = _use(flag, allowed) if allowed else f"Raise --tp-size to {size}, or leave {flag} out."
             notes.refuse((f"{flag} {size}", f"--tp-size {tp}"), f"{size} does not divide {tp} rank(s)", remedy)
+
+
+def _straddling(mesh: MeshConfig, notes: Notes) -> None:
+    """Ranks that share a dense MLP lie inside one group of the attention, or are whole groups of it."""
+    if mesh.dense_tp not in divisors(mesh.tp) or mesh.dp not in divisors(mesh.tp):
+        return  # refused already
+    attention = share(mesh.tp, mesh.dp)
+    allowed = [n for n in divisors(mesh.tp) if n in divisors(attention) or attention in divisors(n)]
+    if mesh.dense_tp not in allowed:
+        flags = (f"--moe-dense-tp-size {mesh.dense_tp}", f"--tp-size {mesh.tp}", f"--dp-size {mesh.dp}")
+        why = f"{mesh.dense_tp} ranks cut the attention's groups of {attention}"
+        notes.refuse(flags, why, _use("--moe-dense-tp-size", allowed))
 
 
 def _hosts(mesh: MeshConfig, notes: Notes) -> None:
@@ -141,7 +155,7 @@ def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> No
     tp, dp, ep = f"--tp-size {mesh.tp}", f"--dp-size {mesh.dp}", f"--ep-size {mesh.ep}"
     dense = tp if mesh.dense_tp == mesh.tp else f"--moe-dense-tp-size {mesh.dense_tp}"
     # Axis of the mesh: the sizes that make it beside the number of ranks, and the flags that ask for them.
-    cuts: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    cuts: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "expert": ({"ep": mesh.ep}, (ep,)),
         "attn": ({"dp": mesh.dp}, (tp, dp) if mesh.dp > 1 else (tp,)),
         "moe": ({"ep": mesh.ep}, (tp, ep) if mesh.ep > 1 else (tp,)),
@@ -156,7 +170,7 @@ def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> No
             notes.refuse((*flags, "the model"), why, remedy)
 
 
-def _misfit(spec: ModelSpec, tp: int, axis: str, sizes: dict[str, int]) -> str:
+def _misfit(spec: ModelSpec, tp: int, axis: str, sizes: dict[str, Any]) -> str:
     """Why the model cannot be cut along one axis alone; empty when it can, or when there is no such axis."""
     try:
         size = instance_mesh(tp, **sizes).size_of(axis)

@@ -78,7 +78,7 @@ class MeshConfig:
     @property
     def mesh(self) -> Mesh:
         """The ranks with their named axes."""
-        return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp)
+        return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp, self.dp_lm_head)
 
     @property
     def ranks_here(self) -> int:
