@@ -142,7 +142,7 @@ class DpRank:
     def _fork(self, rows: Ints, index: int, most: int) -> Ints:
         """Forks leaders among `rows` before they compute their last prompt token; returns rows and children."""
         state, going = self.state, set(rows.tolist())
-        children = []
+        children: list[Sequence] = []
         for leader in [s for s in state.leaders if s.row in going]:
             del state.leaders[leader]
             children += state.fork(leader, index, most)
@@ -200,7 +200,9 @@ class DpRank:
             if not state.admit(sequence):
                 break
             state.queue.pop()
-            if sequence.num_computed == sequence.target:  # all but the last token was cached, and forks wait
+            if (
+                sequence.forks and sequence.num_computed == sequence.target
+            ):  # all but the last token was cached, and forks wait
                 state.seat(index)
                 for child in state.fork(sequence, index, budget - 1):
                     budget -= self._advance(ranges, child, budget)
@@ -220,7 +222,8 @@ class DpRank:
         if end < len(sequence.tokens) - 1:
             state.prefilling[sequence] = None
         else:
-            state.prefilling.pop(sequence, None)
+            if state.prefilling:
+                state.prefilling.pop(sequence, None)
             if sequence.forks:
                 state.leaders[sequence] = None
         return length
@@ -272,7 +275,7 @@ class DpRank:
             return
         self._end(sequence)
         if sequence.leader is not None:
-            sequence.leader.forks.remove(sequence)
+            sequence.leader.forks = tuple(s for s in sequence.leader.forks if s is not sequence)
         else:
             self.state.queue.discard(sequence)
 
@@ -292,6 +295,6 @@ class DpRank:
         state.load.num_requests -= 1
         state.load.num_tokens -= sequence.goal
         if sequence.forks:
-            waiting, sequence.forks = sequence.forks, []
+            waiting, sequence.forks = sequence.forks, ()
             for leader in grouped(waiting):
                 state.queue.push(leader)

@@ -42,14 +42,14 @@ class Queue:
     """Sequences that wait for a row, best first. Who ends while waiting stays until it is next, or until most have."""
 
     def __init__(self, policy: str) -> None:
-        self._policy = POLICIES[policy]
+        self._key, self._matches = POLICIES[policy].key, POLICIES[policy].matches
         self._entries: deque[tuple[Key, Sequence]] = deque()  # sorted; most come at one end and all leave at the other
         self._sorted_at = -1
         self.num_waiting = 0
 
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence."""
-        key, entries = self._policy.key(sequence, 0), self._entries
+        key, entries = self._key(sequence, 0), self._entries
         if not entries or entries[-1][0] < key:
             entries.append((key, sequence))
         else:
@@ -78,9 +78,9 @@ class Queue:
 
     def reorder(self, match: Callable[[Sequence], int], version: int) -> None:
         """Sorts anew by what the prefix tree holds at `version`, where the policy depends on it."""
-        if not self._policy.matches or self.num_waiting > MOST_REORDERED or version == self._sorted_at:
+        if not self._matches or self.num_waiting > MOST_REORDERED or version == self._sorted_at:
             return
-        self._entries = deque(sorted((self._policy.key(s, match(s)), s) for s in self.waiting()))
+        self._entries = deque(sorted((self._key(s, match(s)), s) for s in self.waiting()))
         self._sorted_at = version
 
     def waiting(self) -> list[Sequence]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 import numpy as np
 
@@ -31,7 +33,7 @@ class Sequence(msgspec.Struct, eq=False):
     arrival: int
     priority: int = 0
     namespace: str = ""
-    forks: list[Sequence] = []
+    forks: tuple[Sequence, ...] = ()
     leader: Sequence | None = None
     row: int = -1
     slot: int = -1
@@ -93,16 +95,17 @@ def choices(submit: Submit, max_context: int, arrival: int) -> list[Sequence]:
     return sequences
 
 
-def grouped(sequences: list[Sequence]) -> list[Sequence]:
+def grouped(sequences: Collection[Sequence]) -> tuple[Sequence, ...]:
     """Choices that share a prompt and wait together: the first leads, the others fork from it. Returns what to queue.
 
     A prompt of one token leaves nothing to share.
     """
-    if len(sequences) > 1 and sequences[0].num_prompt > 1:
-        sequences[0].forks = sequences[1:]
-        for other in sequences[1:]:
-            other.leader = sequences[0]
-        sequences = sequences[:1]
-    for sequence in sequences:
+    queued = tuple(sequences)
+    if len(queued) > 1 and queued[0].num_prompt > 1:
+        queued[0].forks = queued[1:]
+        for other in queued[1:]:
+            other.leader = queued[0]
+        queued = queued[:1]
+    for sequence in queued:
         sequence.leader = None
-    return sequences
+    return queued

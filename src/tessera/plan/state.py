@@ -100,13 +100,13 @@ class RankState:
         """Deepest node of the tree for a waiting sequence, and its pages; positions that need logits are computed."""
         return self.prefix.match(sequence.namespace, sequence.tokens, sequence.logits_from)
 
-    def fork(self, parent: Sequence, index: int, most: int) -> list[Sequence]:
+    def fork(self, parent: Sequence, index: int, most: int) -> tuple[Sequence, ...]:
         """Choices that wait for `parent`, all of whose prompt but the last token is computed, enter beside it.
 
         At most `most` of them, and as many as there is room for; the others wait in the queue as a group of their own.
         They share full pages and copy a part-filled one (which only `parent` writes) and the slot.
         """
-        waiting, parent.forks = parent.forks, []
+        waiting, parent.forks = parent.forks, ()
         position = parent.num_prompt - 1
         at, inside = divmod(position, self.config.page_size)
         held = self.table.held(parent.row)
@@ -119,7 +119,7 @@ class RankState:
                 child.leader, child.num_computed, child.num_cached = None, position, parent.num_cached
                 child.node, child.num_published = parent.node, parent.num_published
             pages = [np.append(held[:at], page) for page in own]
-            self._enter(tuple(children), (position,) * len(children), pages, index)
+            self._enter(children, (position,) * len(children), pages, index)
         for child in children:
             copied = (int(held[at]), int(self.table.pages[child.row, at])) if inside else None
             self.change.copy(copied, (parent.slot, child.slot) if parent.slot >= 0 else None)
