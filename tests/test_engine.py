@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[tessera.Engine]:
     with tessera.Engine(model_path=str(folder), **FLAGS) as made:
+        made.generate("warm", {"max_new_tokens": 1})  # its threads are the fixture's, not those of the first test
         yield made
 
 

@@ -40,7 +40,7 @@ class Toy:
         self.vocab_size = vocab_size
         self.steps = 0
 
-    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor]) -> Tensor:
+    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor], counts: tuple[int, ...]) -> Tensor:
         """One token at a time, as plainly as can be."""
         self.steps += 1
         pool, slots = caches["toy.tokens"], caches["toy.hash"]
@@ -55,7 +55,7 @@ class Toy:
             hidden[t] = torch.tensor([float(plain_hash(read)), state])
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[N, 2] -> [N, vocab] float64."""
         rows = [plain_logits(int(a), int(b), self.vocab_size) for a, b in hidden.tolist()]
         return torch.tensor(np.stack(rows), device=hidden.device)

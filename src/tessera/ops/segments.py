@@ -114,7 +114,7 @@ def make_segments(
     ends = starts + lengths
     max_end = int(ends.max(initial=0))
     num_pages = -(-max_end // page_size)
-    tables = np.asarray(page_tables, np.int32).reshape(len(starts), -1)[:, :num_pages]
+    tables = np.asarray(page_tables, np.int32)[:, :num_pages]
     assert tables.shape[1] == num_pages, f"page tables of {tables.shape[1]} pages do not reach token {max_end - 1}"
     cu_lengths = np.zeros(len(starts) + 1, np.int32)
     np.cumsum(lengths, out=cu_lengths[1:])

@@ -1,14 +1,18 @@
-"""From a resolved configuration to one rank that runs: planner, pools, table, model, runner."""
+"""From a resolved configuration to ranks that run: planner, pools, table, model, runner."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tessera.comm.base import Comm
+from tessera.comm.local import LocalGroup
 from tessera.comm.single import SingleComm
 from tessera.core.config.types import Config
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import CacheDtypes, cache_table
+from tessera.core.tensors import cache_table
 from tessera.core.weights import weight_table
 from tessera.models.build import build_model
 from tessera.models.decoder import Decoder
@@ -18,6 +22,7 @@ from tessera.models.source import Source
 from tessera.ops.backend import chosen
 from tessera.ops.segments import Segments
 from tessera.plan.scheduler import PlannerConfig
+from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker
 from tessera.run.pools import Pools
 from tessera.run.rowparams import RowParams
@@ -33,13 +38,13 @@ class Drained:
         self.decoder = decoder
         self.vocab_size = decoder.spec.vocab_size
 
-    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor]) -> Tensor:
+    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor], counts: tuple[int, ...]) -> Tensor:
         """tokens [T] -> hidden states after the final norm [T, hidden]."""
-        return drain(self.decoder.hidden(tokens, segments, caches))
+        return drain(self.decoder.hidden(tokens, segments, caches, counts))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[N, hidden] -> [N, vocab], fp32 or wider."""
-        return self.decoder.logits(hidden)
+        return self.decoder.logits(hidden, counts)
 
 
 def planner_config(config: Config) -> PlannerConfig:
@@ -63,21 +68,43 @@ def planner_config(config: Config) -> PlannerConfig:
     )
 
 
+def build_instance(config: Config, spec: ModelSpec, source: Source, progress: Progress | None = None) -> Runner | Group:
+    """All ranks of one instance, in this process: one rank as it is, several as threads."""
+    mesh = config.mesh.mesh
+    if mesh.size == 1:
+        return build_runner(config, spec, source, progress)
+    meeting = LocalGroup(mesh)
+    runners, loaded = [], [0 for _ in range(mesh.size)]
+    for rank in range(mesh.size):
+        executor = Worker(f"tessera-rank-{rank}", failed=partial(meeting.fail, rank))
+        told = progress and partial(_of_all, progress, loaded, rank)
+        runners.append(build_runner(config, spec, source, told, executor, rank, meeting.comm(rank)))
+    return Group(runners, meeting)
+
+
+def _of_all(progress: Progress, loaded: list[int], which: int, done: int, total: int) -> None:
+    """Progress of one of several, as that of all."""
+    loaded[which] = done
+    progress(sum(loaded), len(loaded) * total)
+
+
 def build_runner(
     config: Config,
     spec: ModelSpec,
     source: Source,
     progress: Progress | None = None,
     executor: Executor | None = None,
+    rank: int = 0,
+    comm: Comm | None = None,
 ) -> Runner:
-    """Loads the weights and allocates the pools of rank 0."""
+    """Loads the weights and allocates the pools of one rank. `comm`: its collectives, where there are others."""
     mesh, memory, device = config.mesh.mesh, config.memory, torch.device(config.mesh.device)
     backend = chosen(config.kernels)
     dtype = getattr(torch, config.model.dtype)
     context = config.model.context_length
-    tiles = load_weights(source, weight_table(spec, mesh), mesh, 0, dtype, device, backend.pack, progress)
-    decoder = build_model(spec, mesh, 0, tiles, SingleComm(), backend, context)
-    caches = cache_table(spec, memory.page_size, CacheDtypes(memory.kv_dtype, memory.conv_dtype, memory.state_dtype))
+    tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
+    decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, context)
+    caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows = config.scheduling.max_running
     table = RowTable(rows, context, memory.page_size, spec.eos, device)
     params = RowParams(rows, device)
@@ -85,10 +112,11 @@ def build_runner(
         Drained(decoder),
         table,
         params,
-        Pools(caches, memory.num_pages, memory.num_slots, device, mesh),
+        Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank),
         Sampler(table, params, backend.draw),
         memory.page_size,
         executor or default_executor(config),
+        dp_rank=mesh.coordinate(rank, "dp"),
         debug=config.logging.checks,
     )
 

@@ -18,7 +18,7 @@ from tessera.models.load import Progress
 from tessera.models.source import Source
 from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner
-from tessera.run.build import build_runner, planner_config
+from tessera.run.build import build_instance, planner_config
 from tessera.run.hardware import cores
 from tessera.run.inbox import Inbox
 from tessera.run.loop import StepLoop, failures
@@ -47,7 +47,7 @@ class EngineCore:
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
         self._events = open_events(resolved.config.logging.events)
-        self.runner = build_runner(resolved.config, spec, source, progress)
+        self.runner = build_instance(resolved.config, spec, source, progress)
         hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)

@@ -76,18 +76,21 @@ class Worker:
     """Runs the work in one thread of its own: torch lets go of the interpreter's lock while it computes.
 
     The thread is a daemon, so that a program may end without closing it. It is no pool of `concurrent.futures`, because
-    those end with the main thread, while other threads of the program may still want answers.
+    those end with the main thread, while other threads of the program may still want answers. It starts with the first
+    work. `failed` is told what the work raises, before anybody asks.
     """
 
-    def __init__(self, name: str = "tessera-forward") -> None:
+    def __init__(self, name: str = "tessera-forward", failed: Callable[[BaseException], None] | None = None) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._failed = failed
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Queues the work; what it raises is raised where the future is asked."""
         assert not self._closed, "the executor is closed"
+        if not self._thread.ident:
+            self._thread.start()
         future: Future[T] = Future()
         self._queue.put((work, future))
         return future
@@ -101,12 +104,16 @@ class Worker:
             try:
                 future.set_result(work())
             except BaseException as error:
+                if self._failed is not None:
+                    self._failed(error)
                 future.set_exception(error)
             del item, work, future  # what it held must not outlive it
 
     def close(self) -> None:
         """Waits for the work under way; what is queued behind it is cancelled."""
         self._closed = True
+        if not self._thread.ident:
+            return
         self._queue.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():

@@ -102,7 +102,7 @@ def failures(choices: Iterable[tuple[str, int]], why: str, fault: Fault = "engin
 class Reports(Protocol):
     """Tells what steps did."""
 
-    def __call__(self, step: Step, tallies: list[Tally], outputs: list[Output], seconds: float) -> list[StepReport]:
+    def __call__(self, done: StepDone, tallies: list[Tally], seconds: float) -> list[StepReport]:
         """Of a step that came back after `seconds`."""
 
     def idle(self) -> list[StepReport]:
@@ -126,7 +126,7 @@ class StepLoop(Generic[TicketT]):
         self.max_in_flight = max_in_flight
         self.last_tick = time.monotonic()
         self.end = "the engine has ended"  # why, for those who come too late
-        self._flying: deque[tuple[Step, TicketT]] = deque()
+        self._flying: deque[TicketT] = deque()
         self._live = Live()
         self._last_collect = 0.0
         self._idle = True
@@ -161,7 +161,7 @@ class StepLoop(Generic[TicketT]):
                 break
             if not self._flying:
                 self._last_collect = time.monotonic()
-            self._flying.append((step, self.runner.launch(step)))
+            self._flying.append(self.runner.launch(step))
         self._idle = not self._flying
         if self._flying:
             self._collect()
@@ -187,13 +187,13 @@ class StepLoop(Generic[TicketT]):
         self._send(outputs)
 
     def _collect(self) -> None:
-        step, launched = self._flying.popleft()
+        launched = self._flying.popleft()
         done, outputs = self.runner.collect(launched)
         now = time.monotonic()
         seconds, self._last_collect = now - self._last_collect, now
         self._send(outputs)
         self._settle(self.planner.apply([Clock(now), done]))
-        self._send_reports(self.report(step, launched.tallies, outputs, seconds))
+        self._send_reports(self.report(done, launched.tallies, seconds))
 
     def _send(self, outputs: list[Output]) -> None:
         if outputs:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tessera.core.messages import Output, StepReport
+from tessera.core.messages import StepReport
 from tessera.plan.scheduler import Planner
-from tessera.plan.step import Part, Step
+from tessera.plan.step import Part, StepDone
 from tessera.run.table import RowTable
 
 
@@ -44,11 +44,11 @@ class Reporter:
         self._preempted = [0] * len(planner.ranks)
         self._index = -1
 
-    def __call__(self, step: Step, tallies: list[Tally], outputs: list[Output], seconds: float) -> list[StepReport]:
+    def __call__(self, done: StepDone, tallies: list[Tally], seconds: float) -> list[StepReport]:
         """One report per DP rank."""
-        self._index = step.index
-        num_output = sum(len(output.tokens) for output in outputs)
-        return [self._report(i, counted, num_output, seconds) for i, counted in enumerate(tallies)]
+        self._index = done.index
+        num_output = [int(np.count_nonzero(part.tokens >= 0)) for part in done.parts]
+        return [self._report(i, counted, num_output[i], seconds) for i, counted in enumerate(tallies)]
 
     def idle(self) -> list[StepReport]:
         """Where things stand when nothing runs: after an abort or a flush no step would tell."""

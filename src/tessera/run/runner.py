@@ -18,7 +18,7 @@ from torch import Tensor
 from tessera.core.messages import Output
 from tessera.ops.segments import Segments
 from tessera.plan.step import Change, Ints, Step, StepDone
-from tessera.run.batch import Batch, make_batch
+from tessera.run.batch import Batch, Wanted, make_batch
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
 from tessera.run.report import Tally, tally
@@ -29,14 +29,17 @@ from tessera.run.table import Known, RowTable, Sequence
 
 
 class Model(Protocol):
-    """What a runner needs of a model: `forward` runs the layers, `logits` the head."""
+    """What a runner needs of a model: `forward` runs the layers, `logits` the head.
+
+    `counts`: how many rows each DP rank brings; a rank without any takes part all the same.
+    """
 
     vocab_size: int
 
-    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor]) -> Tensor:
+    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor], counts: tuple[int, ...]) -> Tensor:
         """tokens [T] -> hidden states after the final norm [T, hidden]."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[N, hidden] -> [N, vocab], fp32 or wider."""
 
 
@@ -95,7 +98,7 @@ class Runner:
             self._watch.apply(part.change)
             self._watch.advance(part, self.table.slots)
         device = self.pools.device
-        batch = make_batch(part, self.table, self.page_size, device)
+        batch = make_batch(step, self.dp_rank, self.table, self.page_size, device)
         if batch is None:
             work, drawn, scored, through = Work(part.change, known, entered, None), [], [], []
         else:
@@ -129,18 +132,25 @@ class Runner:
         batch = work.batch
         if batch is None:
             return Download([])
-        hidden = self.model.forward(batch.input_tokens(self.table.tokens), batch.segments, self.pools.tensors)
+        tokens = batch.input_tokens(self.table.tokens)
+        hidden = self.model.forward(tokens, batch.segments, self.pools.tensors, batch.counts)
         results: list[Tensor] = []
-        if len(batch.draws):
-            logits = self.model.logits(hidden[batch.draws.index])
-            results += self.sampler.draw(logits, batch.draws, work.draw_plan)
-            self.table.tokens[batch.draws.rows, batch.draws.positions] = results[0].to(torch.int32)
-        if work.prompt_scores is not None:
+        if any(batch.draws.counts):
+            logits = self.model.logits(hidden[batch.draws.index], batch.draws.counts)
+            results += self._draw(logits, batch.draws, work.draw_plan)
+        if any(batch.prompts.counts):
             wanted = hidden[batch.prompts.index]
             results += self.sampler.score_prompts(
                 wanted, self.model.logits, batch.prompts, work.prompt_scores, self.model.vocab_size
             )
         return Download(results)
+
+    def _draw(self, logits: Tensor, draws: Wanted, plan: DrawPlan) -> list[Tensor]:
+        if not len(draws):
+            return []
+        results = self.sampler.draw(logits, draws, plan)
+        self.table.tokens[draws.rows, draws.positions] = results[0].to(torch.int32)
+        return results
 
     def collect(self, launched: Launched) -> tuple[StepDone, list[Output]]:
         """Waits for a step; its tokens, which sequences ended, and the outputs. Raises what the step raised."""

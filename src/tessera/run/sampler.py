@@ -25,6 +25,7 @@ from tessera.run.table import RowTable, Sequence
 BLOCK_ELEMENTS = 1 << 25  # logits of prompt positions at a time: 128 MB in float32
 
 Longs = NDArray[np.int64]
+ToLogits = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +149,21 @@ class Sampler:
         return [tokens, *score(raw, tokens[scores.rows], scores)]
 
     def score_prompts(
-        self, hidden: Tensor, to_logits: Callable[[Tensor], Tensor], prompts: Wanted, scores: Scores, vocab_size: int
+        self, hidden: Tensor, to_logits: ToLogits, prompts: Wanted, scores: Scores | None, vocab_size: int
     ) -> list[Tensor]:
-        """Logprobs of the prompt tokens that `hidden` [M, hidden] predicts, a block of positions at a time."""
+        """Logprobs of the prompt tokens that `hidden` [M, hidden] predicts, a block of positions at a time.
+
+        `scores` None: only other DP ranks have positions to score, and wait for this one's part of the logits.
+        """
         tokens = self.table.tokens[prompts.rows, prompts.positions].long()
         size = max(1, BLOCK_ELEMENTS // vocab_size)
         blocks = []
-        for at in range(0, len(prompts), size):
+        for at in range(0, max(prompts.counts), size):
             block = slice(at, at + size)
-            part = Scores(scores.host_rows[block], scores.rows[block], scores.top_n, scores.asked[block])
-            blocks.append(score(to_logits(hidden[block]), tokens[block], part))
+            logits = to_logits(hidden[block], tuple(min(max(count - at, 0), size) for count in prompts.counts))
+            if scores is not None and at < len(prompts):
+                part = Scores(scores.host_rows[block], scores.rows[block], scores.top_n, scores.asked[block])
+                blocks.append(score(logits, tokens[block], part))
         return [torch.cat(columns) for columns in zip(*blocks, strict=True)]
 
     def _penalties(self, logits: Tensor, draws: Wanted, plan: DrawPlan) -> Penalties | None:

@@ -1,0 +1,64 @@
+"""All ranks of one instance as threads of this process, behind what the step loop needs of one runner.
+
+Every rank runs every step. Ranks of one data-parallel group draw the same tokens, so the first of each group answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tessera.comm.local import LocalGroup
+from tessera.core.errors import PeerError
+from tessera.core.messages import Output
+from tessera.plan.step import Step, StepDone
+from tessera.run.report import Tally
+from tessera.run.runner import Launched, Runner
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLaunched:
+    """A step under way on all ranks: their tickets, by rank, and what each DP rank computes."""
+
+    index: int
+    ranks: list[Launched]
+    tallies: list[Tally]
+
+
+class Group:
+    """Runs steps on all ranks together. `runners` by rank, each with a thread of its own; they meet at `meeting`."""
+
+    def __init__(self, runners: Sequence[Runner], meeting: LocalGroup) -> None:
+        mesh = meeting.mesh
+        assert len(runners) == mesh.size
+        self.runners = runners
+        self._meeting = meeting
+        self._first = [mesh.group(0, "dp")[i] for i in range(mesh.size_of("dp"))]
+
+    def launch(self, step: Step) -> GroupLaunched:
+        """Starts a step on every rank."""
+        tickets = [runner.launch(step) for runner in self.runners]
+        return GroupLaunched(step.index, tickets, [tickets[rank].tallies[0] for rank in self._first])
+
+    def collect(self, launched: GroupLaunched) -> tuple[StepDone, list[Output]]:
+        """Waits for all ranks. Raises what a rank raised, rather than that others missed it."""
+        errors = [error for ticket in launched.ranks if (error := ticket.result.exception()) is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, PeerError)), errors[0])
+        parts, outputs = [], []
+        for rank in self._first:
+            done, told = self.runners[rank].collect(launched.ranks[rank])
+            parts += done.parts
+            outputs += told
+        return StepDone(launched.index, tuple(parts)), outputs
+
+    def drop(self, request_id: str, choice: int) -> None:
+        """The choice has ended elsewhere: nothing of it may come out any more."""
+        for rank in self._first:
+            self.runners[rank].drop(request_id, choice)
+
+    def close(self) -> None:
+        """Ends all ranks; one that waits for another stops waiting."""
+        self._meeting.fail(0, None)
+        for runner in self.runners:
+            runner.close()
