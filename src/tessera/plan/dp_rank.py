@@ -265,7 +265,7 @@ class DpRank:
         for sequence in sequences:
             sequence.dp_rank = load.dp_rank
             load.num_tokens += sequence.goal
-        for leader in grouped(sequences):
+        for leader in grouped(sequences) if len(sequences) > 1 else sequences:
             self.state.queue.push(leader)
 
     def remove(self, sequence: Sequence) -> None:

@@ -49,9 +49,9 @@ class PagePool:
 
     def drop(self, pages: Ints) -> None:
         """One holder less of each of `pages`, which are named once by each holder that gives them up."""
-        pages = np.sort(pages)  # runs of equal pages; ten times as fast as np.unique and np.subtract.at
-        first = np.flatnonzero(np.diff(pages, prepend=-1))
-        pages, times = pages[first], np.diff(first, append=len(pages))
+        pages = np.sort(pages)  # runs of equal pages: ten times as fast as np.unique and np.subtract.at
+        last = np.concatenate([np.flatnonzero(pages[1:] != pages[:-1]), [len(pages) - 1]])
+        pages, times = pages[last], np.diff(last, prepend=-1)
         after = self.refs[pages] - times
         assert (after >= 0).all(), "a page was dropped more often than held"
         self.refs[pages] = after
