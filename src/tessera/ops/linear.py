@@ -1,14 +1,18 @@
-"""Matrix products with weights that were prepared once."""
+"""Matrix products with weights that were prepared once. M rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+SWAPPED_UP_TO = 128  # rows; from about 200 on turning the result costs more than the weight's repacking
+TURNED = 8192  # columns turned at a time: their cache lines stay until they are full
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +26,67 @@ class PackedLinear:
     product: Product
 
 
-def pack_reference(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`."""
-    return PackedLinear(weight, bias, *weight.shape, torch.nn.functional.linear)
-
-
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """x [..., in] -> [..., out]: `x @ weight.T + bias`."""
     return packed.product(x, packed.weight, packed.bias)
 
 
-pack = pack_reference
+def pack_reference(weight: Tensor, bias: Tensor | None = None, shared: bool = False) -> PackedLinear:
+    """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`, unless it is `shared`:
+    then it stays as it is, for others who read it (a head tied to the embedding)."""
+    return PackedLinear(weight, bias, *weight.shape, torch.nn.functional.linear)
+
+
+def pack(weight: Tensor, bias: Tensor | None = None, shared: bool = False) -> PackedLinear:
+    """See `pack_reference`. bfloat16 on a CPU gets the product that reads its weight once and at full speed."""
+    shape = weight.shape
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        if has_amx():
+            return PackedLinear(weight, bias, *shape, swapped)
+        if has_bf16() and not shared:
+            return PackedLinear(prepack(weight), bias, *shape, prepacked)
+    return pack_reference(weight, bias)
+
+
+@lru_cache(1)
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles (AMX)."""
+    return has_bf16() and bool(torch.cpu._is_amx_tile_supported())
+
+
+@lru_cache(1)
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX)."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def swapped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`(weight @ x.T).T` for up to `SWAPPED_UP_TO` rows: on AMX the left factor is read as it lies, where `F.linear`
+    repacks the whole weight at every call. The bits of a row do not depend on the other rows.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if not 0 < len(rows) <= SWAPPED_UP_TO:
+        return torch.nn.functional.linear(x, weight, bias)
+    columns = rows.expand(2, -1).T if len(rows) == 1 else rows.T  # one column alone would be another, slower kernel
+    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return turned(y[:, : len(rows)]).view(*x.shape[:-1], -1)
+
+
+def turned(y: Tensor) -> Tensor:
+    """y [out, M] -> its transpose [M, out], contiguous. By way of three dims, which torch copies with all threads."""
+    out = y.new_empty(y.shape[1], y.shape[0])
+    for source, target in zip(y.split(TURNED), out.split(TURNED, 1), strict=True):
+        target[None].copy_(source.T[None])
+    return out
+
+
+def prepack(weight: Tensor) -> Tensor:
+    """Weight [out, in] of bfloat16 in the blocked form of oneDNN (an opaque tensor), for products of few rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+    return packed
+
+
+def prepacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] -> [..., out] with a weight of `prepack`."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm, silu
 
 from tessera.ops.precision import wide
 
@@ -13,11 +13,11 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) 
 
     `zero_centered`: the stored weight is an offset from one (Qwen3.5, Qwen3-Next).
     """
+    if weight.dtype == x.dtype and not zero_centered:
+        return rms_norm(x, x.shape[-1:], weight, eps)  # computes wide by itself
     dtype = wide(x.dtype)
-    h = x.to(dtype)
     w = weight.to(dtype)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h * (1 + w if zero_centered else w)).to(x.dtype)
+    return rms_norm(x.to(dtype), x.shape[-1:], 1 + w if zero_centered else w, eps).to(x.dtype)
 
 
 def add_rmsnorm(
@@ -31,6 +31,5 @@ def add_rmsnorm(
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`w * rmsnorm(o) * silu(z)` per head, in fp32 or wider: o and z [T, H, D], weight [D], result in z's dtype."""
     dtype = wide(z.dtype)
-    h = o.to(dtype)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
-    return (h * torch.nn.functional.silu(z.to(dtype))).to(z.dtype)
+    h = rms_norm(o.to(dtype), o.shape[-1:], weight.to(dtype), eps)
+    return (h * silu(z.to(dtype))).to(z.dtype)
