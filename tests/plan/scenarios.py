@@ -102,6 +102,22 @@ def turns() -> World:
     return world
 
 
+def turns_together() -> World:
+    """Ranks compute prompts in the same steps, though these came one after the other: no step is long for one alone."""
+    world = World(PlannerConfig(2, 50, 4, 40, chunk_size=3, num_dp=2))
+    for name in ("first", "second"):
+        world.submit(request(name, [1], 20, ignore_eos=True))
+    world.turn()
+    for name in ("third", "fourth"):
+        world.submit(request(name, LONG, 1))
+        world.turn()
+        world.turn()
+    world.finish()
+    assert kinds(world, 0).startswith("pdpdpdpdpdd"), kinds(world, 0)
+    assert kinds(world, 1).startswith("pdddpdpdpdpdd"), kinds(world, 1)
+    return world
+
+
 def full_chunks() -> World:
     """Answers that fill a chunk by themselves do not keep a prompt out: the two take turns."""
     world = World(PlannerConfig(3, 50, 4, 24, chunk_size=2, mixed=True))

@@ -30,6 +30,7 @@ ALL: list[Scenario] = [
     scenarios.growing,
     scenarios.riding,
     scenarios.turns,
+    scenarios.turns_together,
     scenarios.full_chunks,
     scenarios.aborted_in_flight,
     scenarios.forked,
@@ -128,9 +129,16 @@ def decodes_that_ride_are_not_counted(patch: Patch) -> None:
 
 
 def prompts_always_go_first(patch: Patch) -> None:
-    def plan(real: Any, self: DpRank, index: int) -> Any:
-        self._prefill_turn = True
-        return real(self, index)
+    around(patch, DpRank, "plan", lambda real, self, index, prompts_first: real(self, index, True))
+
+
+def each_rank_takes_turns_by_itself(patch: Patch) -> None:
+    turns: dict[int, bool] = {}
+
+    def plan(real: Any, self: DpRank, index: int, prompts_first: bool) -> Any:
+        part, record = real(self, index, turns.get(id(self), True))
+        turns[id(self)] = not record.prefilled
+        return part, record
 
     around(patch, DpRank, "plan", plan)
 
@@ -203,6 +211,7 @@ FAULTS: list[tuple[Callable[[Patch], None], Scenario]] = [
     (a_slot_keeps_its_last_state, scenarios.one_slot),
     (decodes_that_ride_are_not_counted, scenarios.riding),
     (prompts_always_go_first, scenarios.turns),
+    (each_rank_takes_turns_by_itself, scenarios.turns_together),
     (decodes_ride_though_they_fill_the_chunk, scenarios.full_chunks),
     (results_go_to_whoever_sits_in_the_row_now, scenarios.aborted_in_flight),
     (a_fork_copies_no_page, scenarios.forked),

@@ -39,7 +39,6 @@ class DpRank:
     def __init__(self, config: PlannerConfig, dp_rank: int) -> None:
         self.config = config
         self.state = RankState(config, dp_rank)
-        self._prefill_turn = True
         self._rows = NO_INTS
         self._draws = np.zeros(0, np.bool_)
         self._slack = 0
@@ -48,19 +47,21 @@ class DpRank:
 
     # -- planning --------------------------------------------------------------------------------------------------
 
-    def plan(self, index: int) -> tuple[Part, InFlight]:
-        """The part of step `index`. Its change is what happened since the last part that had ranges."""
+    def plan(self, index: int, prompts_first: bool) -> tuple[Part, InFlight]:
+        """The part of step `index`. Its change is what happened since the last part that had ranges.
+
+        Where decodes do not ride along, `prompts_first` says whose turn it is; the others run if those have nothing.
+        """
         ranges = _Ranges()
         if self._rides():
             if self._decode(ranges, index):
                 self._prefill(ranges, index)
-        elif self._prefill_turn:
+        elif prompts_first:
             self._prefill(ranges, index)
             if not ranges.prefill:
                 self._decode(ranges, index)
         elif self._decode(ranges, index) and not len(ranges.rows):
             self._prefill(ranges, index)
-        self._prefill_turn = not ranges.prefill
         return self._part(ranges, index)
 
     def _rides(self) -> bool:

@@ -32,6 +32,7 @@ class Planner:
         self._requests: dict[str, list[Sequence]] = {}
         self._in_flight: deque[list[InFlight]] = deque()
         self._index = 0
+        self._prompts_first = True
         self._arrivals = 0
 
     @property
@@ -83,7 +84,8 @@ class Planner:
         """The next step; None when `max_in_flight` steps are, or nothing can be computed now."""
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
-        planned = [rank.plan(self._index) for rank in self.ranks]
+        planned = [rank.plan(self._index, self._prompts_first) for rank in self.ranks]
+        self._prompts_first = not any(record.prefilled for _, record in planned)  # all ranks wait for the longest part
         if not any(len(part.rows) for part, _ in planned):
             return None
         parts = tuple(part for part, _ in planned)
