@@ -37,7 +37,9 @@ class Noise:
         """See `Source.copy`."""
         shape = self.shapes[name]
         width = max(1, Tensor.numel(torch.empty(shape[1:], device="meta")))
-        noise = self._cast.setdefault(out.dtype, self._noise.to(out.dtype))
+        if out.dtype not in self._cast:
+            self._cast[out.dtype] = self._noise.to(out.dtype)
+        noise = self._cast[out.dtype]
         first, done = zlib.crc32(f"{self.seed}:{name}".encode()), 0
         for start, length in blocks(rows, width * out.dtype.itemsize):
             box = _round(noise, first + start * width, length * width).view(length, width)
