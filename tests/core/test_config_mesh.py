@@ -17,11 +17,17 @@ from core.test_config import CPU, CUDA, DENSE, HYBRID, decided, spec_of
 from tessera.core.config import FLAGS, Resolved, Unbuilt, resolve
 from tessera.core.config.built import BUILT
 from tessera.core.errors import ConfigError
-from tessera.core.mesh import instance_mesh
+from tessera.core.mesh import divisors, instance_mesh
+from tessera.core.weights import weight_table
 
 MESH = ("tp_size", "dp_size", "ep_size", "moe_dense_tp_size", "enable_dp_attention", "enable_dp_lm_head", "nnodes")
 ALL = frozenset({*MESH, "node_rank", "enable_two_batch_overlap", "replicas"})
-MODELS = {"dense": DENSE, "hybrid": HYBRID}
+TWELVE = {  # heads, experts and columns that go into up to 12 ranks
+    **HYBRID,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "num_experts"), 12),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "linear_num_value_heads"), 24),
+}
+MODELS = {"dense": DENSE, "hybrid": HYBRID, "twelve": TWELVE}
 
 
 def lifted(model: str = "hybrid", built: frozenset[str] = ALL, gpus: int = 0, **asked: object) -> Resolved:
@@ -150,21 +156,31 @@ def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
     assert lifted(dp_size=2).config.mesh.balance == "round_robin"
 
 
-sizes = st.integers(1, 12)
+@st.composite
+def sizes(draw: st.DrawFn) -> dict[str, object]:
+    """Sizes that mostly divide the number of ranks, so that what is left to refuse is met too."""
+    tp = draw(st.integers(1, 12))
+    fair = st.sampled_from(divisors(tp)) | st.integers(1, 12)
+    return {
+        "tp": tp,
+        "dp": draw(fair),
+        "ep": draw(fair),
+        "moe_dense_tp_size": draw(st.none() | fair),
+        "enable_dp_attention": draw(st.booleans()),
+        "enable_dp_lm_head": draw(st.booleans()),
+    }
 
 
-@given(tp=sizes, dp=sizes, ep=sizes, dense=st.none() | sizes, split=st.booleans(), head=st.booleans())
-def test_every_combination_resolves_or_is_refused_with_what_to_change(
-    tp: int, dp: int, ep: int, dense: int | None, split: bool, head: bool
-) -> None:
-    asked = {"tp": tp, "dp": dp, "ep": ep, "moe_dense_tp_size": dense}
-    asked |= {"enable_dp_attention": split, "enable_dp_lm_head": head}
+@given(asked=sizes(), model=st.sampled_from(sorted(MODELS)))
+def test_every_combination_resolves_or_is_refused_with_what_to_change(asked: dict[str, object], model: str) -> None:
     with contextlib.suppress(ConfigError):
-        config = lifted(**asked).config
-        assert config.mesh.mesh.size == tp
+        config = lifted(model, **asked).config
+        assert config.mesh.mesh.size == asked["tp"]
+        weight_table(spec_of(MODELS[model]), config.mesh.mesh)  # raises LayoutError where it does not fit
+        assert config.memory.weight_bytes > 0
         assert config.memory.num_pages > 1
         return
-    assert all(re.search(r": .+\. .+\.$", text) for text in refused(**asked))
+    assert all(re.search(r": .+\. .+\.$", text) for text in refused(model, **asked))
 
 
 @pytest.mark.parametrize(
