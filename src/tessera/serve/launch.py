@@ -27,9 +27,10 @@ def launch(
 async def _launch(
     asked: Mapping[str, object], environ: Mapping[str, str], progress: Progress, command: Sequence[str]
 ) -> int:
+    signals = StopSignals()  # first, so that from here on none of them ends only one of the two processes
     engine = EngineProcess(command)
+    signals.at_once = engine.kill
     try:
-        signals = StopSignals(engine.kill)
         await Front(engine, signals, progress).run(asked, environ)
         return 0
     finally:

@@ -37,6 +37,7 @@ class EngineProcess:
         down, up = addresses(self._folder)
         self._down.connect(down)  # the side that connects may send before the other is there
         self._up.bind(up)
+        self._met = False
         self._process = subprocess.Popen(
             [*command, str(self._folder), str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -56,6 +57,9 @@ class EngineProcess:
             if self._process.poll() is not None and not await self._up.poll(0):
                 return None
         message: Upward = decode_up(await self._up.recv())
+        if not self._met:  # both ends are connected: nothing needs the folder, and nobody shall have to clear it away
+            self._met = True
+            shutil.rmtree(self._folder, ignore_errors=True)
         return message
 
     def end(self) -> str:

@@ -13,24 +13,18 @@ ASKED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Listens from its making until `close`. `at_once` runs before the process ends on the second signal."""
+    """Listens from its making on. `at_once` runs before the process ends on the second signal."""
 
-    def __init__(self, at_once: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.first = asyncio.Event()
-        self._at_once = at_once
-        self._loop = asyncio.get_running_loop()
+        self.at_once: Callable[[], None] = lambda: None
         for number in ASKED:
-            self._loop.add_signal_handler(number, self._take, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._take, number)
 
     def _take(self, number: signal.Signals) -> None:
         if self.first.is_set():
             log.warning("%s again: ending now", number.name)
-            self._at_once()
+            self.at_once()
             os._exit(128 + number)
         log.info("%s: ending in order; once more ends now", number.name)
         self.first.set()
-
-    def close(self) -> None:
-        """Signals do again what they did before."""
-        for number in ASKED:
-            self._loop.remove_signal_handler(number)
