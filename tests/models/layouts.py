@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import combinations
 from random import Random
 from typing import Any, TypeVar
 
@@ -77,10 +79,22 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
     return {**config, **hybrid} if family == "qwen3_5_text" else {**config, **hybrid, **moe}
 
 
+@lru_cache(maxsize=4)
 def spec_and_noise(family: str, seed: int) -> tuple[ModelSpec, Noise]:
     """The model and its random weights."""
     spec = read_spec(random_config(family, seed))
     return spec, Noise(stored_shapes(weight_table(spec, SINGLE)), spec.zero_centred, seed)
+
+
+def pairwise(rows: Sequence[tuple[object, ...]]) -> list[int]:
+    """Places of few rows that together show every pair of values of two columns that some row shows."""
+    pairs = [frozenset(combinations(enumerate(row), 2)) for row in rows]
+    left, chosen = frozenset().union(*pairs), []
+    while left:
+        best = max(range(len(rows)), key=lambda i: len(pairs[i] & left))
+        chosen.append(best)
+        left -= pairs[best]
+    return chosen
 
 
 def on_ranks(mesh: Mesh, work: Callable[[LocalComm], R], deadline_s: float = 30.0) -> list[R]:

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from models.test_layouts import Layout, check
+from tessera.comm import dispatch
 from tessera.comm.together import Across, Within
 from tessera.comm.waits import Waits
 from tessera.core.layout import Dim, Section
@@ -17,7 +18,7 @@ from tessera.models.experts import MoE
 
 Good = Callable[..., Any]
 SEED = 4  # models with two KV heads, two key heads and a vocabulary that is padded
-TWO: Layout = (2, 1, 1, 2, False)
+TWO: Layout = (2, 1, 1, 2, False, False)
 
 
 def modulo(good: Good, section: Section, size: int, rank: int) -> Sequence[int]:
@@ -62,20 +63,34 @@ def as_held(good: Good, self: MoE, held: list[int]) -> Tensor:
     return ids
 
 
-FAULTS: list[tuple[type, str, Good, str, Layout]] = [
-    (Section, "held", modulo, "qwen3", (4, 1, 1, 4, False)),
+def other_rows(good: Good, rows: Tensor, tokens: Tensor, count: int, most: int) -> Tensor:
+    """What comes back is added to the tokens as they stand, not to those it was sent for."""
+    out: Tensor = good(rows, tokens.sort().values, count, most)
+    return out
+
+
+def shared_everywhere(good: Good, self: MoE, part: Tensor, x: Tensor) -> Tensor:
+    """Shared experts that are whole on every rank, added to every part of a sum."""
+    out: Tensor = good(self, good(self, part, x), x)
+    return out
+
+
+FAULTS: list[tuple[Any, str, Good, str, Layout]] = [
+    (Section, "held", modulo, "qwen3", (4, 1, 1, 4, False, False)),
     (Dim, "_blocks", one_block, "qwen3_next", TWO),
-    (Across, "_lengths", other_order, "qwen3_moe", (2, 2, 1, 2, True)),
-    (Across, "own", first_rows, "llama", (2, 2, 1, 1, False)),
+    (Across, "_lengths", other_order, "qwen3_moe", (2, 2, 1, 2, True, False)),
+    (Across, "own", first_rows, "llama", (2, 2, 1, 1, False, False)),
     (Within, "home", no_sum, "llama", TWO),
-    (Across, "home", half_sum, "qwen3", (4, 2, 1, 4, True)),
-    (MoE, "_local_ids", as_held, "qwen3_moe", (2, 1, 2, 2, False)),
+    (Across, "home", half_sum, "qwen3", (4, 2, 1, 4, True, False)),
+    (dispatch, "_sum_by_token", other_rows, "qwen3_moe", (2, 2, 2, 2, False, True)),
+    (MoE, "add_shared", shared_everywhere, "qwen3_5_moe_text", TWO),
+    (MoE, "_local_ids", as_held, "qwen3_moe", (2, 1, 2, 2, False, False)),
 ]
 
 
 @pytest.mark.parametrize(("where", "name", "fault", "family", "layout"), FAULTS, ids=[f[2].__name__ for f in FAULTS])
 def test_a_known_fault_is_seen(
-    where: type, name: str, fault: Good, family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+    where: Any, name: str, fault: Good, family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(family, SEED, layout)
     good = getattr(where, name)

@@ -6,21 +6,22 @@ from functools import lru_cache
 
 import pytest
 
-from models.layouts import FAMILIES, Outcome, compute, differences, spec_and_noise
+from models.layouts import FAMILIES, Outcome, compute, differences, pairwise, spec_and_noise
 from tessera.core.errors import LayoutError
 from tessera.core.mesh import SINGLE, instance_mesh
 
 TOLERANCE = 1e-9
-# (tp, dp, ep, dense TP, dp-lm-head)
-Layout = tuple[int, int, int, int, bool]
+# (tp, dp, ep, dense TP, dp-lm-head, all-to-all)
+Layout = tuple[int, int, int, int, bool, bool]
 LAYOUTS: list[Layout] = [
-    (tp, dp, ep, dense, lm_head)
+    (tp, dp, ep, dense, lm_head, travel)
     for tp in (2, 4)
     for dp in (1, 2, 4)
     for ep in (1, 2, 4)
     for dense in (1, 2, 4)
     for lm_head in (False, True)
-    if max(dp, ep, dense) <= tp and not (lm_head and dp == 1)
+    for travel in (False, True)
+    if max(dp, ep, dense) <= tp and not (lm_head and dp == 1) and not (travel and dense < tp)
 ]
 
 
@@ -30,8 +31,7 @@ def alone(family: str, seed: int) -> Outcome:
 
 
 def check(family: str, seed: int, layout: Layout) -> None:
-    tp, dp, ep, dense, lm_head = layout
-    mesh = instance_mesh(tp, dp, ep, dense, lm_head)
+    mesh = instance_mesh(*layout)
     spec, source = spec_and_noise(family, seed)
     worst = differences(spec, compute(spec, source, mesh), alone(family, seed), mesh)
     assert len(worst) > 1
@@ -41,13 +41,14 @@ def check(family: str, seed: int, layout: Layout) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_on_some_layouts(family: str) -> None:
-    """Each family on an eighth of the layouts, together all of them; two models of each."""
-    nth = FAMILIES.index(family)
-    for i, layout in enumerate(LAYOUTS[nth :: len(FAMILIES)]):
+    """All pairs of settings, each layout with two families; two models of each."""
+    covering = [LAYOUTS[i] for i in pairwise(LAYOUTS)]
+    nth = FAMILIES.index(family) % 4
+    for i, layout in enumerate(covering[nth::4]):
         check(family, 4 * (i % 2), layout)
 
 
-@pytest.mark.parametrize("layout", [(4, 1, 2, 4, False), (4, 2, 4, 2, False), (4, 4, 2, 1, True)])
+@pytest.mark.parametrize("layout", [(4, 1, 2, 4, False, False), (4, 2, 4, 2, False, True), (4, 4, 2, 1, True, True)])
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "deepseek_v2"])
 def test_all_kinds_of_layers_on_mixed_layouts(family: str, layout: Layout) -> None:
     check(family, 2, layout)

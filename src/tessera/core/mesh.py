@@ -57,13 +57,21 @@ class Mesh:
         return tuple(first + i * axis.stride for i in range(axis.size))
 
 
-def instance_mesh(tp: int = 1, dp: int = 1, ep: int = 1, dense_tp: int | None = None, dp_lm_head: bool = False) -> Mesh:
+def instance_mesh(
+    tp: int = 1,
+    dp: int = 1,
+    ep: int = 1,
+    dense_tp: int | None = None,
+    dp_lm_head: bool = False,
+    all_to_all: bool = False,
+) -> Mesh:
     """Mesh of one serving instance of `tp` ranks in SGLang's meaning.
 
     attn: attention TP = tp / dp, neighbours; dp: groups of them; moe: TP inside an expert = tp / ep; expert: EP over
-    those; dense: TP of dense MLPs; vocab: TP of embedding and head, the attention's (`dp_lm_head`) or all ranks; tp:
-    all ranks. A group of ranks as the attention sees it: `G/dp` are the attention groups that it joins, `G/attn` its
-    ranks inside one of them.
+    those; shared: TP of shared experts, all ranks, or one where tokens travel to their experts (`all_to_all`); dense:
+    TP of dense MLPs; vocab: TP of embedding and head, the attention's (`dp_lm_head`) or all ranks; tp: all ranks. A
+    group of ranks as the attention sees it: `G/dp` are the attention groups that it joins, `G/attn` its ranks inside
+    one of them.
     """
     dense = tp if dense_tp is None else dense_tp
     for name, size in (("dp", dp), ("ep", ep), ("dense_tp", dense)):
@@ -71,6 +79,7 @@ def instance_mesh(tp: int = 1, dp: int = 1, ep: int = 1, dense_tp: int | None = 
             raise LayoutError(f"{name} {size} does not divide tp {tp}; choose a divisor of {tp}")
     attn = tp // dp
     axes = [Axis("attn", attn), Axis("dp", dp, attn), Axis("moe", tp // ep), Axis("expert", ep, tp // ep)]
+    axes.append(Axis("shared", 1 if all_to_all else tp))
     for name, size in (("tp", tp), ("dense", dense), ("vocab", attn if dp_lm_head else tp)):
         if size % attn and attn % size:
             raise LayoutError(f"{name} {size} cuts attention groups of {attn} ranks; one must divide the other")

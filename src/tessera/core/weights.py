@@ -2,8 +2,9 @@
 
 Fused tensors (`q | gate | k | v`, `gate | up`, `q | k | v | z | b | a`) are sections from several checkpoint tensors.
 Mesh axes: heads on "attn", dense MLPs on "dense", experts on "expert" and inside an expert on "moe", shared experts on
-"tp" (so that one sum over "tp" adds routed and shared parts), vocabulary on "vocab". A dim that feeds a sum across
-ranks is `summed`. Names in a checkpoint are the canonical `model.layers.N....`; `models/load.py` maps others to them.
+"shared" (all ranks, so that one sum adds routed and shared parts; or one), vocabulary on "vocab". A dim that feeds a
+sum across ranks is `summed`. Names in a checkpoint are the canonical `model.layers.N....`; `models/load.py` maps others
+to them.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ def _moe(name: str, stored: str, moe: MoESpec, hidden: int) -> list[TensorSpec]:
 
 
 def _shared(name: str, stored: str, shared: SharedSpec, hidden: int) -> list[TensorSpec]:
-    table = _gated_mlp(name, f"{stored}.{shared.name}", shared.intermediate, "tp", hidden)
+    table = _gated_mlp(name, f"{stored}.{shared.name}", shared.intermediate, "shared", hidden)
     if shared.gated:
         gate = _from("gate", f"{stored}.{shared.name}_gate.weight", 1)
         table.append(_linear(f"{name}.gate", gate, whole("hidden", hidden)))

@@ -1,6 +1,6 @@
 """Mixture of experts. T tokens, E experts, k experts a token.
 
-Each rank computes its share of the experts it holds, and its share of the shared expert; one sum joins all.
+Each rank computes its share of the experts it holds, for the rows that a `Dispatch` brings to it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.comm.together import together
+from tessera.comm.dispatch import dispatch
 from tessera.comm.waits import Waits
 from tessera.core.spec import MoESpec
 from tessera.models.layers import GatedMLP
@@ -22,28 +22,36 @@ class MoE:
     """Routed experts, plus a shared one where the model has it."""
 
     def __init__(self, spec: MoESpec, weights: Weights, tools: Tools) -> None:
-        self.spec, self.tools, self.together = spec, tools, together(tools.comm, "tp")
+        self.spec, self.tools = spec, tools
         self.router = weights.linear("router")
         self.bias = weights.tensor("router_bias") if spec.router.bias else None
         self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
         self.local = self._local_ids(weights.held("experts_in"))
         self.shared = GatedMLP(weights.at("shared")) if spec.shared else None
         self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
+        holders = weights.holders("experts_in")
+        self.dispatch = dispatch(tools.comm, holders, spec.router.num_experts, self.w_in.device)
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
-        x = yield from self.together.bring(x, batch.counts)
-        ids, scores = self._route(x)
-        part = self.tools.backend.experts(x, self.w_in, self.w_out, self.local[ids], scores)
-        if self.shared is not None:
-            shared = self.shared.part(x)
-            if self.shared_gate is not None:
-                shared = linear(x, self.shared_gate).sigmoid() * shared
-            part = part + shared
-        return (yield from self.together.home(part, batch.counts))
+        return (yield from self.dispatch(x, batch.counts, self))
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts [T, k] by their number in the model, and their weights."""
+    def part(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        """See `Experts`."""
+        part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, self.local[ids], scores)
+        return part
+
+    def add_shared(self, part: Tensor, x: Tensor) -> Tensor:
+        """See `Experts`."""
+        if self.shared is None:
+            return part
+        shared = self.shared.part(x)
+        if self.shared_gate is not None:
+            shared = linear(x, self.shared_gate).sigmoid() * shared
+        return part + shared
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Experts`."""
         r = self.spec.router
         logits = linear(x.to(wide(x.dtype)) if r.wide else x, self.router)
         return route(

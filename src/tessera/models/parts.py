@@ -59,6 +59,10 @@ class Weights:
         (section,) = self._dim(name, dim).sections
         return list(section.held(*self._place(name, dim)))
 
+    def holders(self, name: str, dim: int = 0) -> list[list[int]]:
+        """What `held` is on every rank of the mesh."""
+        return [replace(self, rank=rank).held(name, dim) for rank in range(self.mesh.size)]
+
     def _dim(self, name: str, dim: int) -> Dim:
         return self.table[self.prefix + name].layout.dims[dim]
 

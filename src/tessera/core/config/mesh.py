@@ -160,7 +160,7 @@ def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> No
         "attn": ({"dp": mesh.dp}, (tp, dp) if mesh.dp > 1 else (tp,)),
         "moe": ({"ep": mesh.ep}, (tp, ep) if mesh.ep > 1 else (tp,)),
         "dense": ({"dense_tp": mesh.dense_tp}, (dense,)),
-        "tp": ({}, (tp,)),
+        "shared": ({}, (tp,)),
     }
     wrong = {(flags, _misfit(spec, mesh.tp, axis, sizes)): axis for axis, (sizes, flags) in reversed(cuts.items())}
     for (flags, why), axis in wrong.items():
