@@ -20,6 +20,7 @@ from tessera.models.folder import ASSETS
 from tiny import QWEN3
 
 FLAGS = ["--load-format", "dummy", "--device", "cpu", "--max-running-requests", "8", "--max-total-tokens", "2048"]
+QUIET = ["--log-level", "warning"]
 COMMAND = [sys.executable, "-m", "tessera.cli"]
 
 

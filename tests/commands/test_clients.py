@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from commands.support import FLAGS, fill, run, started, wait_for
+from commands.support import FLAGS, QUIET, fill, run, started, wait_for
 from tessera.core.messages import choice_seed
 
 READY = re.compile(r"Serving \S+ at (http://\S+)")
@@ -43,7 +43,7 @@ def url(folder: Path) -> Iterator[str]:
 def where(request: pytest.FixtureRequest, folder: Path, url: str) -> Where:
     """The flags that say whom to ask."""
     if request.param == "here":
-        return ["--model-path", str(folder), *FLAGS]
+        return ["--model-path", str(folder), *FLAGS, *QUIET]
     return ["--url", url, "--api-key", "k"]
 
 
@@ -130,6 +130,15 @@ def test_bench_of_a_file(where: Where, tmp_path: Path, capsys: pytest.CaptureFix
     argv = ["--dataset-path", str(file), "--random-output-len", "4", "--json"]
     code, out, _ = run(capsys, "bench", *where, *argv)
     assert (code, json.loads(out)["total_output_tokens"]) == (0, 7)
+
+
+def test_the_choices_of_an_engine_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "x", "--model-path", str(folder), *FLAGS, "--max-tokens", "1"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0
+    assert err.startswith(f"{folder} in this process with:\n")
+    assert "  dtype: float32 (that of the checkpoint)\n" in err
+    assert run(capsys, *argv, *QUIET)[2] == ""
 
 
 def test_eval_scores_and_says_when_it_is_not_enough(where: Where, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from commands.support import COMMAND, FLAGS, fill, run, session, started, wait_for
+from commands.support import COMMAND, FLAGS, QUIET, fill, run, session, started, wait_for
 from evals.scripted import Scripted
 from tessera.client import Ask
 from tessera.commands import chat
@@ -43,7 +43,7 @@ def is_sending(process: subprocess.Popen[str]) -> bool:
 def test_ctrl_c_ends_a_bench_and_every_process_of_it(folder: Path, when: object) -> None:
     assert callable(when)
     argv = ["--num-prompts", "400", "--output-len", "1500", "--warmup", "0"]
-    with started("bench", "--model-path", str(folder), *FLAGS, *argv) as process:
+    with started("bench", "--model-path", str(folder), *FLAGS, *QUIET, *argv) as process:
         wait_for(lambda: when(process))
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,13 +13,13 @@ import uvloop
 
 from tessera.client import Client, HttpClient
 from tessera.commands.settings import flags
-from tessera.commands.terminal import progress
+from tessera.commands.terminal import progress, say
 from tessera.core.config import BY_KEY, read_environment
 from tessera.core.errors import ConfigError, Conflict
 
 PORT = 30000
 THEIRS = frozenset({"model_path"})  # flags that mean something to a client of a server
-QUIET = {"log_level": "warning"}  # what a command prints is its answer
+TOLD = ("debug", "info")  # log levels at which the choices of an engine are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,19 @@ def _local(options: Namespace, asked: Mapping[str, object], environ: Mapping[str
         raise ConfigError(
             [Conflict(("--api-key",), "there is no server to send it to", "Give --url, or leave it out.")]
         )
-    given = {**QUIET, **flags(options, asked)}
+    given = flags(options, asked)
     path = given.pop("model_path", None) or read_environment(environ).asked.get("model_path")
     if path is None:
         remedy = "Give --model-path, for instance abacus-hybrid, or --url of a running server."
         raise ConfigError([Conflict(("--model-path",), "no model was named", remedy)])
     local, engine = import_module("tessera.commands.local"), import_module("tessera.serve.engine")  # torch
     with progress("loading weights", count=False) as advance:
-        client: Client = local.LocalClient(engine.Engine(str(path), progress=advance, **given))
+        made = engine.Engine(str(path), progress=advance, **given)
+    if made.config.logging.level in TOLD:
+        say("\n".join([f"{made.config.model.served_name} in this process with:", *_indented(made.info["decisions"])]))
+    client: Client = local.LocalClient(made)
     return client
+
+
+def _indented(lines: Iterable[object]) -> list[str]:
+    return [f"  {line}" for line in lines]

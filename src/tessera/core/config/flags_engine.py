@@ -80,7 +80,9 @@ MEMORY = (
          "Share of the memory free at start that weights and pools may take (CPU: of the RAM this process can still "
          f"get, default {FRACTION['cpu']:g}; CUDA: of the free device memory, default {FRACTION['cuda']:g}).",
          "memory"),
-    Flag("max_total_tokens", whole(1), None, "Most tokens in the KV pool; default: what the memory allows.", "memory"),
+    Flag("max_total_tokens", whole(1), None,
+         "Most tokens in the KV pool; default: what the memory allows, on a CPU 2 GiB of them or one sequence.",
+         "memory"),
     Flag("page_size", whole(1, 1024), 16, "Tokens of a KV page.", "memory"),
     Flag("kv_cache_dtype", text, "auto", "Type of the KV cache; auto: that of the model.", "memory",
          choices=("auto", "bfloat16", "float16", "float32", "float64", "bf16"),
