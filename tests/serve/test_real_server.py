@@ -20,6 +20,8 @@ from serve.processes import Running, gone, model_folder, running, wait_until
 FLAGS = """--load-format dummy --device cpu --port 0 --served-model-name tiny --page-size 4 --max-total-tokens 640
 --max-running-requests 16 --chunked-prefill-size 64 --enable-mixed-chunk --debug-checks --decode-log-interval 5"""
 
+LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+
 
 def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "tessera.cli", "serve", "--model-path", str(folder), *FLAGS.split()]
@@ -133,6 +135,24 @@ def test_a_prompt_too_long_for_the_pool_is_refused_and_too_long_for_the_model_to
     assert "the context is 512 tokens" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_request_that_is_left_or_aborted_stops_in_the_engine(url: str, leaves: bool) -> None:
+    def steps() -> float:
+        text = httpx.get(f"{url}/metrics").text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if "step_time_seconds_count" in line)
+
+    before, body = steps(), {**LONG, "rid": "long"}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        parts = response.iter_text()
+        next(parts)
+        if not leaves:
+            httpx.post(f"{url}/abort_request", json={"rid": "long"})
+            assert '"finish_reason":"abort"' in "".join(parts)
+    wait_until(lambda: metrics(url)["num_running_reqs"] == 0)
+    assert steps() - before < LONG["max_tokens"] / 2
+    assert metrics(url)["num_used_tokens"] == 0
+
+
 EXTREMES: dict[str, list[Any]] = {
     "temperature": [0, 1e-300, 1e-8, 100],
     "top_p": [1e-300, 1],
@@ -224,9 +244,7 @@ def test_the_engine_killed_is_a_503_and_a_failed_server(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     with running(command(folder), folder / "log") as server:
         url = server.ready()
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 500}
-        ) as r:
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG) as r:
             parts = r.iter_text()
             next(parts)
             server.engine().kill()
