@@ -1,29 +1,29 @@
-"""Random tiny models laid out on a mesh, its ranks as threads, against one rank."""
+"""Random tiny models laid out on a mesh, compared with one rank."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.configs import DELTA, FULL, LINEAR, MLA
 from models.harness import PAGE, Rank, make_rank
-from tessera.comm.local import LocalComm, LocalGroup
+from tessera.comm.base import Comm
+from tessera.comm.single import SingleComm
 from tessera.core.families import read_spec
-from tessera.core.mesh import SINGLE, Mesh
+from tessera.core.mesh import SINGLE
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import cache_dtypes, cache_table
+from tessera.core.tensors import CacheSpec, cache_dtypes, cache_table
 from tessera.core.weights import weight_table
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
 
-R = TypeVar("R")
 Step = dict[int, int]  # sequence -> how many of its tokens
 
 FAMILIES = (
@@ -97,102 +97,84 @@ def pairwise(rows: Sequence[tuple[object, ...]]) -> list[int]:
     return chosen
 
 
-def on_ranks(mesh: Mesh, work: Callable[[LocalComm], R], deadline_s: float = 30.0) -> list[R]:
-    """`work` on every rank of a mesh, each in a thread: the results by rank. Raises what the first to fail raised."""
-    group = LocalGroup(mesh, deadline_s)
-    results: dict[int, R] = {}
-    failed: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(group.comm(rank))
-        except BaseException as error:
-            failed.append(error)
-            group.fail(rank, error)
-
-    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(mesh.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-    group.check()
-    return [results[rank] for rank in range(mesh.size)]
-
-
-def tokens_of(spec: ModelSpec, steps: Sequence[Step]) -> list[list[list[tuple[int, list[int]]]]]:
-    """Per step, the ranges of all sequences with their tokens; nested once more so that DP ranks can be told apart."""
+def tokens_of(spec: ModelSpec, steps: Sequence[Step]) -> list[list[tuple[int, list[int]]]]:
+    """Per step, the sequences with their tokens."""
     draw = torch.Generator().manual_seed(1)
     return [
-        [[(s, torch.randint(0, spec.vocab_size, (n,), generator=draw).tolist())] for s, n in sorted(step.items())]
+        [(s, torch.randint(0, spec.vocab_size, (n,), generator=draw).tolist()) for s, n in sorted(step.items())]
         for step in steps
     ]
 
 
+@dataclass(frozen=True)
 class Outcome:
-    """What a layout computed: logits per step and sequence as each rank saw them, and the ranks with their caches."""
+    """What one rank computed: its caches, and logits per step of the sequences that it has."""
 
-    def __init__(self, ranks: list[Rank], logits: list[list[dict[int, Tensor]]]) -> None:
-        self.ranks, self.logits = ranks, logits
-
-
-def compute(spec: ModelSpec, source: Noise, mesh: Mesh, steps: Sequence[Step] = STEPS) -> Outcome:
-    """Runs the steps in float64; sequence s belongs to DP rank s % dp."""
-    ranges = [[r for one in step for r in one] for step in tokens_of(spec, steps)]
-    num_dp = mesh.size_of("dp")
-
-    def work(comm: LocalComm) -> tuple[Rank, list[dict[int, Tensor]]]:
-        rank = make_rank(spec, source, torch.float64, mesh, comm.rank, comm, sequences=SEQUENCES, length=LENGTH)
-        mine, seen = mesh.coordinate(comm.rank, "dp"), []
-        for step in ranges:
-            counts = [0] * num_dp
-            for s, tokens in step:
-                counts[s % num_dp] += len(tokens)
-            own = [(s, tokens) for s, tokens in step if s % num_dp == mine]
-            parts = rank.run(own, tuple(counts)).split([len(tokens) for _, tokens in own])
-            seen.append({s: part for (s, _), part in zip(own, parts, strict=True)})
-        return rank, seen
-
-    done = on_ranks(mesh, work)
-    return Outcome([rank for rank, _ in done], [seen for _, seen in done])
+    rank: Rank
+    logits: list[dict[int, Tensor]]
 
 
-def differences(spec: ModelSpec, found: Outcome, alone: Outcome, mesh: Mesh) -> dict[str, float]:
+def compute(comm: Comm, spec: ModelSpec, source: Noise, steps: Sequence[Step] = STEPS) -> Outcome:
+    """Runs the steps in float64 on one rank of `comm.mesh`; sequence s belongs to DP rank s % dp."""
+    mesh = comm.mesh
+    rank = make_rank(spec, source, torch.float64, mesh, comm.rank, comm, sequences=SEQUENCES, length=LENGTH)
+    num_dp, mine, seen = mesh.size_of("dp"), mesh.coordinate(comm.rank, "dp"), []
+    for step in tokens_of(spec, steps):
+        counts = [sum(len(tokens) for s, tokens in step if s % num_dp == dp) for dp in range(num_dp)]
+        own = [(s, tokens) for s, tokens in step if s % num_dp == mine]
+        parts = rank.run(own, tuple(counts)).split([len(tokens) for _, tokens in own])
+        seen.append({s: part for (s, _), part in zip(own, parts, strict=True)})
+    return Outcome(rank, seen)
+
+
+@lru_cache(maxsize=2)
+def alone(family: str, seed: int) -> Outcome:
+    """What one rank computes of a random model."""
+    return compute(SingleComm(), *spec_and_noise(family, seed))
+
+
+def compare(comm: Comm, family: str, seed: int) -> dict[str, float]:
+    """Computes on one rank of a mesh: the largest differences from one rank alone."""
+    spec, source = spec_and_noise(family, seed)
+    return differences(spec, compute(comm, spec, source), alone(family, seed), comm)
+
+
+def differences(spec: ModelSpec, found: Outcome, one: Outcome, comm: Comm) -> dict[str, float]:
     """The largest difference in logits and in what each cache holds of written tokens and states."""
     worst: dict[str, float] = {}
+    mesh, at = comm.mesh, comm.rank
 
     def note(name: str, a: Tensor, b: Tensor) -> None:
         assert a.shape == b.shape, f"{name}: {tuple(a.shape)} and {tuple(b.shape)}"
         apart = (a - b).abs().nan_to_num(nan=torch.inf).max() if a.numel() else 0.0
         worst[name] = max(worst.get(name, 0.0), float(apart))
 
-    (one,), (expected,) = alone.ranks, alone.logits
-    for index, (rank, seen) in enumerate(zip(found.ranks, found.logits, strict=True)):
-        for step, whole in zip(seen, expected, strict=True):
-            for s, part in step.items():
-                note("logits", part, whole[s])
-        for cache in cache_table(spec, PAGE, cache_dtypes(spec, "float64")):
-            for s in [s for s in range(SEQUENCES) if s % mesh.size_of("dp") == mesh.coordinate(index, "dp")]:
-                whole = _held(one, cache.name, s)
-                for dim, runs in enumerate(cache.layout.runs(mesh, index)):
-                    places = torch.cat([torch.arange(r.start, r.start + r.length) for r in runs])
-                    whole = whole.index_select(dim + 1, places)
-                note(cache.name, _written(rank, cache, s, _held(rank, cache.name, s)), _written(rank, cache, s, whole))
+    for step, whole in zip(found.logits, one.logits, strict=True):
+        for s, part in step.items():
+            note("logits", part, whole[s])
+    for cache in cache_table(spec, PAGE, cache_dtypes(spec, "float64")):
+        for s in [s for s in range(SEQUENCES) if s % mesh.size_of("dp") == mesh.coordinate(at, "dp")]:
+            whole = _held(one.rank, cache, s)
+            for dim, runs in enumerate(cache.layout.runs(mesh, at)):
+                places = torch.cat([torch.arange(r.start, r.start + r.length) for r in runs])
+                whole = whole.index_select(dim + 1, places)
+            computed = found.rank.computed[s]
+            assert computed == one.rank.computed[s]
+            note(cache.name, *(_written(cache, computed, held) for held in (_held(found.rank, cache, s), whole)))
     return worst
 
 
-def _held(rank: Rank, name: str, sequence: int) -> Tensor:
+def _held(rank: Rank, cache: CacheSpec, sequence: int) -> Tensor:
     """[pages or 1, ...] of one sequence."""
-    pool = rank.caches[name]
-    if name.endswith((".kv", ".latent")):
+    pool = rank.caches[cache.name]
+    if cache.kind == "page":
         return pool[torch.from_numpy(rank.tables[sequence]).long()]
     return pool[sequence + 1 : sequence + 2]
 
 
-def _written(rank: Rank, cache: Any, sequence: int, held: Tensor) -> Tensor:
+def _written(cache: CacheSpec, computed: int, held: Tensor) -> Tensor:
     """The tokens that were written, first dim tokens; a state as it is."""
     if cache.kind == "slot":
         return held
     dim = [d.name for d in cache.layout.dims].index("token") + 1
-    return held.movedim(dim, 1).flatten(0, 1)[: rank.computed[sequence]]
+    return held.movedim(dim, 1).flatten(0, 1)[:computed]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 
 import pytest
 
-from models.layouts import FAMILIES, Outcome, compute, differences, pairwise, spec_and_noise
+from comm.ranks import as_processes, as_threads, free_port, raise_first, run_program
+from models.layouts import FAMILIES, alone, compare, pairwise
 from tessera.core.errors import LayoutError
-from tessera.core.mesh import SINGLE, instance_mesh
+from tessera.core.mesh import instance_mesh
 
 TOLERANCE = 1e-9
 # (tp, dp, ep, dense TP, dp-lm-head, all-to-all)
@@ -25,18 +26,18 @@ LAYOUTS: list[Layout] = [
 ]
 
 
-@lru_cache(maxsize=1)
-def alone(family: str, seed: int) -> Outcome:
-    return compute(*spec_and_noise(family, seed), SINGLE)
-
-
 def check(family: str, seed: int, layout: Layout) -> None:
-    mesh = instance_mesh(*layout)
-    spec, source = spec_and_noise(family, seed)
-    worst = differences(spec, compute(spec, source, mesh), alone(family, seed), mesh)
-    assert len(worst) > 1
-    wrong = {name: value for name, value in worst.items() if not value < TOLERANCE}
-    assert not wrong, f"{family} of seed {seed} on {layout}: {wrong}"
+    alone(family, seed)  # once for all threads
+    results = as_threads(instance_mesh(*layout), partial(compare, family=family, seed=seed))
+    raise_first(results)
+    judge(results, f"{family} of seed {seed} on {layout}")
+
+
+def judge(results: list[dict[str, float]], what: str) -> None:
+    for rank, worst in enumerate(results):
+        assert len(worst) > 1
+        wrong = {name: value for name, value in worst.items() if not value < TOLERANCE}
+        assert not wrong, f"{what}, rank {rank}: {wrong}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,3 +58,27 @@ def test_all_kinds_of_layers_on_mixed_layouts(family: str, layout: Layout) -> No
 def test_groups_that_cut_each_other_are_refused() -> None:
     with pytest.raises(LayoutError, match="dense 3 cuts attention groups of 2"):
         instance_mesh(tp=6, dp=3, dense_tp=3)
+
+
+POINTS: list[tuple[str, Layout]] = [
+    ("qwen3_5_moe_text", (4, 2, 2, 4, False, False)),
+    ("qwen3_5_moe_text", (4, 2, 4, 4, True, True)),
+    ("deepseek_v2", (4, 4, 2, 1, True, False)),
+    ("deepseek_v2", (4, 1, 4, 2, False, True)),
+]
+
+
+def every_point(rank: int, kind: str, ports: list[int]) -> list[dict[str, float]]:
+    """A rank's part in all points, one after the other, in one process."""
+    return [
+        run_program(rank, instance_mesh(*layout), kind, port, partial(compare, family=family, seed=4), {})
+        for (family, layout), port in zip(POINTS, ports, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["shared", "gloo"])
+def test_ranks_that_are_processes(kind: str) -> None:
+    results = as_processes(4, every_point, kind, [free_port() for _ in POINTS])
+    raise_first(results)
+    for i, point in enumerate(POINTS):
+        judge([by_point[i] for by_point in results], f"{point} over {kind}")

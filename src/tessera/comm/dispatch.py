@@ -79,7 +79,8 @@ class Travelling:
         wanted = self.holds[:, ids].any(-1)  # [ranks, tokens]
         _, tokens = wanted.nonzero(as_tuple=True)
         num_sent = wanted.sum(1)
-        num_received = yield self.comm.exchange(num_sent, "tp", [1] * len(num_sent))
+        ones = [1] * len(num_sent)
+        num_received = yield self.comm.exchange(num_sent, "tp", ones, ones)
         sent, received = num_sent.tolist(), num_received.tolist()
         rows = yield self.comm.exchange(_pack(mine[tokens], ids[tokens], scores[tokens]), "tp", sent, received)
         part = experts.part(*_unpack(rows, mine, ids, scores))
