@@ -112,7 +112,8 @@ def _hybrid(fields: Fields, mlp: Callable[[int], MLP], interleaved: bool, drafts
     delta = _delta(fields, interleaved)
     mixers: dict[str, Mixer] = {"linear_attention": delta, "full_attention": attention}
     layers = tuple(LayerSpec(mixers[kind], mlp(i)) for i, kind in enumerate(kinds))
-    # The MTP layer is one of full attention, with the MLP of a layer that is not special.
+    # The MTP layer is one of full attention, with the MLP of a layer that is not special; it shares embedding and head.
+    fields.choice("mtp_use_dedicated_embeddings", (False,), False)
     mtp = MTPSpec((LayerSpec(attention, mlp(count - 1)),) * drafts, "qwen") if drafts else None
     return layers, mtp
 
