@@ -92,8 +92,9 @@ class Running:
             return []
 
     def engine(self) -> psutil.Process:
-        """The engine process."""
-        wait_until(self.children)
+        """The engine process, once it runs a program of its own."""
+        own = psutil.Process(self.process.pid).cmdline()
+        wait_until(lambda: [one for one in self.children() if one.cmdline() not in ([], own)])
         (engine,) = self.children()
         return engine
 
