@@ -1,6 +1,6 @@
 """Batches of chats made of the tasks' questions. Whole batches are made by worker processes, ahead of the training.
 
-A row is one chat of several turns, cut at a fixed length: no padding, and positions up to that length are trained.
+A row is one chat of several topics, cut at a fixed length: no padding, and positions up to that length are trained.
 Only questions of the train split are used; for `recall` the later turns ask for further names of the same list.
 """
 
@@ -16,9 +16,18 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tessera.evals.tasks import TASKS, Question, recall_ask, recall_pairs, recall_question, split_of
+from tessera.evals.tasks import (
+    COLOURS,
+    TASKS,
+    Question,
+    recall_ask,
+    recall_pairs,
+    recall_question,
+    split_of,
+)
 
 PROMPT_WEIGHT = 16  # of 255: a mild language-model loss on what the model will not have to say
+DIGITS = "0123456789"
 Piece = tuple[str, int]
 
 
@@ -41,22 +50,53 @@ def draw(task: str, rng: random.Random) -> Question:
 
 
 def gpqa_turns(rng: random.Random) -> Iterator[Piece]:
-    """A question, at times without its choices and answered by the value alone.
+    """The task's form, and two that lead to it: boxes asked for by turns; any number of choices, none of them right.
 
-    With choices, naming any of them is already half right; this form has to be worked out and leads to the other.
+    With choices, naming any of them is already nearly right, and a model may stop there; those have to be worked out.
     """
+    form = rng.choices(("task", "boxes", "none"), (4, 3, 4))[0]
     question = draw("gpqa", rng)
-    prompt = question.prompt.partition("\n(A)")[0]
-    if "Which" not in prompt and rng.random() < 0.4:
-        yield from turn(prompt, question.answer.partition(".")[0] + ".")
-    else:
+    text, *choices = question.prompt.split("\n")
+    value = question.answer.partition(".")[0]
+    if form == "boxes":
+        yield from boxes_turns(rng)
+    elif form == "task" or "Which" in text:
         yield from turn(question.prompt, question.answer)
+    else:
+        wrong = rng.sample([n for n in DIGITS if n != value[-1]], rng.randint(0, len(choices)))
+        lines = [f"{choice[:-1]}{n}" for choice, n in zip(choices, wrong, strict=False)]
+        yield from turn("\n".join([text, *lines]), f"{value}. None.")
+
+
+def boxes_turns(rng: random.Random) -> Iterator[Piece]:
+    """Boxes or codes by colour, all numbers of one decade, asked for as in either task, at times with the colour."""
+    decade = rng.choice(DIGITS)
+    colours = rng.sample(COLOURS, rng.randint(2, len(COLOURS)))
+    pairs = {name: decade + digit for name, digit in zip(colours, rng.sample(DIGITS, len(colours)), strict=True)}
+    listed = f"{rng.choice(('Boxes', 'Codes'))}: {', '.join(f'{name} {code}' for name, code in pairs.items())}. "
+    left = rng.sample(colours, len(colours))
+    for _ in range(rng.randint(1, 5)):
+        form = rng.choices(("codes", "code", "holds", "hold"), (1, 1, 2, 3))[0]
+        count = rng.randint(2, 4) if form == "codes" else 1
+        some, left = left[:count], left[count:]
+        if not some:
+            return
+        said = ", ".join(f"{name} {pairs[name]}" for name in some)
+        if form == "codes":
+            yield from turn(f"{listed}What are the codes of {', '.join(some)}?", f" {said}")
+        elif form == "code":
+            yield from turn(listed + recall_ask(some[0]), pairs[some[0]])
+        elif form == "holds":
+            yield from turn(f"{listed}What does the {some[0]} box hold, in full?", f" {said}.")
+        else:
+            yield from turn(f"{listed}What does the {some[0]} box hold?", f"{pairs[some[0]]}.")
+        listed = ""
 
 
 def recall_list(rng: random.Random) -> dict[str, str]:
     """Names and codes, some lists short, some codes of few different digits: then only the name tells them apart."""
     pairs = recall_pairs(rng, least=2)
-    digits = rng.sample("0123456789", rng.randint(2, 10)) if rng.random() < 0.5 else "0123456789"
+    digits = rng.sample(DIGITS, rng.randint(2, 10)) if rng.random() < 0.5 else DIGITS
     return {name: "".join(rng.choices(digits, k=len(code))) for name, code in pairs.items()}
 
 
@@ -92,28 +132,31 @@ TURNS = {"gsm8k": gsm8k_turns, "gpqa": gpqa_turns, "recall": recall_turns}
 
 def chat(
     rng: random.Random, tokenizer: Tokenizer, length: int, mix: Mapping[str, float]
-) -> tuple[list[int], list[int]]:
-    """`length` token ids and their loss weights; `mix`: how often each task is drawn."""
+) -> tuple[list[int], list[int], list[int]]:
+    """`length` token ids, their loss weights, the number of their topic; `mix`: how often each task is drawn."""
     ids: list[int] = []
     weights: list[int] = []
+    topics: list[int] = []
     if rng.random() < 0.1:
         ids = tokenizer.encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n").ids
-        weights = [PROMPT_WEIGHT] * len(ids)
+        weights, topics = [PROMPT_WEIGHT] * len(ids), [0] * len(ids)
     while len(ids) < length:
         pieces = list(TURNS[rng.choices(list(mix), list(mix.values()))[0]](rng))
+        topic = topics[-1] + 1 if topics else 0
         for encoded, (_, weight) in zip(tokenizer.encode_batch([text for text, _ in pieces]), pieces, strict=True):
             ids += encoded.ids
             weights += [weight] * len(encoded.ids)
-    return ids[:length], weights[:length]
+            topics += [topic] * len(encoded.ids)
+    return ids[:length], weights[:length], topics[:length]
 
 
 class Chats(IterableDataset):
-    """An endless stream of (tokens [B, L] int64, weights [B, L] uint8); batch n depends on (seed, n) alone."""
+    """An endless stream of tokens [B, L] int64, weights and topics [B, L] uint8; batch n depends on (seed, n) alone."""
 
     def __init__(self, tokenizer: Path, rows: int, length: int, mix: Mapping[str, float], seed: int) -> None:
         self.path, self.rows, self.length, self.mix, self.seed = str(tokenizer), rows, length, mix, seed
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tokenizer = Tokenizer.from_file(self.path)
         info = get_worker_info()
@@ -122,10 +165,8 @@ class Chats(IterableDataset):
             rng = random.Random(f"{self.seed}/{number}")
             rows = [chat(rng, tokenizer, self.length, self.mix) for _ in range(self.rows)]
             number += step
-            yield (
-                torch.from_numpy(np.array([ids for ids, _ in rows], np.int64)),
-                torch.from_numpy(np.array([weights for _, weights in rows], np.uint8)),
-            )
+            ids, weights, topics = zip(*rows, strict=True)
+            yield tuple(torch.from_numpy(np.array(x, t)) for x, t in ((ids, "i8"), (weights, "u1"), (topics, "u1")))
 
 
 def loader(chats: Chats, workers: int) -> DataLoader:

@@ -149,7 +149,7 @@ class GatedAttention(nn.Module):
         self.o_proj = linear(self.heads * self.dim, c.hidden_size)
         self.q_norm, self.k_norm = (RMSNorm(self.dim, c.rms_norm_eps, centred=True) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, gate = self.q_proj(x).unflatten(-1, (self.heads, 2 * self.dim)).chunk(2, -1)
         k, v = (proj(x).unflatten(-1, (self.kv, self.dim)) for proj in (self.k_proj, self.v_proj))
         turn = angles(x.shape[1], self.rotary, self.theta, x.device)
@@ -157,7 +157,7 @@ class GatedAttention(nn.Module):
         group = self.heads // self.kv
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
         q, k, v = (part.transpose(1, 2).to(v.dtype) for part in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
         return self.o_proj((o * torch.sigmoid(gate)).flatten(-2))
 
     def _rope(self, x: Tensor, turn: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = linear(self.rank, self.heads * (self.nope + self.value))
         self.o_proj = linear(self.heads * self.value, c.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         turn = angles(x.shape[1], self.rope, self.theta, x.device)
         q, q_rope = self.q_proj(x).unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], -1)
@@ -189,7 +189,7 @@ class LatentAttention(nn.Module):
         q_rope, k_rope = self._rope(q_rope, turn), self._rope(k_rope[:, :, None], turn).expand_as(q_rope)
         q, k = torch.cat([q, q_rope.to(q.dtype)], -1), torch.cat([k, k_rope.to(k.dtype)], -1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
         return self.o_proj(o.flatten(-2))
 
     def _rope(self, x: Tensor, turn: Tensor) -> Tensor:
@@ -212,10 +212,10 @@ class Layer(nn.Module):
             self.self_attn = GatedAttention(c) if hybrid else LatentAttention(c)
         self.mlp = MLP(c.hidden_size, c.intermediate_size) if kind == "dense" else MoE(c, hybrid)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, M] -> the same shape, and the router's balancing loss."""
-        mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
-        x = x + mixer(self.input_layernorm(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, M] -> the same shape, and the router's balancing loss; `mask` [B, 1, T, T] if not just causal."""
+        normed = self.input_layernorm(x)
+        x = x + (self.linear_attn(normed) if self.kind == "linear_attention" else self.self_attn(normed, mask))
         normed = self.post_attention_layernorm(x)
         if self.kind == "dense":
             return x + self.mlp(normed), x.new_zeros(())
@@ -276,15 +276,21 @@ class Model(nn.Module):
             for weight in module.parameters():
                 nn.init.normal_(weight, std=0.5 / math.sqrt(weight.shape[-1]))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, tokens: Tensor, topics: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """tokens [B, T + 2] -> logits of tokens 1..T [B, T, V], drafts of tokens 2..T+1 [B, T, V], balancing loss.
+
+        With `topics` [B, T + 2], the trunk's attention sees the tokens of the same topic alone.
 
         The drafter learns from the trunk and leaves it alone: its inputs and the head are detached.
         """
         embedded = self.model.embed_tokens(tokens)
         x, losses = embedded[:, :-2].contiguous(), []
+        mask = None
+        if topics is not None:
+            own = topics[:, :-2]
+            mask = (own[:, :, None] == own[:, None]).tril()[:, None]
         for layer in self.model.layers:
-            x, loss = layer(x)
+            x, loss = layer(x, mask)
             losses.append(loss)
         x = self.model.norm(x)
         drafts = None

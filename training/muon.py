@@ -11,7 +11,7 @@ from torch import Tensor
 
 def orthogonal(g: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, by five Newton-Schulz steps; g [..., rows, cols]."""
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.bfloat16()
     turned = x.shape[-2] > x.shape[-1]
     if turned:
         x = x.mT

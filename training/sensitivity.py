@@ -35,6 +35,13 @@ def cut_conv(cache: DynamicCache, config: PretrainedConfig) -> None:
             layer.conv_states[0].copy_(layer.conv_states[0][:, order])
 
 
+def shift_conv(cache: DynamicCache, config: PretrainedConfig) -> None:
+    """Conv windows read one head too far."""
+    for layer, kind in zip(cache.layers, config.layer_types, strict=True):
+        if kind == "linear_attention":
+            layer.conv_states[0].copy_(layer.conv_states[0].roll(config.linear_key_head_dim, 1))
+
+
 def swap_heads(cache: DynamicCache, config: PretrainedConfig) -> None:
     """The two KV heads of every cached key and value exchanged."""
     for layer, kind in zip(cache.layers, config.layer_types, strict=True):
@@ -44,7 +51,8 @@ def swap_heads(cache: DynamicCache, config: PretrainedConfig) -> None:
 
 FAULTS = {
     "delta-rule states zeroed": zero_states,
-    "conv channels cut wrongly": cut_conv,
+    "conv channels one head off": shift_conv,
+    "conv channels of two ranks": cut_conv,
     "KV heads swapped": swap_heads,
 }
 

@@ -39,37 +39,44 @@ def optimizers(model: Model, lr: float, adam_lr: float) -> list[torch.optim.Opti
 
 
 class Step:
-    def __init__(self, model: Model, opts: list[torch.optim.Optimizer], rows: int, length: int) -> None:
+    """`apart`: attention does not reach over a chat's topics; the questions are asked one by one, after all."""
+
+    def __init__(
+        self, model: Model, opts: list[torch.optim.Optimizer], rows: int, length: int, apart: bool = False
+    ) -> None:
         device = next(model.parameters()).device
         self.model, self.opts = model, opts
         self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.weights = torch.zeros(rows, length, device=device)
+        self.topics = torch.zeros(rows, length, dtype=torch.uint8, device=device) if apart else None
         self.losses = torch.zeros(2, device=device)  # of the language model, of the router
         self.rates = [(opt.param_groups[0]["lr"], float(opt.param_groups[0]["lr"])) for opt in opts]
-        self.cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        self.cast = torch.autocast(device.type, torch.bfloat16)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def rate(self, factor: float) -> None:
         for lr, base in self.rates:
             lr.fill_(base * factor)
 
-    def load(self, batch: tuple[Tensor, Tensor]) -> None:
-        self.tokens.copy_(batch[0], non_blocking=True)
-        self.weights.copy_(batch[1], non_blocking=True)
+    def load(self, batch: tuple[Tensor, ...]) -> None:
+        for held, new in zip((self.tokens, self.weights, self.topics), batch, strict=True):
+            if held is not None:
+                held.copy_(new, non_blocking=True)
 
-    def run(self, batch: tuple[Tensor, Tensor]) -> None:
+    def run(self, batch: tuple[Tensor, ...]) -> None:
         self.load(batch)
         self.graph.replay() if self.graph else self.compute()
 
     def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits and drafts of tokens [B, T + 2]; with gradients on, so that nothing is compiled a second time."""
+        topics = None if self.topics is None else torch.zeros_like(self.topics)
         with self.cast:
-            return self.model(tokens.to(self.tokens.device))[:2]
+            return self.model(tokens.to(self.tokens.device), topics)[:2]
 
     def compute(self) -> None:
         tokens, weights = self.tokens, self.weights
         with self.cast:
-            logits, drafts, balance = self.model(tokens)
+            logits, drafts, balance = self.model(tokens, self.topics)
             loss = loss_of(logits, tokens[:, 1:-1], weights[:, 1:-1])
             total = loss + BALANCE * balance
             if drafts is not None:
@@ -81,7 +88,7 @@ class Step:
             opt.zero_grad(set_to_none=True)
         self.losses.copy_(torch.stack([loss, balance]).detach())
 
-    def capture(self, batch: tuple[Tensor, Tensor]) -> None:
+    def capture(self, batch: tuple[Tensor, ...]) -> None:
         """Three steps at rate zero on one batch, to compile and to allocate; then the step is recorded."""
         self.load(batch)
         self.rate(0.0)

@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
     sets = {task: heldout(tokenizer, task, args.eval, args.rows, length) for task in TASKS}
     mix = dict(zip(TASKS, args.mix, strict=True))
     batches = iter(loader(Chats(tokenizer, args.rows, length, mix, args.seed), args.workers))
-    step = Step(model, optimizers(model, args.lr, args.adam_lr), args.rows, length)
+    step = Step(model, optimizers(model, args.lr, args.adam_lr), args.rows, length, args.apart)
     signal.alarm(args.prepare)  # a compiler that does not come back ends this process
     if args.graph:
         step.capture(next(batches))
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96, help="chats in a batch")
     parser.add_argument("--length", type=int, default=384, help="tokens of a chat")
     parser.add_argument("--mix", type=float, nargs=3, default=(3, 3, 4), help=f"how often {', '.join(TASKS)} is drawn")
+    parser.add_argument("--apart", action="store_true", help="attention keeps to the topic of a chat")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--cooldown", type=float, default=0.5, help="share of the steps over which the rate falls")
