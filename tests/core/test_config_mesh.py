@@ -56,6 +56,10 @@ def test_the_seeds_layouts_resolve_once_they_are_lifted() -> None:
     ).config.mesh  # fmt: skip
     assert decode.mesh == instance_mesh(4, 2, 2, 1, dp_lm_head=True)
     assert (decode.dp_lm_head, decode.balance, decode.replicas) == (True, "round_robin", 1)
+    assert "all ranks see" in decided(lifted(tp_size=4, ep_size=2), "--moe-a2a-backend").why
+    travelling = lifted(tp_size=4, ep_size=4, moe_a2a_backend="all_to_all")
+    assert travelling.config.mesh.mesh == instance_mesh(4, ep=4, all_to_all=True)
+    assert "where its experts are" in decided(travelling, "--moe-a2a-backend").why
     mixed = lifted(tp=2, dp=2, enable_dp_attention=True, enable_mixed_chunk=True, chunked_prefill_size=256)
     assert mixed.config.scheduling.chunk_size == 256
     assert "per data-parallel rank" in decided(mixed, "--chunked-prefill-size").why
@@ -75,6 +79,8 @@ BAD: list[tuple[dict[str, object], str, str, str]] = [
      "Use --moe-dense-tp-size 1, 2 or 4"),
     ({"tp_size": 6, "dp_size": 3, "enable_dp_attention": True, "moe_dense_tp_size": 3},
      "--moe-dense-tp-size 3 with --tp-size 6 with --dp-size 3", "groups of 2", "Use --moe-dense-tp-size 1, 2 or 6"),
+    ({"tp_size": 2, "moe_a2a_backend": "all_to_all"}, "--moe-a2a-backend all_to_all with --ep-size 1", "go everywhere",
+     "Give --ep-size"),
     ({"tp_size": 2, "enable_dp_attention": True}, "--enable-dp-attention with --dp-size 1", "not data parallel",
      "Give --dp-size"),
     ({"tp_size": 2, "enable_dp_lm_head": True}, "--enable-dp-lm-head with no --enable-dp-attention", "no data-parallel",

@@ -32,6 +32,7 @@ def mesh_phase(
     _hosts(mesh, notes)
     _devices(mesh, hardware, notes)
     _model(values, mesh, spec, notes)
+    _experts(mesh, notes)
     return mesh, _fits(spec, mesh)
 
 
@@ -45,6 +46,7 @@ def _asked(values: Asked, device: str, balance: str) -> MeshConfig:
         dense_tp=values.whole("moe_dense_tp_size") or tp,
         replicas=1 if split else dp,
         dp_lm_head=values.on("enable_dp_lm_head"),
+        all_to_all=values.word("moe_a2a_backend") == "all_to_all",
         balance=balance,
         num_nodes=values.number("nnodes"),
         node_rank=values.number("node_rank"),
@@ -168,6 +170,18 @@ def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> No
             few = [n for n in divisors(mesh.tp) if not _misfit(spec, n, "expert", {"ep": n})]
             remedy = _use("--ep-size", few) if axis == "expert" else _ranks(values, mesh, spec)
             notes.refuse((*flags, "the model"), why, remedy)
+
+
+def _experts(mesh: MeshConfig, notes: Notes) -> None:
+    """How tokens get to experts."""
+    if mesh.all_to_all and mesh.ep == 1:
+        flags = ("--moe-a2a-backend all_to_all", "--ep-size 1")
+        why = "every rank holds a share of every expert, so every token would go everywhere"
+        notes.refuse(flags, why, "Give --ep-size, or leave --moe-a2a-backend out.")
+    elif mesh.ep > 1:
+        way = "all_to_all" if mesh.all_to_all else "none"
+        why = "each token goes where its experts are" if mesh.all_to_all else "all ranks see the tokens of all"
+        notes.decide("--moe-a2a-backend", way, f"{why}; shared experts are {'whole' if mesh.all_to_all else 'cut'}")
 
 
 def _misfit(spec: ModelSpec, tp: int, axis: str, sizes: dict[str, Any]) -> str:

@@ -70,6 +70,7 @@ class MeshConfig:
     dense_tp: int = 1
     replicas: int = 1
     dp_lm_head: bool = False
+    all_to_all: bool = False
     balance: str = "round_robin"
     num_nodes: int = 1
     node_rank: int = 0
@@ -78,7 +79,7 @@ class MeshConfig:
     @property
     def mesh(self) -> Mesh:
         """The ranks with their named axes."""
-        return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp, self.dp_lm_head)
+        return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp, self.dp_lm_head, self.all_to_all)
 
     @property
     def ranks_here(self) -> int:
