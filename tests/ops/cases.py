@@ -47,7 +47,7 @@ def case(ranges: list[tuple[int, int]], page_size: int, seed: int = 0) -> Case:
 
 
 def paged(case: Case, *middle: int, tokens: Tensor) -> Tensor:
-    """A pool [page, *middle, token, dim] with `tokens[s]` [L, *middle, dim] in the pages of segment s, NaN elsewhere."""
+    """A pool [page, *middle, token, dim] with `tokens[s]` [L, *middle, dim] in the pages of segment s, else NaN."""
     size = case.segments.page_size
     pool = torch.full((case.num_pages, *middle, size, tokens[0].shape[-1]), float("nan"), dtype=tokens[0].dtype)
     by_token = pool.movedim(-2, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
-from tessera.ops import attention, delta, linear, mla, moe, sample
+from tessera.ops import attention, delta, draw, linear, mla, moe, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ TORCH = Backend(
     causal_conv=delta.causal_conv,
     gated_delta_rule=delta.gated_delta_rule,
     experts=moe.experts,
-    draw=sample.draw,
+    draw=draw.draw,
 )
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}

@@ -25,7 +25,7 @@ GATHERED = 1 << 22  # elements that a call gathers: 8 MB of bfloat16 stay in cac
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a pool and its queries look like. A page holds `planes` (keys, values) of `heads` lines: token after token."""
+    """What a pool and its queries look like. A page holds `planes` (keys, values) of `heads` lines, token by token."""
 
     planes: int
     heads: int

@@ -12,6 +12,7 @@ from torch import Tensor
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 SWAPPED_UP_TO = 128  # rows; from about 200 on turning the result costs more than the weight's repacking
+SWAPPED_FROM = 1 << 20  # bytes of a weight; repacking a smaller one costs less than turning the result
 TURNED = 8192  # columns turned at a time: their cache lines stay until they are full
 
 
@@ -40,12 +41,17 @@ def pack_reference(weight: Tensor, bias: Tensor | None = None, shared: bool = Fa
 def pack(weight: Tensor, bias: Tensor | None = None, shared: bool = False) -> PackedLinear:
     """See `pack_reference`. bfloat16 on a CPU gets the product that reads its weight once and at full speed."""
     shape = weight.shape
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        if has_amx():
-            return PackedLinear(weight, bias, *shape, swapped)
-        if has_bf16() and not shared:
-            return PackedLinear(prepack(weight), bias, *shape, prepacked)
+    if swaps_pay(weight):
+        return PackedLinear(weight, bias, *shape, swapped)
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and has_bf16() and not has_amx() and not shared:
+        return PackedLinear(prepack(weight), bias, *shape, prepacked)
     return pack_reference(weight, bias)
+
+
+def swaps_pay(weight: Tensor) -> bool:
+    """Whether `swapped` is the faster product with this weight: it is large, and of bfloat16 on a CPU with AMX."""
+    large = weight.nbytes >= SWAPPED_FROM
+    return large and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and has_amx()
 
 
 @lru_cache(1)
@@ -64,16 +70,24 @@ def swapped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`(weight @ x.T).T` for up to `SWAPPED_UP_TO` rows: on AMX the left factor is read as it lies, where `F.linear`
     repacks the whole weight at every call. The bits of a row do not depend on the other rows.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if not 0 < len(rows) <= SWAPPED_UP_TO:
+    if x.dim() != 2:
+        return swapped(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    if not 0 < len(x) <= SWAPPED_UP_TO:
         return torch.nn.functional.linear(x, weight, bias)
-    columns = rows.expand(2, -1).T if len(rows) == 1 else rows.T  # one column alone would be another, slower kernel
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return turned(y[:, : len(rows)]).view(*x.shape[:-1], -1)
+    columns = as_columns(x)
+    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return turned(y[:, :1] if len(x) == 1 else y)
+
+
+def as_columns(rows: Tensor) -> Tensor:
+    """rows [M, in] -> [in, M]; a single one twice, for one column alone would get another, slower kernel."""
+    return rows.expand(2, -1).T if len(rows) == 1 else rows.T
 
 
 def turned(y: Tensor) -> Tensor:
     """y [out, M] -> its transpose [M, out], contiguous. By way of three dims, which torch copies with all threads."""
+    if len(y) <= TURNED:
+        return y[None].mT.contiguous()[0]
     out = y.new_empty(y.shape[1], y.shape[0])
     for source, target in zip(y.split(TURNED), out.split(TURNED, 1), strict=True):
         target[None].copy_(source.T[None])

@@ -1,4 +1,7 @@
-"""Mixture of experts: routing, and the experts' MLPs. T tokens, H hidden, E experts, I intermediate, k experts a token."""
+"""Mixture of experts: routing, and the experts' MLPs.
+
+T tokens, H hidden, E experts, I intermediate, k experts a token, n tokens of an expert.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
+from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned
 from tessera.ops.precision import wide
 
 
@@ -54,10 +59,33 @@ def experts_reference(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: 
     out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
     for e in range(len(w13)):
         tokens, nth = (ids == e).nonzero(as_tuple=True)
-        gate, up = torch.nn.functional.linear(x[tokens], w13[e]).chunk(2, -1)
-        y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[e])
+        gate, up = linear(x[tokens], w13[e]).chunk(2, -1)
+        y = linear(silu(gate) * up, w2[e])
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
     return out.to(x.dtype)
 
 
-experts = experts_reference
+def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """See `experts_reference`. Tokens are sorted by expert once; only experts that some token chose are visited."""
+    out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
+    chosen, order = ids.flatten().sort(stable=True)
+    tokens, weights = order // ids.shape[1], weights.flatten()[order][:, None].to(out.dtype)
+    touched, counts = (column.tolist() for column in chosen.unique_consecutive(return_counts=True))
+    swaps = len(w13) > 0 and swaps_pay(w13[0])
+    for e, own, w in zip(touched, tokens.split(counts), weights.split(counts), strict=True):
+        if e >= 0:
+            mlp = _mlp_swapped if swaps and len(own) <= SWAPPED_UP_TO else _mlp
+            out.index_add_(0, own, mlp(x[own], w13[e], w2[e]) * w)
+    return out.to(x.dtype)
+
+
+def _mlp(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    gate, up = linear(x, w13).chunk(2, -1)
+    return linear(silu(gate) * up, w2)
+
+
+def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """The same with the weights as left factors (see `linear.swapped`), turned once at the end."""
+    gate, up = (w13 @ as_columns(x)).chunk(2, 0)
+    y = w2 @ (silu(gate) * up)
+    return turned(y[:, :1] if len(x) == 1 else y)

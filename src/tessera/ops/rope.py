@@ -103,7 +103,7 @@ _FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn
 
 
 def apply_rope(x: Tensor, positions: Tensor, tables: RopeTables, interleaved: bool = False, offset: int = 0) -> Tensor:
-    """Rotates dims `offset .. offset + tables.dim - 1` of x [T, H, D]; the others pass. In fp32 or wider, x's dtype out.
+    """Rotates dims `offset .. offset + tables.dim - 1` of x [T, H, D]; the others pass. In fp32 or wider, rounded once.
 
     Pairs are (i, i + dim / 2), or neighbours (2i, 2i + 1) when `interleaved`; each element stays in its place.
     """

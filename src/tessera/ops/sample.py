@@ -1,7 +1,7 @@
 """Sampling as a pure function of logits and parameters. N rows, V vocabulary.
 
-A token is drawn by Gumbel-max: argmax of `logits / temperature + gumbel(seed, position, token id)`. The noise depends on
-nothing else, so batching, preemption, a sharded vocabulary, speculation and hand-over keep the tokens.
+A token is drawn by Gumbel-max: argmax of `logits / temperature + gumbel(seed, position, token id)`. The noise depends
+on nothing else, so batching, preemption, a sharded vocabulary, speculation and hand-over keep the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Of some rows. `counts` [M, V]: how often each token was generated; `seen` [M, V] bool: prompt or output has it."""
+    """Of some rows. `counts` [M, V]: how often each token was generated; `seen` [M, V]: prompt or output has it."""
 
     rows: Tensor  # [M] int64
     counts: Tensor
@@ -55,7 +55,7 @@ class Drawing:
 
 
 def token_counts(tokens: Tensor, first: Tensor, last: Tensor, vocab_size: int) -> Tensor:
-    """How often each token stands at positions `first <= p < last`: tokens [M, L], first and last [M] -> float32 [M, V]."""
+    """How often each token is at positions `first <= p < last`: tokens [M, L], first and last [M] -> [M, V] fp32."""
     at = torch.arange(tokens.shape[1], device=tokens.device)
     inside = (at >= first[:, None]) & (at < last[:, None])
     counts = torch.zeros(len(tokens), vocab_size, dtype=torch.float32, device=tokens.device)
@@ -107,42 +107,61 @@ def gumbel(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-u))
 
 
-def keep_mask(scaled: Tensor, drawing: Drawing) -> Tensor:
-    """Which of the tokens top-k, top-p and min-p leave: scaled logits [M, V], *sorted* descending -> bool [M, V].
+def keep_mask(scaled: Tensor, probs: Tensor | None, drawing: Drawing) -> Tensor:
+    """Which of the tokens top-k, top-p and min-p leave: bool [M, C] for the C likeliest tokens, *sorted* descending.
 
-    All three look at the distribution before any of them (SGLang's joint order). The likeliest token always stays.
+    `scaled`: their logits; `probs`: their probabilities among all tokens, where top-p or min-p asks. All three look at
+    the distribution before any of them (SGLang's joint order). The likeliest token always stays.
     """
     keep = torch.ones_like(scaled, dtype=torch.bool)
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     if drawing.top_k is not None:
         keep &= (rank < drawing.top_k[:, None]) | (drawing.top_k[:, None] <= 0)
-    if drawing.top_p is not None or drawing.min_p is not None:
-        probs = scaled.softmax(-1)
-        if drawing.top_p is not None:
-            keep &= probs.cumsum(-1) - probs <= drawing.top_p[:, None]
-        if drawing.min_p is not None:
-            keep &= probs >= drawing.min_p[:, None] * probs[:, :1]
+    if drawing.top_p is not None:
+        assert probs is not None
+        # The sum may round to more than 1; a row that asks for no top-p loses nothing all the same.
+        keep &= (probs.cumsum(-1) - probs <= drawing.top_p[:, None]) | (drawing.top_p[:, None] >= 1)
+    if drawing.min_p is not None:
+        assert probs is not None
+        keep &= probs >= drawing.min_p[:, None] * probs[:, :1]
     keep[:, 0] = True
     return keep
+
+
+def scaled_rows(logits: Tensor, drawing: Drawing) -> Tensor:
+    """[M, V]: the logits of the drawn rows over their temperatures."""
+    return logits[drawing.rows] / drawing.temperature[:, None].to(logits.dtype)
+
+
+def probabilities(scaled: Tensor, drawing: Drawing) -> Tensor | None:
+    """[M, V] where a filter asks for them."""
+    return None if drawing.top_p is None and drawing.min_p is None else scaled.softmax(-1)
+
+
+def choose(scaled: Tensor, probs: Tensor | None, ids: Tensor, drawing: Drawing, valid: Tensor | None = None) -> Tensor:
+    """One token of each row, int64 [M], from candidates sorted descending [M, C]; `valid`: which are candidates."""
+    keep = keep_mask(scaled, probs, drawing)
+    if valid is not None:
+        keep &= valid
+    scores = scaled + gumbel(drawing.seeds[:, None], drawing.positions[:, None], ids)
+    best = scores.masked_fill_(~keep, float("-inf")).argmax(-1, keepdim=True)
+    return ids.gather(1, best)[:, 0]
 
 
 def draw_reference(logits: Tensor, drawing: Drawing | None) -> Tensor:
     """Tokens int64 [N] drawn from adjusted logits [N, V]; None: every row is greedy (ties go to the lowest id)."""
     tokens = logits.argmax(-1)
     if drawing is not None:
-        scaled = logits[drawing.rows] / drawing.temperature[:, None].to(logits.dtype)
-        scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
-        noise = gumbel(drawing.seeds[:, None], drawing.positions[:, None], ids)
-        scores = (scaled + noise).masked_fill(~keep_mask(scaled, drawing), float("-inf"))
-        tokens[drawing.rows] = ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+        scaled = scaled_rows(logits, drawing)
+        probs = probabilities(scaled, drawing)
+        ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
+        tokens[drawing.rows] = choose(ordered, None if probs is None else probs.gather(1, ids), ids, drawing)
     return tokens
 
 
-draw = draw_reference
-
-
 def token_logprobs(logits: Tensor, ids: Tensor, top_n: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprobs of tokens: logits [N, V], ids [N] or [N, A] -> those of `ids` (same shape), the `top_n` best [N, n], their ids."""
+    """Logprobs of tokens: logits [N, V], ids [N] or [N, A] -> those of `ids` (same shape), the `top_n` best [N, n] and
+    their ids."""
     total = logits.logsumexp(-1, keepdim=True)
     own = logits.gather(1, ids.view(len(ids), -1)) - total
     best, best_ids = logits.topk(top_n, -1)

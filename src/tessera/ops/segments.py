@@ -24,8 +24,8 @@ V = TypeVar("V")
 class Segments:
     """Device tensors (int32) beside the same small numbers on the host, so that nothing synchronises.
 
-    Segment s computes tokens `starts[s] .. starts[s] + lengths[s] - 1` of a sequence whose pages are `page_table[s]` and
-    whose recurrent state is slot `slots[s]`; its rows of the step are `cu_lengths[s] .. cu_lengths[s + 1] - 1`.
+    Segment s computes tokens `starts[s] .. starts[s] + lengths[s] - 1` of a sequence whose pages are `page_table[s]`
+    and whose recurrent state is slot `slots[s]`; its rows of the step are `cu_lengths[s] .. cu_lengths[s + 1] - 1`.
     """
 
     cu_lengths: Tensor  # [S + 1]
