@@ -47,7 +47,7 @@ def test_transformers_computes_the_same(name: str) -> None:
     rank = make_rank(model(name).spec, model(name).source, length=len(tokens))
     with torch.no_grad():
         expected = theirs(torch.tensor([tokens])).logits[0]
-    torch.testing.assert_close(rank.run([(0, tokens)]), expected, rtol=1e-5, atol=5e-4)  # logits of up to 100
+    torch.testing.assert_close(rank.run([(0, tokens)]), expected, rtol=1e-5, atol=5e-4)  # logits of up to 35
 
 
 @pytest.mark.parametrize("name", MODELS)
