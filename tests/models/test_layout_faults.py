@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from models.test_layouts import Layout, check
@@ -41,9 +42,17 @@ def other_order(good: Good, self: Across, counts: Sequence[int]) -> list[int]:
     return list(good(self, counts))[::-1]
 
 
-def first_rows(good: Good, self: Across, counts: Sequence[int]) -> slice:
-    """Every DP rank takes the logits of the first."""
-    return slice(0, counts[self.members[self.at]])
+def own_rows(good: Good, self: Across, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    """Every rank keeps what it has, as if all had the same part of the vocabulary."""
+    rows = parts.split([counts[dp] for dp in self.members])[self.at]
+    yield from ()
+    return torch.stack([rows] * len(self.members))
+
+
+def turned_round(good: Good, self: Across, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    """The parts of the vocabulary in another order."""
+    rows = yield from good(self, parts, counts)
+    return rows.flip(0)
 
 
 def no_sum(good: Good, self: Within, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
@@ -54,7 +63,8 @@ def no_sum(good: Good, self: Within, parts: Tensor, counts: Sequence[int]) -> Wa
 
 def half_sum(good: Good, self: Across, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
     """Summed in the attention group alone."""
-    return (yield self.comm.sum([parts[self.own(counts)].clone()], self.within))
+    own = parts.split([counts[dp] for dp in self.members])[self.at]
+    return (yield self.comm.sum([own.clone()], self.within))
 
 
 def as_held(good: Good, self: MoE, held: list[int]) -> Tensor:
@@ -79,7 +89,8 @@ FAULTS: list[tuple[Any, str, Good, str, Layout]] = [
     (Section, "held", modulo, "qwen3", (4, 1, 1, 4, False, False)),
     (Dim, "_blocks", one_block, "qwen3_next", TWO),
     (Across, "_lengths", other_order, "qwen3_moe", (2, 2, 1, 2, True, False)),
-    (Across, "own", first_rows, "llama", (2, 2, 1, 1, False, False)),
+    (Across, "own", turned_round, "llama", (4, 2, 1, 1, False, False)),
+    (Across, "own", own_rows, "llama", (2, 2, 1, 1, False, False)),
     (Within, "home", no_sum, "llama", TWO),
     (Across, "home", half_sum, "qwen3", (4, 2, 1, 4, True, False)),
     (dispatch, "_sum_by_token", other_rows, "qwen3_moe", (2, 2, 2, 2, False, True)),

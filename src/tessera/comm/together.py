@@ -31,8 +31,9 @@ class Together(Protocol):
         """
         ...
 
-    def own(self, counts: Sequence[int]) -> slice:
-        """Where the tokens of this DP rank are among those of the group."""
+    def own(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+        """What this rank has for all tokens of the group -> [members, T, ...] for those of this DP rank, from this
+        rank's like in every attention group."""
         ...
 
 
@@ -51,9 +52,10 @@ class Within:
         """See `Together`."""
         return (yield self.comm.sum([parts], self.group))
 
-    def own(self, counts: Sequence[int]) -> slice:
-        """See `Together`."""
-        return slice(None)
+    def own(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+        """See `Together`. Nothing travels."""
+        yield from ()
+        return parts[None]
 
 
 class Across:
@@ -79,11 +81,12 @@ class Across:
         mine = yield self.comm.scatter_sum([parts], self.group, 0, [n for piece in pieces for n in piece])
         return (yield self.comm.gather(mine, self.within, 0, pieces[self.at]))
 
-    def own(self, counts: Sequence[int]) -> slice:
+    def own(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
         """See `Together`."""
         lengths = self._lengths(counts)
-        first = sum(lengths[: self.at])
-        return slice(first, first + lengths[self.at])
+        mine, members = lengths[self.at], len(lengths)
+        rows = yield self.comm.exchange(parts, self.across, lengths, [mine] * members)
+        return rows.unflatten(0, (members, mine))
 
     def _lengths(self, counts: Sequence[int]) -> list[int]:
         return [counts[dp] for dp in self.members]

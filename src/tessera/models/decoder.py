@@ -73,8 +73,9 @@ class Head:
     def __call__(self, hidden: Tensor, counts: tuple[int, ...]) -> Waits[Tensor]:
         """hidden [N, hidden] -> [N, V]."""
         part = linear((yield from self.together.bring(hidden, counts)), self.weight)
-        whole = yield self.comm.gather(part, "vocab", -1)
-        logits = whole[self.together.own(counts), : self.vocab_size]
+        mine = yield from self.together.own(part, counts)  # [attention groups, N, V of one rank]
+        whole = yield self.comm.gather(mine.movedim(0, 1)[:, :, None], "vocab/attn", 2)
+        logits = whole.flatten(1)[:, : self.vocab_size]
         return logits.to(wide(logits.dtype))
 
 
