@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tessera.comm.base import Comm
 from tessera.comm.single import SingleComm
+from tessera.comm.waits import drain
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import CacheSpec, cache_dtypes, cache_table
@@ -17,7 +18,6 @@ from tessera.core.weights import weight_table
 from tessera.models.build import build_model
 from tessera.models.decoder import Decoder
 from tessera.models.load import load_weights
-from tessera.models.parts import drain
 from tessera.models.source import Source
 from tessera.ops.backend import TORCH, Backend
 from tessera.ops.segments import make_segments

@@ -15,6 +15,7 @@ from tessera.core.messages import SamplingParams
 from tessera.core.tensors import CacheSpec
 from tessera.ops.sample import draw_reference
 from tessera.ops.segments import Segments
+from tessera.run.batch import Input
 from tessera.run.host import Executor
 from tessera.run.pools import Pools
 from tessera.run.rowparams import RowParams
@@ -40,9 +41,12 @@ class Toy:
         self.vocab_size = vocab_size
         self.steps = 0
 
-    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor], counts: tuple[int, ...]) -> Tensor:
+    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
         """One token at a time, as plainly as can be."""
         self.steps += 1
+        return torch.cat([self._part(i.tokens, i.segments, caches) for i in inputs])
+
+    def _part(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor]) -> Tensor:
         pool, slots = caches["toy.tokens"], caches["toy.hash"]
         pool[segments.write_page, segments.write_offset] = tokens.to(pool.dtype)
         hidden = torch.zeros(len(tokens), 2, dtype=torch.float64, device=pool.device)

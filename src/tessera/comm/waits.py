@@ -1,8 +1,9 @@
-"""The type of what layers are: generators that wait on the wire by `yield`."""
+"""What layers are: generators that wait on the wire by `yield`; and who runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -11,3 +12,26 @@ from tessera.comm.base import Handle
 
 Result = TypeVar("Result")
 Waits = Generator[Handle, Tensor, Result]  # yields what it waits for, is sent the tensor, returns a Result
+
+
+def drain(waits: Waits[Result]) -> Result:
+    """Runs a generator alone: waits where it waits."""
+    (result,) = interleave([waits])
+    return result
+
+
+def interleave(runs: Sequence[Waits[Result]]) -> list[Result]:
+    """Runs generators side by side, taking turns: while what one waits for is on the wire, the others compute.
+
+    Each stage of one runs before the same stage of those after it, which may build on what it wrote. All ranks take the
+    same turns, so collectives meet in the same order everywhere.
+    """
+    results: list[Result] = []
+    waiting: deque[tuple[Waits[Result], Handle | None]] = deque((run, None) for run in runs)
+    while waiting:
+        run, handle = waiting.popleft()
+        try:
+            waiting.append((run, next(run) if handle is None else run.send(handle.wait())))
+        except StopIteration as end:
+            results.append(end.value)
+    return results

@@ -1,6 +1,7 @@
 """The one decoder loop. T tokens, N positions that need logits, V vocabulary.
 
-A layer is a generator that yields handles where it waits on the wire; `drain` runs one batch alone.
+A layer is a generator that yields handles where it waits on the wire; `comm/waits.py` runs one batch alone, or two side
+by side.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from tessera.comm.together import Together, together
-from tessera.comm.waits import Waits
+from tessera.comm.waits import Waits, drain
 from tessera.core.spec import AttentionSpec, DenseSpec, LayerSpec, MLASpec, ModelSpec
 from tessera.models.experts import MoE
 from tessera.models.forms import choose_forms
 from tessera.models.layers import MLA, Attention, DeltaNet, DenseMLP
-from tessera.models.parts import Batch, Tools, Weights, drain
+from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.linear import PackedLinear, linear
 from tessera.ops.norm import add_rmsnorm, rmsnorm
 from tessera.ops.precision import wide

@@ -1,4 +1,4 @@
-"""What layers share: weights by name with their layouts, a step's inputs, and the driver of generators."""
+"""What layers share: weights by name with their layouts, and a step's inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tessera.comm.base import Comm
-from tessera.comm.waits import Result, Waits
 from tessera.core.layout import Dim
 from tessera.core.mesh import Mesh
 from tessera.core.spec import RopeSpec
@@ -98,14 +97,3 @@ class Batch:
         """cos and sin [T, 1, dim / 2] of the step's tokens, looked up once for all layers."""
         at = self.segments.positions
         return self.segments.once(("rope", rope), lambda: (tables.cos[at][:, None], tables.sin[at][:, None]))
-
-
-def drain(waits: Waits[Result]) -> Result:
-    """Runs a generator alone: waits where it waits."""
-    try:
-        handle = next(waits)
-        while True:
-            handle = waits.send(handle.wait())
-    except StopIteration as end:
-        result: Result = end.value
-        return result

@@ -7,6 +7,7 @@ waits for the device. T tokens, S ranges, N drawn positions, M prompt positions 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,22 +36,38 @@ class Wanted:
         return len(self.host_rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """`segments` of the ranges, `table_rows` [S] where they sit, `draws` (N) and `prompts` (M).
+class Input(NamedTuple):
+    """What the layers get: `tokens` [T] of the ranges of `segments`, and how many tokens each DP rank has."""
 
-    `counts`: tokens of each DP rank.
-    """
+    tokens: Tensor
+    segments: Segments
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Ranges that run together: all of a step, or a half of it. `table_rows` [S]: where they sit."""
 
     segments: Segments
     table_rows: Tensor
-    draws: Wanted
-    prompts: Wanted
     counts: tuple[int, ...]
 
-    def input_tokens(self, tokens: Tensor) -> Tensor:
-        """The T input tokens, gathered from the token table."""
-        return tokens[self.table_rows[self.segments.rows], self.segments.positions]
+    def input(self, tokens: Tensor) -> Input:
+        """With the tokens that it computes, gathered from the token table."""
+        return Input(tokens[self.table_rows[self.segments.rows], self.segments.positions], self.segments, self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The ranges, whole or in `halves`; `draws` (N) and `prompts` (M) of all of them."""
+
+    halves: tuple[Half, ...]
+    draws: Wanted
+    prompts: Wanted
+
+    def inputs(self, tokens: Tensor) -> tuple[Input, ...]:
+        """What the layers get, with the tokens from the token table."""
+        return tuple(half.input(tokens) for half in self.halves)
 
 
 def make_batch(step: Step, dp_rank: int, table: RowTable, page_size: int, device: torch.device) -> Batch | None:
@@ -61,20 +78,29 @@ def make_batch(step: Step, dp_rank: int, table: RowTable, page_size: int, device
     if not step.num_tokens:
         return None
     part = step.parts[dp_rank]
-    rows = part.rows
-    ends = part.starts + part.lengths
-    reach = -(-int(ends.max(initial=0)) // page_size)
-    segments = make_segments(part.starts, part.lengths, table.pages[rows, :reach], table.slots[rows], page_size, device)
+    rows, ends = part.rows, part.starts + part.lengths
     last = np.cumsum(part.lengths, dtype=np.int32) - 1
     drawn = part.samples
     prompt = _prompt_columns(part, last, ends)
-    columns = (rows, last[drawn], rows[drawn], ends[drawn], *prompt)
-    table_rows, *device_columns = upload_columns(columns, device)
+    columns = (last[drawn], rows[drawn], ends[drawn], *prompt)
+    pieces = [half.parts[dp_rank] for half in step.halves]
+    uploaded = upload_columns((*columns, *(piece.rows for piece in pieces)), device)
+    device_columns, table_rows = uploaded[: len(columns)], uploaded[len(columns) :]
+    halves = tuple(
+        Half(_segments(piece, table, page_size, device), at, tuple(p.num_tokens for p in half.parts))
+        for piece, at, half in zip(pieces, table_rows, step.halves, strict=True)
+    )
     num_drawn = tuple(int(np.count_nonzero(p.samples)) for p in step.parts)
     num_scored = tuple(int(p.num_logits.sum()) - n for p, n in zip(step.parts, num_drawn, strict=True))
-    draws = Wanted(*device_columns[:3], host_rows=columns[2], host_positions=columns[3], counts=num_drawn)
+    draws = Wanted(*device_columns[:3], host_rows=columns[1], host_positions=columns[2], counts=num_drawn)
     prompts = Wanted(*device_columns[3:], host_rows=prompt[1], host_positions=prompt[2], counts=num_scored)
-    return Batch(segments, table_rows, draws, prompts, tuple(p.num_tokens for p in step.parts))
+    return Batch(halves, draws, prompts)
+
+
+def _segments(part: Part, table: RowTable, page_size: int, device: torch.device) -> Segments:
+    reach = -(-int((part.starts + part.lengths).max(initial=0)) // page_size)
+    pages, slots = table.pages[part.rows, :reach], table.slots[part.rows]
+    return make_segments(part.starts, part.lengths, pages, slots, page_size, device)
 
 
 def _prompt_columns(part: Part, last: Ints, ends: Ints) -> tuple[Ints, Ints, Ints]:

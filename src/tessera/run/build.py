@@ -10,6 +10,7 @@ from torch import Tensor
 from tessera.comm.base import Comm
 from tessera.comm.local import LocalGroup
 from tessera.comm.single import SingleComm
+from tessera.comm.waits import interleave
 from tessera.core.config.types import Config
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import cache_table
@@ -17,11 +18,10 @@ from tessera.core.weights import weight_table
 from tessera.models.build import build_model
 from tessera.models.decoder import Decoder
 from tessera.models.load import Progress, load_weights
-from tessera.models.parts import drain
 from tessera.models.source import Source
 from tessera.ops.backend import chosen
-from tessera.ops.segments import Segments
 from tessera.plan.scheduler import PlannerConfig
+from tessera.run.batch import Input
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker
 from tessera.run.pools import Pools
@@ -31,16 +31,17 @@ from tessera.run.sampler import Sampler
 from tessera.run.table import RowTable
 
 
-class Drained:
-    """A decoder run alone: nothing else is interleaved where its layers wait."""
+class Driven:
+    """A decoder as the runner wants it: a step whole, or its two halves side by side."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.vocab_size = decoder.spec.vocab_size
 
-    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor], counts: tuple[int, ...]) -> Tensor:
-        """tokens [T] -> hidden states after the final norm [T, hidden]."""
-        return drain(self.decoder.hidden(tokens, segments, caches, counts))
+    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
+        """T tokens in all -> hidden states after the final norm [T, hidden]."""
+        found = interleave([self.decoder.hidden(i.tokens, i.segments, caches, i.counts) for i in inputs])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[N, hidden] -> [N, vocab], fp32 or wider."""
@@ -109,7 +110,7 @@ def build_runner(
     table = RowTable(rows, context, memory.page_size, spec.eos, device)
     params = RowParams(rows, device)
     return Runner(
-        Drained(decoder),
+        Driven(decoder),
         table,
         params,
         Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank),

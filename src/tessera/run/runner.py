@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from tessera.core.messages import Output
-from tessera.ops.segments import Segments
 from tessera.plan.step import Change, Ints, Step, StepDone
-from tessera.run.batch import Batch, Wanted, make_batch
+from tessera.run.batch import Batch, Input, Wanted, make_batch
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
 from tessera.run.report import Tally, tally
@@ -31,13 +30,14 @@ from tessera.run.table import Known, RowTable, Sequence
 class Model(Protocol):
     """What a runner needs of a model: `forward` runs the layers, `logits` the head.
 
+    `inputs`: a step's ranges, or those of its two halves, of which the first is ahead at every stage.
     `counts`: how many rows each DP rank brings; a rank without any takes part all the same.
     """
 
     vocab_size: int
 
-    def forward(self, tokens: Tensor, segments: Segments, caches: dict[str, Tensor], counts: tuple[int, ...]) -> Tensor:
-        """tokens [T] -> hidden states after the final norm [T, hidden]."""
+    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
+        """T tokens in all -> hidden states after the final norm [T, hidden]."""
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[N, hidden] -> [N, vocab], fp32 or wider."""
@@ -132,8 +132,7 @@ class Runner:
         batch = work.batch
         if batch is None:
             return Download([])
-        tokens = batch.input_tokens(self.table.tokens)
-        hidden = self.model.forward(tokens, batch.segments, self.pools.tensors, batch.counts)
+        hidden = self.model.forward(batch.inputs(self.table.tokens), self.pools.tensors)
         results: list[Tensor] = []
         if any(batch.draws.counts):
             logits = self.model.logits(hidden[batch.draws.index], batch.draws.counts)
