@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,9 +47,7 @@ def test_a_wrong_flag_gets_a_hint_and_exit_code_2(command: Command, capsys: pyte
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
 def test_what_is_not_built_is_refused_by_name(command: Command) -> None:
     text = refused(command.name, "--pp-size", "2", "--enable-lora", "--kv-cache-dtype=fp8_e4m3")
-    assert [t.split(":")[0] for t in text] == ["--enable-lora", "--pp-size 2", "--kv-cache-dtype fp8_e4m3"] or sorted(
-        t.split(":")[0] for t in text
-    ) == ["--enable-lora", "--kv-cache-dtype fp8_e4m3", "--pp-size 2"]
+    assert {t.split(":")[0] for t in text} == {"--enable-lora", "--pp-size 2", "--kv-cache-dtype fp8_e4m3"}
     assert all("not built yet" in t for t in text)
 
 
@@ -133,12 +131,11 @@ def test_help_is_short_to_appear(argv: list[str]) -> None:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([*COMMAND, "serve", "--help"], capture_output=True, check=True, timeout=60)
-        took.append(time.perf_counter() - began)
-    assert min(took) < 0.5
+    """Of processor time, which does not depend on who else is at work."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*COMMAND, "serve", "--help"], capture_output=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_flags_of_a_file_lie_under_those_of_the_command_line(

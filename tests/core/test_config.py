@@ -91,7 +91,7 @@ def test_resolve_is_pure_and_frozen() -> None:
 
 def test_all_conflicts_are_reported_together() -> None:
     text = refusals(
-        tp=4,
+        pp=4,
         attention_backend="trtllm_mha",
         page_size=0,
         dtype="flot32",
@@ -101,7 +101,7 @@ def test_all_conflicts_are_reported_together() -> None:
         kv_cache_dtype="fp8_e4m3",
     )
     for name, remedy in (
-        ("--tp-size 4", "one rank"),
+        ("--pp-size 4", "one rank"),
         ("--attention-backend trtllm_mha", "allowed: auto, torch"),
         ("--page-size", "from 1 to 1024"),
         ("--dtype", "Did you mean float32?"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tessera.core.config import BY_KEY, FLAGS, VARIABLES, Flag, Ignored, Notes, Unbuilt, read, read_environment
+from tessera.core.config.built import BUILT
 from tessera.core.config.flag import real, size, switch, whole
 
 GOLDEN = Path(__file__).with_name("flags.txt")
@@ -67,7 +68,7 @@ def test_a_flag_is_honoured_refused_by_name_or_ignored_with_a_reason_in_every_sp
     value = other_value(flag)
     for spelling in (*flag.spellings, *flag.keys):
         notes = ask(flag, value, spelling)
-        if isinstance(flag.state, Unbuilt) or value in flag.unbuilt:
+        if flag.refused(flag.parse(value)):
             (conflict,) = notes.conflicts
             assert flag.spellings[0] in str(conflict)
             assert "not built yet" in str(conflict)
@@ -91,7 +92,7 @@ def test_a_value_that_is_honoured_is_kept(flag: Flag) -> None:
 
 @pytest.mark.parametrize("flag", [f for f in FLAGS if f.choices], ids=lambda f: f.name)
 def test_values_that_are_not_built_or_unknown_are_refused_with_the_choices(flag: Flag) -> None:
-    for value in (*flag.unbuilt, "nonsense"):
+    for value in (*filter(flag.refused, flag.unbuilt), "nonsense"):
         (conflict,) = ask(flag, value).conflicts
         assert value in str(conflict)
         assert all(choice in conflict.remedy for choice in flag.choices)
@@ -112,10 +113,23 @@ def test_the_seeds_flags_are_all_known() -> None:
 
 def test_the_seeds_prefill_line_is_refused_for_what_is_not_built_and_for_nothing_else() -> None:
     notes = Notes()
-    read(PREFILL, notes)
+    read(PREFILL, notes, frozenset())
     refused = {flag.split()[0] for conflict in notes.conflicts for flag in conflict.flags}
     assert refused == {"--attention-backend", "--kv-cache-dtype", "--tp-size", "--disaggregation-mode"}
     assert {d.what.split()[0] for d in notes.decisions} == {"--trust-remote-code", "--mamba-track-interval"}
+
+
+def test_what_is_lifted_is_refused_otherwise() -> None:
+    for name in BUILT - {"replicas"}:
+        flag, _, value = name.partition("=")
+        found = BY_KEY[flag]
+        assert found.name == flag
+        assert value in found.unbuilt if value else isinstance(found.state, Unbuilt), f"{name}: nothing to lift"
+        asked = value or other_value(found)
+        assert ask(found, asked).conflicts == []
+        notes = Notes()
+        read({flag: asked}, notes, frozenset())
+        assert len(notes.conflicts) == 1
 
 
 def line(flag: Flag) -> str:
