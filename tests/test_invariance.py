@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.core.messages import SamplingParams, Submit, choice_seed
-from tiny import TINY, Run, TinyModel, serve, tiny_model
+from tessera.core.messages import Abort, Output, SamplingParams, Submit, choice_seed
+from tessera.run.core import EngineCore
+from tiny import TINY, Run, TinyModel, all_free, serve, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.8)
@@ -133,6 +135,41 @@ def test_any_layout_will_do(
         **({"enable_mixed_chunk": True} if mixed else {}),
     )
     assert run.ends() == alone(name, "varied").ends()
+
+
+@settings(max_examples=8)
+@given(
+    name=st.sampled_from(sorted(TINY)),
+    after=st.lists(st.none() | st.integers(1, 9), min_size=10, max_size=10),
+    pool=st.sampled_from([128, 2048]),
+    rows=st.sampled_from([3, 16]),
+    mixed=st.booleans(),
+)
+def test_aborts_change_nobody_elses_answer(
+    name: str, after: list[int | None], pool: int, rows: int, mixed: bool
+) -> None:
+    """Every request comes twice, side by side; one of the two may be aborted after some of its tokens."""
+    drawn, cores = Counter[str](), []
+
+    def abort(core: EngineCore, output: Output) -> None:
+        cores.append(core)
+        drawn[output.request_id] += len(output.tokens)
+        i = int(output.request_id[1:]) - 10
+        if i >= 0 and output.finish is None and drawn[output.request_id] == after[i]:
+            core.post(Abort(output.request_id))
+
+    again = [msgspec.structs.replace(r, request_id=f"r{i + 10}") for i, r in enumerate(requests("varied"))]
+    asked = [r for pair in zip(again, requests("varied"), strict=True) for r in pair]
+    flags = {"max_total_tokens": pool, "max_running_requests": rows, "chunked_prefill_size": 40}
+    run = serve(
+        model(name), asked, also=abort, dtype="float64", **flags, **({"enable_mixed_chunk": True} if mixed else {})
+    )
+    assert all_free(cores[-1])
+    for (request_id, choice), expected in alone(name, "varied").answers.items():
+        twice = run.answers[f"r{int(request_id[1:]) + 10}", choice]
+        assert run.answers[request_id, choice].tokens == expected.tokens
+        assert twice.tokens == expected.tokens[: len(twice.tokens)]
+        assert twice.finish in (expected.finish, "abort")
 
 
 @pytest.mark.parametrize("name", TINY)

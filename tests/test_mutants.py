@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tessera.core.messages import Submit
+from tessera.core.messages import Abort, Submit
 from tessera.plan.change import ChangeBuilder
 from tessera.plan.pages import PagePool
 from tessera.plan.step import NO_INTS, Ints, Step
@@ -139,3 +139,14 @@ def test_pages_that_others_hold_are_free_when_one_holder_ends(monkeypatch: Patch
 
     monkeypatch.setattr(PagePool, "drop", drop)
     assert forks() != expected
+
+
+def test_an_aborted_request_that_goes_on_talking(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Runner, "drop", lambda self, request_id, choice: None)
+
+    def abort(core: Any, output: Any) -> None:
+        if output.finish is None:
+            core.post(Abort(output.request_id))
+
+    with pytest.raises(AssertionError, match="after the end"):
+        serve(model("qwen3"), requests("greedy"), also=abort)
