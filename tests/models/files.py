@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def tiles(folder: Path, mesh: Mesh = SINGLE, rank: int = 0, mtp: bool = False, *
     """What a rank loads of a folder, in float32, unpacked."""
     spec = read_model(folder)
     table = weight_table(spec, mesh, mtp)
-    loaded = load_weights(open_source(folder, spec, table, **options), table, mesh, rank, torch.float32)
+    return unpacked(load_weights(open_source(folder, spec, table, **options), table, mesh, rank, torch.float32))
+
+
+def unpacked(loaded: Mapping[str, Tensor | PackedLinear]) -> dict[str, Tensor]:
+    """The tiles as plain tensors."""
     return {n: t.weight if isinstance(t, PackedLinear) else t for n, t in loaded.items()}
 
 

@@ -23,6 +23,7 @@ from tessera.core.tensors import CacheSpec, cache_dtypes, cache_table
 from tessera.core.weights import weight_table
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
+from tessera.models.source import Source
 
 Step = dict[int, int]  # sequence -> how many of its tokens
 
@@ -114,7 +115,7 @@ class Outcome:
     logits: list[dict[int, Tensor]]
 
 
-def compute(comm: Comm, spec: ModelSpec, source: Noise, steps: Sequence[Step] = STEPS) -> Outcome:
+def compute(comm: Comm, spec: ModelSpec, source: Source, steps: Sequence[Step] = STEPS) -> Outcome:
     """Runs the steps in float64 on one rank of `comm.mesh`; sequence s belongs to DP rank s % dp."""
     mesh = comm.mesh
     rank = make_rank(spec, source, torch.float64, mesh, comm.rank, comm, sequences=SEQUENCES, length=LENGTH)

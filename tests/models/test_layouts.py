@@ -7,9 +7,12 @@ from functools import partial
 import pytest
 
 from comm.ranks import as_processes, as_threads, free_port, raise_first, run_program
-from models.layouts import FAMILIES, alone, compare, pairwise
+from models.layouts import FAMILIES, alone, compare, compute, differences, pairwise
+from tessera.comm.single import SingleComm
 from tessera.core.errors import LayoutError
-from tessera.core.mesh import instance_mesh
+from tessera.core.mesh import SINGLE, instance_mesh
+from tessera.core.weights import weight_table
+from tessera.models.folder import find_model, open_source, packaged_models, read_model
 
 TOLERANCE = 1e-9
 # (tp, dp, ep, dense TP, dp-lm-head, all-to-all)
@@ -53,6 +56,20 @@ def test_every_family_on_some_layouts(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "deepseek_v2"])
 def test_all_kinds_of_layers_on_mixed_layouts(family: str, layout: Layout) -> None:
     check(family, 2, layout)
+
+
+@pytest.mark.parametrize("name", packaged_models())
+def test_packaged_models_on_sixteen_ranks(name: str) -> None:
+    folder = find_model(name)
+    spec = read_model(folder)
+    source = open_source(folder, spec, weight_table(spec, SINGLE))
+    one = compute(SingleComm(), spec, source)
+    for layout in ((16, 4, 8, 16, True, True), (16, 4, 16, 4, False, False)):
+        ranks = as_threads(
+            instance_mesh(*layout), lambda comm: differences(spec, compute(comm, spec, source), one, comm)
+        )
+        raise_first(ranks)
+        judge(ranks, f"{name} on {layout}")
 
 
 def test_groups_that_cut_each_other_are_refused() -> None:

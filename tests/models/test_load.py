@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.files import INDEX, State, assert_same, fused, made, quantised, tiles, write
+from models.files import INDEX, State, assert_same, fused, made, quantised, tiles, unpacked, write
 from tessera.core.errors import ModelError
 from tessera.core.mesh import SINGLE, instance_mesh
 from tessera.core.weights import weight_table
-from tessera.models.folder import read_model
-from tessera.models.load import stored_shapes
+from tessera.models.folder import open_source, read_model
+from tessera.models.load import load_weights, stored_shapes
 
 MOE, V3, HYBRID = "qwen3_moe-normalised", "deepseek_v3-yarn", "qwen3_5_moe_text-usual"
 
@@ -294,3 +296,26 @@ def test_a_checkpoint_is_never_held_twice(tmp_path: Path) -> None:
     grown = int(ran.stdout)
     # The buffer that is read into (8 MiB), and code that runs for the first time, may be there besides.
     assert total * 0.9 < grown < total + (40 << 20), f"{grown >> 20} MiB for {total >> 20} MiB of weights"
+
+
+def test_ranks_that_are_threads_load_from_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(MOE, tmp_path)
+    mesh = instance_mesh(tp=4, ep=2)
+    expected = [tiles(tmp_path, mesh, rank) for rank in range(mesh.size)]
+    preadv = os.preadv
+
+    def slowly(*args: Any) -> int:
+        got = preadv(*args)
+        time.sleep(1e-4)  # the others read meanwhile
+        return got
+
+    monkeypatch.setattr(os, "preadv", slowly)
+    spec = read_model(tmp_path)
+    table = weight_table(spec, mesh)
+    source = open_source(tmp_path, spec, table)
+    with ThreadPoolExecutor(mesh.size) as ranks:
+        found = list(
+            ranks.map(lambda r: unpacked(load_weights(source, table, mesh, r, torch.float32)), range(mesh.size))
+        )
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,13 @@ from tessera.models.source import Span, blocks
 SCALE = "_scale_inv"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FUSED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
+
+
+class _Reading(threading.local):
+    """What a thread reads into: ranks that are threads load from one checkpoint at once."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
 
 
 class Checkpoint:
@@ -33,7 +41,7 @@ class Checkpoint:
         self._found = set(self._entries)
         self._scales: dict[str, Tensor] = {}
         self._parts: dict[str, str] = {}  # an expert's tensor -> the fused tensor that it is a part of
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._reading = _Reading()
         self._split_experts()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -58,13 +66,13 @@ class Checkpoint:
             done += length
 
     def _read(self, entry: Entry, start: int, length: int) -> Tensor:
-        """Stored rows, in the one buffer that every read uses: the next read overwrites them.
+        """Stored rows, in the one buffer of this thread: its next read overwrites them.
 
         Buffers that come and go would leave the allocator holding more than a model is.
         """
-        if (size := entry.bytes(length)) > len(self._buffer):
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-        return entry.read(start, length, self._buffer)
+        if (size := entry.bytes(length)) > len(self._reading.buffer):
+            self._reading.buffer = torch.empty(size, dtype=torch.uint8)
+        return entry.read(start, length, self._reading.buffer)
 
     def leftovers(self, used: Iterable[str]) -> list[str]:
         """See `Source.leftovers`."""
