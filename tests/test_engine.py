@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -166,6 +167,24 @@ def test_a_cancelled_task_and_a_left_stream_end_their_requests(engine: tessera.E
 
     asyncio.run(use())
     assert settled(engine)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ctrl_c_ends_what_was_asked_for_and_leaves_the_engine_usable(engine: tessera.Engine, stream: bool) -> None:
+    def ask() -> None:
+        while True:  # an answer may be quicker than the signal
+            found = engine.generate("12", {**GREEDY, "max_new_tokens": 240}, stream=stream)
+            for _ in found if stream else ():
+                pass
+
+    main = threading.main_thread().ident or 0
+    soon = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))
+    soon.start()
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    soon.join(10)
+    assert settled(engine)
+    assert len(engine.generate("12", GREEDY)["output_ids"]) == 6
 
 
 def test_many_threads_get_their_own_answers(engine: tessera.Engine) -> None:
