@@ -124,6 +124,14 @@ def test_hybrids() -> None:
     assert older.mtp is None
 
 
+def test_hybrids_rotate_a_quarter_unless_told_otherwise() -> None:
+    bare = {name: value for name, value in QWEN3_NEXT.items() if name != "partial_rotary_factor"}
+    for config, dim in ((bare, 64), ({**bare, "partial_rotary_factor": 0.5}, 128)):
+        attention = read_spec(config).layers[3].mixer
+        assert isinstance(attention, AttentionSpec)
+        assert attention.rope.dim == dim
+
+
 def test_generation_config_says_which_tokens_end_a_sequence() -> None:
     assert read_spec(QWEN3_MOE, {"eos_token_id": [151645, 151643]}).eos == (151645, 151643)
     assert read_spec(QWEN3_MOE, {"temperature": 0.6}).eos == (151645,)
