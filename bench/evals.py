@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ HEAD = """# Accuracy of the packaged models
 
 {num} held-out questions a task (seed 0), greedy, {parallel} at a time. *transformers*: the same questions in float32 by
 `training/evaluate.py`. *differ*: answers whose text is not the same. Tokens/s: output tokens a second of the whole run,
-prompts included. Written by `python bench/evals.py`: {machine}.
+prompts included. Written by `python bench/evals.py`: {machine}; load averages
+of the machine at the end (1, 5 and 15 minutes; above the cores, tokens/s say little): {load}.
 
 | model | task | dtype | tessera | transformers | differ | output tokens/s |
 |---|---|---|---|---|---|---|
@@ -93,8 +95,9 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "training"))
     rows = [row for model in packaged_models() for row in measure(model, args.num_questions, args.parallel)]
     machine = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    head = HEAD.format(num=args.num_questions, parallel=args.parallel, machine=machine)
+    head = HEAD.format(num=args.num_questions, parallel=args.parallel, machine=machine, load=load)
     RESULTS.write_text(head + "".join(row.line() for row in rows))
     wrong = [(row, i) for row in rows if row.dtype == "float32" for i in row.differing]
     for row, i in wrong:
