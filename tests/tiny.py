@@ -102,6 +102,7 @@ FLAGS: dict[str, Any] = {
     "page_size": 4,
     "max_total_tokens": 2048,
     "debug_checks": True,
+    "collectives": "threads",
 }
 # Lifted here also where the build does not lift them yet: all ranks run as threads of the test.
 MESH_FLAGS = frozenset(

@@ -32,8 +32,11 @@ class Engine:
         self.said: list[Outbound] = []
         self.raised: BaseException | None = None
         self._react = react
-        self.core = EngineCore(resolved(MODEL.spec, **flags), MODEL.spec, MODEL.source, self._sink)
+        self.core = self._make(**flags)
         self.thread = threading.Thread(target=self._run, name="core")
+
+    def _make(self, **flags: Any) -> EngineCore:
+        return EngineCore(resolved(MODEL.spec, **flags), MODEL.spec, MODEL.source, self._sink)
 
     def _sink(self, message: Outbound) -> None:
         self.said.append(message)

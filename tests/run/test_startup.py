@@ -56,8 +56,8 @@ def test_packaged_models_go_by_their_bare_name() -> None:
 
 def test_without_a_model_all_else_is_refused_too() -> None:
     with pytest.raises(ConfigError) as caught:
-        prepare({"tp": 2}, {}, CPU)
-    assert [c.flags for c in caught.value.conflicts] == [("--tp-size 2",), ("--model-path",)]
+        prepare({"pp": 2}, {}, CPU)
+    assert [c.flags for c in caught.value.conflicts] == [("--pp-size 2",), ("--model-path",)]
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

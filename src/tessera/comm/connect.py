@@ -18,7 +18,7 @@ import torch
 from tessera.comm import dist
 from tessera.comm.base import Comm
 from tessera.comm.local import LocalGroup
-from tessera.comm.meet import meet
+from tessera.comm.meet import Meeting, meet
 from tessera.comm.shared import SharedComm
 from tessera.comm.single import SingleComm
 from tessera.core.errors import ConfigError, Conflict
@@ -30,7 +30,8 @@ class Place:
     """A rank that wants to join. `address`: host:port at rank 0, the same for all; for threads any word.
 
     `join_s`: how long it waits for the others to come; `deadline_s`: how long in one collective. `ordered`: sums add in
-    the order of ranks, the same bits on every layout of the wire (`threads` and `shared` always do).
+    the order of ranks, the same bits on every layout of the wire (`threads` and `shared` always do). `listening`: at
+    rank 0, the descriptor of a socket that listens at `address` already; it is given away.
     """
 
     mesh: Mesh
@@ -41,6 +42,7 @@ class Place:
     join_s: float = 120.0
     deadline_s: float = 30.0
     ordered: bool = False
+    listening: int | None = None
 
 
 def connect(place: Place) -> Comm:
@@ -68,18 +70,20 @@ def _threads(place: Place) -> Comm:
     return group.join(place.rank, place.join_s)
 
 
+def _meeting(place: Place) -> Meeting:
+    return meet(place.mesh, place.rank, place.address, place.kind, place.join_s, place.listening)
+
+
 def _shared(place: Place) -> Comm:
-    return SharedComm(meet(place.mesh, place.rank, place.address, place.kind, place.join_s), place.deadline_s)
+    return SharedComm(_meeting(place), place.deadline_s)
 
 
 def _gloo(place: Place) -> Comm:
-    meeting = meet(place.mesh, place.rank, place.address, place.kind, place.join_s)
-    return dist.gloo(meeting, place.device, place.deadline_s, place.ordered)
+    return dist.gloo(_meeting(place), place.device, place.deadline_s, place.ordered)
 
 
 def _nccl(place: Place) -> Comm:
-    meeting = meet(place.mesh, place.rank, place.address, place.kind, place.join_s)
-    return dist.nccl(meeting, place.device, place.deadline_s, place.ordered)
+    return dist.nccl(_meeting(place), place.device, place.deadline_s, place.ordered)
 
 
 # Groups of threads by address; one lives as long as a rank of it.

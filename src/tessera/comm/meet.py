@@ -67,14 +67,16 @@ class Meeting:
         _wait_for_all(self.store, self.mesh, point, self.until, lambda rank: str(self.cards[rank]))
 
 
-def meet(mesh: Mesh, rank: int, address: str, kind: str, seconds: float) -> Meeting:
+def meet(mesh: Mesh, rank: int, address: str, kind: str, seconds: float, listening: int | None = None) -> Meeting:
     """Joins the others at `address` (host:port, on the host of rank 0), within `seconds`.
+
+    `listening`: at rank 0, the descriptor of a socket that listens there already; without it rank 0 opens the port.
 
     Raises DeadlineError naming the ranks that did not come, PeerError when rank 0 gave up, ConfigError when the port is
     taken, two processes are the same rank, or the ranks disagree about the mesh or the `kind` of collectives.
     """
     until = time.monotonic() + seconds
-    store = _open(rank, address, seconds)
+    store = _open(rank, address, seconds, listening)
     mine = Card(socket.gethostname(), os.getpid(), repr(mesh), kind)
     with _rank_0("joined"):
         held = store.compare_set(f"joined/{rank}", "", msgspec.json.encode(mine).decode())
@@ -93,14 +95,20 @@ def _refused(rank: int, reason: str, remedy: str) -> ConfigError:
     return ConfigError([Conflict(("--dist-init-addr", f"rank {rank}"), reason, remedy)])
 
 
-def _open(rank: int, address: str, seconds: float) -> dist.Store:
+def _open(rank: int, address: str, seconds: float, listening: int | None) -> dist.Store:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise _refused(rank, f"'{address}' is no address", "Give host:port")
     limit = timedelta(seconds=seconds)
     try:
         return dist.TCPStore(
-            host.strip("[]"), int(port), is_master=rank == 0, timeout=limit, wait_for_workers=False, multi_tenant=False
+            host.strip("[]"),
+            int(port),
+            is_master=rank == 0,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=False,
+            master_listen_fd=listening,
         )
     except dist.DistError as error:
         if rank == 0:

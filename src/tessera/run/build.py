@@ -25,10 +25,13 @@ from tessera.run.batch import Input
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker
 from tessera.run.pools import Pools
+from tessera.run.processes import Processes
 from tessera.run.rowparams import RowParams
 from tessera.run.runner import Runner
 from tessera.run.sampler import Sampler
 from tessera.run.table import RowTable
+
+Instance = Runner | Group | Processes
 
 
 class Driven:
@@ -69,11 +72,20 @@ def planner_config(config: Config) -> PlannerConfig:
     )
 
 
-def build_instance(config: Config, spec: ModelSpec, source: Source, progress: Progress | None = None) -> Runner | Group:
-    """All ranks of one instance, in this process: one rank as it is, several as threads."""
-    mesh = config.mesh.mesh
-    if mesh.size == 1:
+def build_instance(config: Config, spec: ModelSpec, source: Source, progress: Progress | None = None) -> Instance:
+    """All ranks of one instance: one in this process, several as processes, which read the model themselves.
+
+    With `--collectives threads` several are threads of this process.
+    """
+    if config.mesh.mesh.size == 1:
         return build_runner(config, spec, source, progress)
+    if config.mesh.collectives != "threads":
+        return Processes(config, progress)
+    return _threads(config, spec, source, progress)
+
+
+def _threads(config: Config, spec: ModelSpec, source: Source, progress: Progress | None) -> Group:
+    mesh = config.mesh.mesh
     meeting = LocalGroup(mesh)
     runners, loaded = [], [0 for _ in range(mesh.size)]
     for rank in range(mesh.size):
@@ -97,9 +109,13 @@ def build_runner(
     executor: Executor | None = None,
     rank: int = 0,
     comm: Comm | None = None,
+    device: torch.device | None = None,
 ) -> Runner:
-    """Loads the weights and allocates the pools of one rank. `comm`: its collectives, where there are others."""
-    mesh, memory, device = config.mesh.mesh, config.memory, torch.device(config.mesh.device)
+    """Loads the weights and allocates the pools of one rank. `comm`: its collectives, where there are others.
+
+    `device`: which one, where there are several.
+    """
+    mesh, memory, device = config.mesh.mesh, config.memory, device or torch.device(config.mesh.device)
     backend = chosen(config.kernels)
     dtype = getattr(torch, config.model.dtype)
     context = config.model.context_length

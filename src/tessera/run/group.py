@@ -57,6 +57,9 @@ class Group:
         for rank in self._first:
             self.runners[rank].drop(request_id, choice)
 
+    def check(self) -> None:
+        """They are in this process, and fail when they run."""
+
     def close(self) -> None:
         """Ends all ranks; one that waits for another stops waiting."""
         self._meeting.fail(0, None)

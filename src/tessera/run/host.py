@@ -77,13 +77,15 @@ class Worker:
 
     The thread is a daemon, so that a program may end without closing it. It is no pool of `concurrent.futures`, because
     those end with the main thread, while other threads of the program may still want answers. It starts with the first
-    work. `failed` is told what the work raises, before anybody asks.
+    work. `failed` is told what the work raises, before anybody asks. What comes after work that failed fails with it:
+    it builds on what was not done.
     """
 
     def __init__(self, name: str = "tessera-forward", failed: Callable[[BaseException], None] | None = None) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._failed = failed
         self._closed = False
+        self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -101,9 +103,13 @@ class Worker:
             if self._closed:
                 future.cancel()
                 continue
+            if self._broken is not None:
+                future.set_exception(self._broken)
+                continue
             try:
                 future.set_result(work())
             except BaseException as error:
+                self._broken = error
                 if self._failed is not None:
                     self._failed(error)
                 future.set_exception(error)

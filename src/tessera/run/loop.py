@@ -64,6 +64,9 @@ class Runs(Protocol[TicketT]):
     def drop(self, request_id: str, choice: int) -> None:
         """The choice has ended elsewhere: nothing of it may come out any more."""
 
+    def check(self) -> None:
+        """Asked at times when there is nothing to run. Raises when it could run nothing any more."""
+
 
 class Live:
     """Choices that somebody waits for."""
@@ -153,6 +156,7 @@ class StepLoop(Generic[TicketT]):
         messages = self.inbox.drain(IDLE_WAIT_S if self._idle else 0.0)
         now = self.last_tick = time.monotonic()
         if self._idle and not messages:
+            self.runner.check()
             self.sink(Tick(now))
         self._settle(self.planner.apply([Clock(now), *self._note(messages)]))
         while len(self._flying) < self.max_in_flight:

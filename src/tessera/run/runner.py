@@ -170,6 +170,9 @@ class Runner:
         if sequence is not None:
             sequence.ended = True
 
+    def check(self) -> None:
+        """It is in this process, and fails when it runs."""
+
     def close(self) -> None:
         """Waits for steps under way."""
         self._executor.close()

@@ -70,6 +70,9 @@ MESH = (
     Flag("load_balance_method", text, "auto", "How requests are spread over data-parallel groups.", "mesh",
          choices=("auto", "round_robin", "total_requests", "total_tokens", "shortest_queue", "minimum_tokens",
                   "follow_bootstrap_room")),
+    Flag("collectives", text, "auto", "How ranks add and exchange: through the memory of one host (shared), over TCP "
+         "(gloo), between GPUs (nccl), or as threads of one process, slow, for tests (threads).", "mesh",
+         choices=("auto", "shared", "gloo", "nccl", "threads")),
     Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh", state=Unbuilt("run on one host")),
     Flag("node_rank", whole(0), 0, "Number of this host.", "mesh", state=Unbuilt("run on one host")),
     Flag("dist_init_addr", text, None, "Address (host:port) at which the hosts meet.", "mesh", ("--nccl-init-addr",)),

@@ -25,7 +25,7 @@ def mesh_phase(
     values: Asked, spec: ModelSpec, hardware: Hardware, built: frozenset[str], notes: Notes
 ) -> tuple[MeshConfig, bool]:
     """The ranks, and whether the model can be laid out on them."""
-    mesh = _asked(values, hardware.device, _balance(values, notes))
+    mesh = _asked(values, hardware.device, _balance(values, notes), _collectives(values, hardware.device, notes))
     _groups(values, built, notes)
     _divisors(values, notes)
     _straddling(mesh, notes)
@@ -36,7 +36,7 @@ def mesh_phase(
     return mesh, _fits(spec, mesh)
 
 
-def _asked(values: Asked, device: str, balance: str) -> MeshConfig:
+def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshConfig:
     tp, dp, split = values.number("tp_size"), values.number("dp_size"), values.on("enable_dp_attention")
     return MeshConfig(
         device,
@@ -51,6 +51,7 @@ def _asked(values: Asked, device: str, balance: str) -> MeshConfig:
         num_nodes=values.number("nnodes"),
         node_rank=values.number("node_rank"),
         meeting=values.text("dist_init_addr"),
+        collectives=collectives,
     )
 
 
@@ -113,8 +114,22 @@ def _hosts(mesh: MeshConfig, notes: Notes) -> None:
     if nodes not in divisors(mesh.tp):
         reason = f"{mesh.tp} rank(s) cannot be spread evenly over {nodes} hosts"
         notes.refuse((f"--nnodes {nodes}", f"--tp-size {mesh.tp}"), reason, _use("--nnodes", divisors(mesh.tp)))
-    if meeting is not None and mesh.tp == nodes == 1:
-        notes.decide("--dist-init-addr", "ignored", "there is one rank")
+    if meeting is not None and nodes == 1:
+        notes.decide("--dist-init-addr", "ignored", "all ranks are on this host, and find each other")
+
+
+def _collectives(values: Asked, device: str, notes: Notes) -> str:
+    """How ranks talk: GPUs by NCCL, CPU ranks of one host through its memory, those of several over TCP."""
+    asked, nodes = values.word("collectives"), values.number("nnodes")
+    there = "cuda" if device == "cuda" else "several hosts" if nodes > 1 else "one host"
+    fits = {"cuda": ("nccl",), "several hosts": ("gloo",), "one host": ("shared", "gloo", "threads")}[there]
+    if asked != "auto" and asked not in fits:
+        flags = (f"--collectives {asked}", f"--nnodes {nodes}" if there == "several hosts" else f"--device {device}")
+        notes.refuse(flags, f"it does not work on {there}", f"Use --collectives {' or '.join(fits)}.")
+    found = asked if asked in fits else fits[0]
+    if asked == "auto" and values.number("tp_size") > 1:
+        notes.decide("collectives", found, f"the fastest between ranks on {there}")
+    return found
 
 
 def _is_address(text: str) -> bool:

@@ -60,7 +60,8 @@ class ModelConfig:
 class MeshConfig:
     """Which ranks. `device`: "cpu" or "cuda". `tp`: all ranks of an instance, on `num_nodes` hosts that meet at
     `meeting`, of which this is `node_rank`. `dp`: groups of the attention. `replicas`: instances behind one front.
-    `balance`: how requests are spread over groups or replicas.
+    `balance`: how requests are spread over groups or replicas. `collectives`: see `comm/connect.py`; ranks are
+    processes, but with "threads".
     """
 
     device: str
@@ -75,6 +76,7 @@ class MeshConfig:
     num_nodes: int = 1
     node_rank: int = 0
     meeting: str | None = None
+    collectives: str = "shared"
 
     @property
     def mesh(self) -> Mesh:

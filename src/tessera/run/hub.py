@@ -1,0 +1,146 @@
+"""An engine's end of the wire to its ranks: one socket for all, the processes behind it, and why one has gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from tessera.core.errors import CapacityError, ConfigError, DeadlineError, ModelError, PeerError, TesseraError
+from tessera.run.children import Children
+from tessera.run.wire import Down, Failed, Up, decode_up, encode
+
+COMMAND = (sys.executable, "-P", "-m", "tessera.run.rank")
+GATHER_S = 0.5  # after the first bad news, for the news that explain it
+TELL_MS = 500
+# Errors that say what is wrong; other ones of a rank are told by their name.
+OF_OTHERS = (PeerError.__name__, DeadlineError.__name__)
+PLAIN = {kind.__name__: kind for kind in (CapacityError, ModelError)}
+
+
+class Spawn(msgspec.Struct, frozen=True):
+    """What a rank's process is told as it starts: where its engine listens, which process that is, which rank and
+    which device it is to be, the model's folder, and at rank 0 a socket that listens where the ranks meet."""
+
+    address: str
+    parent: int
+    rank: int
+    device: int
+    folder: str
+    listening: int | None = None
+
+
+class Hub:
+    """Starts ranks and talks to them. Only one thread may use it."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._folder = Path(tempfile.mkdtemp(prefix="tessera-"))
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set_hwm(0)
+        self._socket.router_mandatory = True
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._children: Children | None = None
+        self._told: dict[int, Failed] = {}
+        self._socket.bind(self.address)
+
+    @property
+    def address(self) -> str:
+        """Where ranks of this host connect: in a folder that only their user may enter."""
+        return f"ipc://{self._folder}/ranks"
+
+    def start(self, ranks: Sequence[int], folder: str, listening: int) -> None:
+        """Starts the processes of `ranks`; the first inherits `listening` where it is rank 0."""
+        spawns = [
+            Spawn(self.address, os.getpid(), rank, device, folder, None if rank else listening)
+            for device, rank in enumerate(ranks)
+        ]
+        commands = [[*COMMAND, msgspec.json.encode(spawn).decode()] for spawn in spawns]
+        self._ranks = list(ranks)
+        self._children = Children(commands, [[] if rank else [listening] for rank in ranks])
+        for end in self._children.ends:
+            self._poller.register(end, zmq.POLLIN)
+
+    def met(self) -> None:
+        """All are connected: nothing needs the folder, and nobody shall have to clear it away."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def send(self, message: Down, ranks: Sequence[int]) -> None:
+        """Sends without waiting. Raises why a rank has gone."""
+        data = encode(message)
+        for rank in ranks:
+            try:
+                self._socket.send_multipart([_name(rank), data])
+            except zmq.ZMQError as error:
+                raise self._why(f"rank {rank} cannot be reached") from error
+
+    def receive(self, seconds: float) -> tuple[int, Up] | None:
+        """The next message and whose it is; None when none comes in time. Raises why a rank has failed or gone."""
+        ready = dict(self._poller.poll(int(seconds * 1000)))
+        if not ready:
+            return None
+        if self._socket in ready:
+            rank, message = self._read()
+            if not isinstance(message, Failed):
+                return rank, message
+        raise self._why("a rank has gone")
+
+    def _read(self) -> tuple[int, Up]:
+        name, data = self._socket.recv_multipart()
+        rank, message = int(name), decode_up(data)
+        if isinstance(message, Failed):
+            self._told.setdefault(rank, message)
+        return rank, message
+
+    def _why(self, first: str) -> TesseraError:
+        """What is wrong: what a rank said of itself; else how one ended; else what one says of others."""
+        until = time.monotonic() + GATHER_S
+        while (left := until - time.monotonic()) > 0 and not self._causes():
+            if self._socket.poll(int(left * 1000) + 1):
+                self._read()
+        ended = {rank: how for rank, how in self._ended().items() if rank not in self._told}
+        if ended and not self._causes():
+            return PeerError("; ".join(f"rank {rank} {how}" for rank, how in ended.items()))
+        told = self._causes() or self._told
+        if not told:
+            return PeerError(first)
+        rank, failed = min(told.items())
+        if failed.conflicts:
+            return ConfigError(list(failed.conflicts))
+        kind = PLAIN.get(failed.kind)
+        return kind(failed.error) if kind else PeerError(f"rank {rank}: {failed.kind}: {failed.error}")
+
+    def _causes(self) -> dict[int, Failed]:
+        """What ranks say that is not about others."""
+        return {rank: failed for rank, failed in self._told.items() if failed.kind not in OF_OTHERS}
+
+    def _ended(self) -> dict[int, str]:
+        assert self._children is not None
+        return {self._ranks[i]: how for i, how in self._children.ended().items()}
+
+    def close(self, message: Down, seconds: float) -> None:
+        """Says a last word to all, waits up to `seconds` for them to end, and ends them. May be called again."""
+        if self._socket.closed:
+            return
+        for rank in range(self.num_ranks):
+            with contextlib.suppress(zmq.ZMQError):  # it has gone
+                self._socket.send_multipart([_name(rank), encode(message)], zmq.NOBLOCK)
+        if self._children is not None:
+            self._children.close(seconds)
+        self._socket.close(TELL_MS)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _name(rank: int) -> bytes:
+    return str(rank).encode()

@@ -1,0 +1,135 @@
+"""All ranks of one instance as processes, behind what the step loop needs of one runner.
+
+Every rank runs every step. Ranks of one data-parallel group draw the same tokens, so the first of each group answers.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tessera.core.config.types import Config
+from tessera.core.errors import DeadlineError, PeerError
+from tessera.core.messages import Output
+from tessera.models.load import Progress
+from tessera.plan.step import Step, StepDone
+from tessera.run.hub import Hub
+from tessera.run.report import Tally
+from tessera.run.wire import Begin, Done, Drop, End, Hello, Loaded, Loading, Run, Up
+
+START_S = 120.0
+CLOSE_S = 5.0
+HOST = "127.0.0.1"
+
+
+@dataclass(slots=True)
+class Sent:
+    """A step under way. `tallies`: what each DP rank computes, once it is collected."""
+
+    index: int
+    tallies: list[Tally] = field(default_factory=list)
+
+
+class Processes:
+    """Runs steps on ranks that are processes. They read the model in the folder `config.model.path` themselves.
+
+    Raises `ConfigError`, `ModelError` or `PeerError` when one cannot start, `DeadlineError` naming those that do not
+    come; from the other calls `PeerError` that says which rank has failed, and how.
+    """
+
+    def __init__(self, config: Config, progress: Progress | None = None) -> None:
+        mesh = config.mesh.mesh
+        self._all = range(mesh.size)
+        self._first = mesh.group(0, "dp")
+        self._silence = config.serving.watchdog_timeout
+        self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
+        self._last = -1
+        self._dropped: dict[tuple[str, int], int] = {}  # and the last step that may still bring something of it
+        self._hub = Hub(mesh.size)
+        try:
+            self._start(config, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, config: Config, progress: Progress | None) -> None:
+        with socket.create_server((HOST, 0)) as meeting:
+            self._hub.start(self._all, config.model.path, meeting.fileno())
+            address = f"{HOST}:{meeting.getsockname()[1]}"
+        self._until_all(Hello, lambda rank, message: None, START_S)
+        self._hub.met()
+        self._hub.send(Begin(config, address), self._all)
+        loaded: dict[int, Loading] = {}
+
+        def note(rank: int, message: Loading) -> None:
+            loaded[rank] = message
+            if progress is not None and len(loaded) == len(self._all):
+                progress(sum(m.done for m in loaded.values()), sum(m.total for m in loaded.values()))
+
+        self._until_all(Loaded, note, self._silence)
+
+    def _until_all(self, kind: type[Up], note: Callable[[int, Loading], None], seconds: float) -> None:
+        """Until every rank has said one thing; they may say how far they are. `seconds`: of silence."""
+        missing = set(self._all)
+        while missing:
+            found = self._hub.receive(seconds)
+            if found is None:
+                raise DeadlineError(f"ranks {sorted(missing)} did not say {kind.__name__} for {seconds:g} s")
+            rank, message = found
+            if isinstance(message, kind):
+                missing.discard(rank)
+            elif isinstance(message, Loading):
+                note(rank, message)
+            else:
+                raise PeerError(f"rank {rank} said {type(message).__name__} out of turn")
+
+    def launch(self, step: Step) -> Sent:
+        """Starts a step on every rank."""
+        self._hub.send(Run(step), self._all)
+        self._last = step.index
+        return Sent(step.index)
+
+    def collect(self, launched: Sent) -> tuple[StepDone, list[Output]]:
+        """Waits for the ranks that answer."""
+        until = time.monotonic() + self._silence
+        while missing := [rank for rank in self._first if not self._done[rank]]:
+            if not self._take(until - time.monotonic()):
+                raise DeadlineError(f"ranks {missing} have not finished step {launched.index} in {self._silence:g} s")
+        answers = [self._done[rank].popleft() for rank in self._first]
+        assert all(answer.done.index == launched.index for answer in answers), f"step {launched.index} out of turn"
+        launched.tallies += [tally for answer in answers for tally in answer.tallies]
+        outputs = [output for answer in answers for output in answer.outputs if self._wanted(output, launched.index)]
+        self._dropped = {choice: last for choice, last in self._dropped.items() if last > launched.index}
+        return StepDone(launched.index, tuple(part for answer in answers for part in answer.done.parts)), outputs
+
+    def _take(self, seconds: float) -> bool:
+        """Takes a message; False when none comes in time."""
+        found = self._hub.receive(max(seconds, 0))
+        if found is None:
+            return False
+        rank, message = found
+        if not isinstance(message, Done):
+            raise PeerError(f"rank {rank} said {type(message).__name__} out of turn")
+        self._done[rank].append(message)
+        return True
+
+    def _wanted(self, output: Output, index: int) -> bool:
+        """The rank may have answered before it heard that the choice has ended."""
+        return self._dropped.get((output.request_id, output.choice), -1) < index
+
+    def drop(self, request_id: str, choice: int) -> None:
+        """The choice has ended elsewhere: nothing of it may come out any more."""
+        self._dropped[request_id, choice] = self._last
+        self._hub.send(Drop(request_id, choice), self._first)
+
+    def check(self) -> None:
+        """Raises when a rank has gone while there was nothing to run."""
+        while self._take(0):
+            pass
+
+    def close(self) -> None:
+        """Ends all ranks."""
+        self._hub.close(End(), CLOSE_S)

@@ -1,0 +1,226 @@
+"""One rank of an instance as a process: `python -m tessera.run.rank SPAWN`, started by `run/hub.py`.
+
+It joins the others, loads its weights, then launches every step that comes and sends back what it drew, if it is the
+first rank of its DP rank. All of it happens in one thread; another only waits for steps to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+
+from tessera.comm.base import Comm
+from tessera.comm.connect import Place, connect
+from tessera.core.config.types import Config
+from tessera.core.errors import ConfigError, DeadlineError, PeerError, TesseraError
+from tessera.core.mesh import share
+from tessera.core.weights import weight_table
+from tessera.models.folder import open_source, read_model
+from tessera.run.build import build_runner
+from tessera.run.children import die_with
+from tessera.run.hardware import cores
+from tessera.run.hub import Spawn
+from tessera.run.runner import Launched, Runner
+from tessera.run.wire import Begin, Done, Down, Drop, End, Failed, Hello, Loaded, Loading, Run, Up, decode_down, encode
+
+log = logging.getLogger(__name__)
+
+BEGIN_S = 120.0  # for the others to be started too
+LOADING_EVERY_S = 0.05
+LOOK_MS = 1000
+LINGER_MS = 2000
+FORM = "[%(asctime)s] %(levelname)s rank {}: %(message)s"
+
+
+class Link:
+    """The rank's end of the wire. Only one thread may use it."""
+
+    def __init__(self, address: str, rank: int) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.routing_id = str(rank).encode()
+        self.socket.set_hwm(0)
+        self.socket.linger = LINGER_MS
+        self.socket.connect(address)
+
+    def tell(self, message: Up) -> None:
+        """Sends without waiting."""
+        self.socket.send(encode(message), zmq.NOBLOCK)
+
+    def hear(self, seconds: float) -> Down:
+        """The next message. Raises DeadlineError when none comes in time."""
+        if not self.socket.poll(int(seconds * 1000)):
+            raise DeadlineError(f"the engine has said nothing for {seconds:g} s")
+        message: Down = decode_down(self.socket.recv())
+        return message
+
+    def close(self) -> None:
+        """Sends what is left, within `LINGER_MS`."""
+        self.socket.close()
+        self._context.term()
+
+
+class Waiter:
+    """Waits for launched steps, in order, in a thread: `ended` is readable once for each that has ended."""
+
+    def __init__(self) -> None:
+        self.ended = os.eventfd(0, os.EFD_NONBLOCK)
+        self._queue: queue.SimpleQueue[Launched] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="tessera-waiter", daemon=True).start()
+
+    def put(self, launched: Launched) -> None:
+        """The next step to wait for."""
+        self._queue.put(launched)
+
+    def count(self) -> int:
+        """How many have ended since it was asked last."""
+        return os.eventfd_read(self.ended)
+
+    def _run(self) -> None:
+        while True:
+            launched = self._queue.get()
+            try:
+                if launched.result.exception() is None:
+                    launched.result.result().wait()
+            finally:  # whoever collects it learns what is wrong
+                os.eventfd_write(self.ended, 1)
+
+
+class Steps:
+    """Runs what comes over a link on a runner. `answers`: it tells what it drew."""
+
+    def __init__(self, link: Link, runner: Runner, answers: bool) -> None:
+        self._link, self._runner, self._answers = link, runner, answers
+        self._waiter = Waiter()
+        self._flying: deque[Launched] = deque()
+        self._poller = zmq.Poller()
+        self._poller.register(link.socket, zmq.POLLIN)
+        self._poller.register(self._waiter.ended, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Returns at `End`. Raises what a step raised."""
+        while True:
+            ready = dict(self._poller.poll(LOOK_MS))
+            if self._waiter.ended in ready:
+                for _ in range(self._waiter.count()):
+                    self._collect()
+            if self._link.socket in ready:
+                message = self._link.hear(0)
+                if isinstance(message, End):
+                    return
+                self._take(message)
+
+    def _take(self, message: Down) -> None:
+        match message:
+            case Run(step):
+                launched = self._runner.launch(step)
+                self._flying.append(launched)
+                self._waiter.put(launched)
+            case Drop(request_id, choice):
+                self._runner.drop(request_id, choice)
+            case _:
+                raise PeerError(f"the engine said {type(message).__name__} out of turn")
+
+    def _collect(self) -> None:
+        launched = self._flying.popleft()
+        done, outputs = self._runner.collect(launched)
+        if self._answers:
+            self._link.tell(Done(done, outputs, launched.tallies))
+
+
+class LoadingReports:
+    """Tells how far the weights are, not more often than anybody looks."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._next = link, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` elements are loaded."""
+        now = time.monotonic()
+        if now >= self._next or done == total:
+            self._next = now + LOADING_EVERY_S
+            self._link.tell(Loading(done, total))
+
+
+def join(begin: Begin, spawn: Spawn, device: torch.device) -> Comm:
+    """The collectives of a rank."""
+    mesh, silence = begin.config.mesh, begin.config.serving.watchdog_timeout
+    return connect(
+        Place(
+            mesh.mesh,
+            spawn.rank,
+            device,
+            begin.meeting,
+            mesh.collectives,
+            deadline_s=silence,
+            listening=spawn.listening,
+        )
+    )
+
+
+def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: Link) -> Runner:
+    """The runner of a rank, with weights from its folder."""
+    folder = Path(spawn.folder)
+    spec = read_model(folder)
+    table = weight_table(spec, config.mesh.mesh)
+    source = open_source(folder, spec, table, config.model.load_format, config.model.seed)
+    return build_runner(config, spec, source, LoadingReports(link), None, spawn.rank, comm, device)
+
+
+def serve(link: Link, spawn: Spawn) -> int:
+    """Runs the rank until its engine ends it; the exit code."""
+    comm: Comm | None = None
+    try:
+        link.tell(Hello())
+        begin = link.hear(BEGIN_S)
+        if not isinstance(begin, Begin):
+            raise PeerError(f"the engine said {type(begin).__name__} and not what to be")
+        mesh = begin.config.mesh
+        log.setLevel(begin.config.logging.level.upper())
+        torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), mesh.ranks_here), 1))
+        device = torch.device(mesh.device, spawn.device if mesh.device == "cuda" else None)
+        comm = join(begin, spawn, device)
+        runner = load(begin.config, spawn, comm, device, link)
+        link.tell(Loaded())
+        Steps(link, runner, spawn.rank in mesh.mesh.group(0, "dp")).run()
+    except Exception as error:
+        if not isinstance(error, TesseraError):
+            log.exception("it has failed")
+        conflicts = error.conflicts if isinstance(error, ConfigError) else ()
+        link.tell(Failed(type(error).__name__, str(error), conflicts))
+        return 1
+    finally:
+        if comm is not None:
+            comm.close()
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """The process. Ctrl-C and SIGTERM are for others to answer: the engine tells it when to end."""
+    spawn = msgspec.json.decode(argv[0], type=Spawn)
+    die_with(spawn.parent)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(format=FORM.format(spawn.rank), datefmt="%Y-%m-%d %H:%M:%S")
+    link = Link(spawn.address, spawn.rank)
+    try:
+        return serve(link, spawn)
+    finally:
+        link.close()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    os._exit(code)  # threads of torch and of backends have nothing more to say

@@ -1,0 +1,96 @@
+"""The wire between an engine and its ranks: messages by msgspec, arrays as their raw bytes. No pickle: ranks may be on
+other hosts.
+
+Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer; `Failed` at any
+time, as the last. Engine -> rank: `Begin`, then `Run`, `Drop`, and `End` as the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tessera.core.config.types import Config
+from tessera.core.errors import Conflict
+from tessera.core.messages import Output
+from tessera.plan.step import Step, StepDone
+from tessera.run.report import Tally
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A rank is there and wants to know what to be."""
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True):
+    """`done` of `total` elements of the rank's weights are there."""
+
+    done: int
+    total: int
+
+
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    """The rank has met the others and can run steps."""
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """A step came back from a rank that answers for its DP rank."""
+
+    done: StepDone
+    outputs: list[Output]
+    tallies: list[Tally]
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The rank ends. `kind`: name of the error's class; `conflicts`: of a `ConfigError`."""
+
+    kind: str
+    error: str
+    conflicts: tuple[Conflict, ...] = ()
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """What a rank shall be. `meeting`: host:port at which the ranks meet."""
+
+    config: Config
+    meeting: str
+
+
+class Run(msgspec.Struct, tag=True, frozen=True):
+    """The next step."""
+
+    step: Step
+
+
+class Drop(msgspec.Struct, tag=True, frozen=True):
+    """The choice has ended elsewhere: nothing of it may come out any more."""
+
+    request_id: str
+    choice: int
+
+
+class End(msgspec.Struct, tag=True, frozen=True):
+    """Finish what is under way and leave."""
+
+
+Down = Begin | Run | Drop | End
+Up = Hello | Loading | Loaded | Done | Failed
+
+
+def _plain(value: object) -> object:
+    """An array as (dtype, shape, bytes)."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    raise TypeError(f"the wire cannot hold a {type(value).__name__}")
+
+
+def _array(kind: Any, value: Any) -> object:
+    """The array again, with memory of its own: torch takes no arrays that may not be written."""
+    dtype, shape, data = value
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
+decode_down = msgspec.msgpack.Decoder(Down, dec_hook=_array).decode
+decode_up = msgspec.msgpack.Decoder(Up, dec_hook=_array).decode

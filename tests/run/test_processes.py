@@ -1,0 +1,152 @@
+"""Ranks as processes answer as one rank does; one that dies is noticed and named, and nothing is ever left running."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from assets.abacus import model, prompt, questions
+from run.test_loop import LONG, Engine
+from tessera.core.errors import ModelError
+from tessera.core.messages import Abort, Output, Outputs, SamplingParams, Submit
+from tessera.models.folder import find_model
+from tessera.run.core import EngineCore
+from tessera.run.processes import Processes
+from tiny import Run, resolved, serve
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=60)
+BASE: dict[str, Any] = {"dtype": "float32", "page_size": 16, "max_total_tokens": 8192}
+DP: dict[str, Any] = {"dp": 2, "enable_dp_attention": True}
+POINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tp 2": ("abacus-hybrid", {"tp": 2}),
+    "dp-attention, mixed": ("abacus-mla", {"tp": 2, **DP, "enable_mixed_chunk": True, "chunked_prefill_size": 40}),
+    "tp 4, dp 2, ep 2": ("abacus-mla", {"tp": 4, "ep": 2, **DP}),
+    "dense tp 1": ("abacus-mla", {"tp": 2, "moe_dense_tp_size": 1, "disable_overlap_schedule": True}),
+    "dp-lm-head": ("abacus-hybrid", {"tp": 2, **DP, "enable_dp_lm_head": True}),
+    "gloo": ("abacus-hybrid", {"tp": 2, **DP, "ep": 2, "collectives": "gloo"}),
+}
+
+
+def ranks() -> list[psutil.Process]:
+    """Processes of ranks that this one has started."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "tessera.run.rank" in child.cmdline()]
+
+
+def flags_of(name: str, **flags: Any) -> dict[str, Any]:
+    return {**BASE, "model_path": str(find_model(name)), "collectives": "shared", **flags}
+
+
+@cache
+def requests(name: str) -> list[Submit]:
+    """Questions, one with choices that are drawn, one whose prompt is scored only."""
+    asked = [prompt(name, question) for task in ("gsm8k", "recall") for question in questions(task, 4)]
+    drawn = msgspec.structs.replace(GREEDY, temperature=0.7, seed=3, logprobs=2, max_new_tokens=12)
+    scored = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
+    plain = [Submit(f"q{i}", tokens, GREEDY) for i, tokens in enumerate(asked)]
+    return [*plain, Submit("drawn", asked[0], drawn, n=2), Submit("scored", asked[1], scored)]
+
+
+@cache
+def alone(name: str) -> Run:
+    return serve(model(name), requests(name), **BASE)
+
+
+def logprobs(run: Run, kind: str, key: tuple[str, int]) -> list[float]:
+    return [e.logprob for e in getattr(run.answers[key], kind) if e.logprob is not None]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_ranks_that_are_processes_answer_as_one(point: str) -> None:
+    name, flags = POINTS[point]
+    seen: set[int] = set()
+    run = serve(model(name), requests(name), also=lambda *_: seen.add(len(ranks())), **flags_of(name, **flags))
+    assert seen == {flags["tp"]}
+    assert run.ends() == alone(name).ends()
+    assert {r.dp_rank for r in run.reports if r.num_new_token} == set(range(flags.get("dp", 1)))
+    riding = any(r.label == "MIXED" and r.num_running > r.num_new_seq for r in run.reports)
+    assert riding or "mixed" not in point
+    for kind, key in (("logprobs", ("drawn", 0)), ("logprobs", ("drawn", 1)), ("prompt_logprobs", ("scored", 0))):
+        assert logprobs(run, kind, key) == pytest.approx(logprobs(alone(name), kind, key), abs=1e-4)
+    assert not ranks()
+
+
+class Multi(Engine):
+    """An engine of two ranks, in a thread."""
+
+    def _make(self, **flags: Any) -> EngineCore:
+        made = model("abacus-mla")
+        found = resolved(made.spec, **flags_of("abacus-mla", tp=2, **flags))
+        return EngineCore(found, made.spec, made.source, self._sink)
+
+
+def outputs(engine: Engine) -> list[Output]:
+    return [output for message in list(engine.said) if isinstance(message, Outputs) for output in message.items]
+
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.005)
+
+
+def test_what_was_dropped_does_not_come_out_and_a_rank_that_is_killed_ends_all_in_time() -> None:
+    engine = Multi()
+    for i in range(3):
+        engine.core.post(Submit(f"r{i}", [5 + i, 6, 7], LONG))
+    with engine:
+        wait_for(lambda: len(outputs(engine)) > 6)
+        engine.core.post(Abort("r0"))
+        wait_for(lambda: any(o.finish == "abort" for o in outputs(engine)))
+        engine.core.post(Submit("r0", [5, 6, 7], LONG))  # the name is free again
+        before = len(outputs(engine))
+        wait_for(lambda: any(o.request_id == "r0" for o in outputs(engine)[before:]))
+        began = time.monotonic()
+        (victim,) = [r for r in ranks() if '"rank":1' in r.cmdline()[-1]]
+        victim.kill()
+        engine.thread.join(5)
+        assert not engine.thread.is_alive()
+        assert time.monotonic() - began < 5
+        fatal = engine.fatal()
+        assert fatal is not None
+        assert f"rank 1 (process {victim.pid}) was ended by SIGKILL" in fatal.error
+        last = {o.request_id: o for o in outputs(engine)}
+        assert {key: (o.finish, o.fault) for key, o in last.items()} == dict.fromkeys(
+            ("r0", "r1", "r2"), ("error", "engine")
+        )
+        ends = [o for o in outputs(engine) if o.request_id == "r0" and o.finish is not None]
+        assert [o.finish for o in ends] == ["abort", "error"]
+    assert not ranks()
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_noticed_and_one_that_fails_says_why() -> None:
+    engine = Multi()
+    with engine:
+        wait_for(lambda: engine.said)
+        began = time.monotonic()
+        ranks()[0].kill()
+        engine.thread.join(5)
+        assert time.monotonic() - began < 5
+        fatal = engine.fatal()
+        assert fatal is not None
+        assert "rank 0" in fatal.error
+        assert "SIGKILL" in fatal.error
+    assert not ranks()
+
+
+def test_a_start_that_fails_is_refused_by_the_rank_and_leaves_nothing(tmp_path: Path) -> None:
+    made = model("abacus-mla")
+    for file in find_model("abacus-mla").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = resolved(made.spec, **{**flags_of("abacus-mla", tp=2), "model_path": str(tmp_path)}).config
+    with pytest.raises(ModelError, match="safetensors"):
+        Processes(config)
+    assert not ranks()
