@@ -1,0 +1,85 @@
+"""`tessera serve` with ranks as processes: it answers, it ends when one dies, and however it ends nothing is left."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.processes import Running, gone, model_folder, running, wait_until, wires
+from serve.test_real_server import command
+
+RANKS = ["--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-dense-tp-size", "1"]
+
+
+class Started:
+    """A server, and its processes below the front: the engine and two ranks."""
+
+    def __init__(self, server: Running) -> None:
+        self.server, self.url = server, server.ready()
+        self.below = server.children()
+        self.ranks = [child for child in self.below if "tessera.run.rank" in child.cmdline()]
+        assert (len(self.below), len(self.ranks)) == (3, 2)
+
+    def all_gone(self, seconds: float = 5.0) -> None:
+        """Waits for all of them to end."""
+        for child in self.below:
+            gone(child, seconds)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Started]:
+    before = wires()
+    folder = model_folder(tmp_path)
+    with running(command(folder) + RANKS, folder / "log") as server:
+        made = Started(server)
+        assert wires() == before, "folders of wires are gone as soon as all have met"
+        yield made
+        made.all_gone()
+
+
+def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) -> None:
+    ask = {"prompt": "Once upon", "max_tokens": 12, "temperature": 0, "n": 2, "logprobs": 1}
+    bodies = [httpx.post(f"{started.url}/v1/completions", json=ask, timeout=20).json() for _ in range(3)]
+    texts = {choice["text"] for body in bodies for choice in body["choices"]}
+    assert len(texts) == 1, "greedy, on either data-parallel rank"
+    assert "collectives: shared (" in started.server.text
+    wait_until(lambda: "DP0 Prefill" in started.server.text and "DP1 Prefill" in started.server.text)
+    for child in started.below:  # as `systemctl stop` does: to all
+        child.send_signal(signal.SIGTERM)
+    assert httpx.get(f"{started.url}/health").status_code == 200
+    started.server.signal(signal.SIGINT)
+    assert started.server.code() == 0
+    started.all_gone(2.0)
+    assert "Traceback" not in started.server.text
+
+
+def test_a_rank_that_is_killed_is_a_503_and_a_failed_server(started: Started) -> None:
+    found: list[httpx.Response] = []
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+    ask = threading.Thread(
+        target=lambda: found.append(httpx.post(f"{started.url}/v1/completions", json=body, timeout=20))
+    )
+    ask.start()
+    wait_until(lambda: httpx.get(f"{started.url}/server_info").json()["state"]["in_flight"] == 1)
+    began = time.monotonic()
+    started.ranks[1].kill()
+    ask.join(5)
+    assert found[0].status_code == 503
+    assert "was ended by SIGKILL" in found[0].text
+    assert started.server.code(5) == 1
+    started.all_gone()
+    assert time.monotonic() - began < 5
+    assert "was ended by SIGKILL" in started.server.text
+
+
+def test_a_killed_engine_takes_its_ranks_along(started: Started) -> None:
+    (engine,) = [child for child in started.below if child not in started.ranks]
+    engine.kill()
+    started.all_gone(2.0)
+    assert started.server.code(5) == 1
