@@ -135,6 +135,23 @@ def test_each_way_of_cutting_the_model_is_named_for_itself() -> None:
     assert any("it has no experts" in t for t in refused("dense", ep_size=2))
 
 
+def test_ranks_talk_in_the_fastest_way_that_there_is_and_it_is_told() -> None:
+    two = {"nnodes": 2, "dist_init_addr": "a:1"}
+    for asked, gpus, kind in (({}, 0, "shared"), ({}, 4, "nccl"), (two, 0, "gloo"), (two, 4, "nccl")):
+        found = lifted(tp_size=4, gpus=gpus, **asked)
+        assert found.config.mesh.collectives == decided(found, "collectives").value == kind
+    assert lifted(tp_size=4, collectives="gloo").config.mesh.collectives == "gloo"
+    assert not [d for d in lifted().decisions if d.what == "collectives"]
+    for asked, gpus in (
+        ({"collectives": "nccl"}, 0),
+        ({"collectives": "gloo"}, 4),
+        ({"collectives": "shared", **two}, 0),
+    ):
+        (text,) = refused(tp_size=4, gpus=gpus, **asked)
+        assert text.startswith(f"--collectives {asked['collectives']} with --")
+        assert "Use --collectives" in text
+
+
 def test_a_rank_needs_a_gpu() -> None:
     (text,) = refused(tp_size=4, gpus=2)
     assert text.startswith("--tp-size 4 with 2 GPU(s): 4 ranks on this host need a GPU each. Use at most 2")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import psutil
 import pytest
 
 from assets.abacus import model, prompt, questions
 from run.test_loop import LONG, Engine
-from tessera.core.errors import ModelError
+from tessera.core.errors import DeadlineError, ModelError, PeerError
 from tessera.core.messages import Abort, Output, Outputs, SamplingParams, Submit
 from tessera.models.folder import find_model
+from tessera.plan.step import PartDone, Step, StepDone, empty_part, ints
+from tessera.run import processes
 from tessera.run.core import EngineCore
 from tessera.run.processes import Processes
+from tessera.run.report import Tally
+from tessera.run.wire import Done, Drop, Hello, Loaded
 from tiny import Run, resolved, serve
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=60)
@@ -98,7 +105,11 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 
 def test_what_was_dropped_does_not_come_out_and_a_rank_that_is_killed_ends_all_in_time() -> None:
-    engine = Multi()
+    made: list[Multi] = []
+    maker = threading.Thread(target=lambda: made.append(Multi()))  # the ranks outlive the thread that asks for them
+    maker.start()
+    maker.join()
+    (engine,) = made
     for i in range(3):
         engine.core.post(Submit(f"r{i}", [5 + i, 6, 7], LONG))
     with engine:
@@ -126,7 +137,7 @@ def test_what_was_dropped_does_not_come_out_and_a_rank_that_is_killed_ends_all_i
     assert not ranks()
 
 
-def test_a_rank_that_dies_while_nothing_runs_is_noticed_and_one_that_fails_says_why() -> None:
+def test_a_rank_that_dies_while_nothing_runs_is_noticed() -> None:
     engine = Multi()
     with engine:
         wait_for(lambda: engine.said)
@@ -139,6 +150,108 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed_and_one_that_fails_says_
         assert "rank 0" in fatal.error
         assert "SIGKILL" in fatal.error
     assert not ranks()
+
+
+def test_a_rank_that_fails_says_why_and_the_others_wait_for_nobody() -> None:
+    engine = Multi(**DP)
+    launch, calls = engine.core.runner.launch, iter(range(1000))
+
+    def broken(step: Step) -> Any:
+        if next(calls) == 3:
+            first, second = step.parts
+            assert len(second.rows)
+            step = replace(step, parts=(first, replace(second, rows=second.rows + 1000)))
+        return launch(step)
+
+    engine.core.runner.launch = broken  # type: ignore[method-assign]
+    for i in range(2):
+        engine.core.post(Submit(f"r{i}", [5 + i, 6, 7], LONG))
+    with engine:
+        began = time.monotonic()
+        last = engine.ended()
+        assert time.monotonic() - began < 5
+        assert {output.finish for output in last.values()} == {"error"}
+        fatal = engine.fatal()
+        assert fatal is not None
+        assert fatal.error.startswith("PeerError: rank 1: IndexError: index 10")
+    assert not ranks()
+
+
+class Scripted:
+    """A hub whose ranks say what is written down."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.script: list[tuple[int, Any]] = [(r, m) for m in (Hello(), Loaded()) for r in range(num_ranks)]
+        self.sent: list[tuple[Any, list[int]]] = []
+
+    def send(self, message: Any, to: Any) -> None:
+        self.sent.append((message, list(to)))
+
+    def receive(self, seconds: float) -> tuple[int, Any] | None:
+        return self.script.pop(0) if self.script else None
+
+    def start(self, *arguments: Any) -> None:
+        """They are here."""
+
+    def met(self) -> None:
+        """Nothing to clear away."""
+
+    def close(self, message: Any, seconds: float) -> None:
+        """Nobody to end."""
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[Processes, Scripted]:
+    monkeypatch.setattr(processes, "Hub", Scripted)
+    config = resolved(model("abacus-mla").spec, **flags_of("abacus-mla", **flags)).config
+    made = Processes(config)
+    hub = made._hub
+    assert isinstance(hub, Scripted)
+    return made, hub
+
+
+def done(index: int, request_id: str) -> Done:
+    part = PartDone(ints([0]), np.array([[7]], np.int32), np.array([False]))
+    return Done(StepDone(index, (part,)), [Output(request_id, 0, [7])], [Tally("DECODE", 0, 0, 0)])
+
+
+def test_what_a_rank_says_of_a_dropped_choice_is_dropped_until_its_name_is_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, hub = scripted(monkeypatch, tp=2)
+    tickets = [made.launch(Step(index, (empty_part(),))) for index in (0, 1)]
+    made.drop("a", 0)  # the rank has not heard of it yet
+    tickets.append(made.launch(Step(2, (empty_part(),))))
+    assert hub.sent[-2] == (Drop("a", 0), [0])
+    hub.script += [(0, done(0, "a")), (0, done(1, "a")), (0, done(2, "a"))]
+    assert [len(made.collect(ticket)[1]) for ticket in tickets] == [0, 0, 1]
+    assert tickets[0].tallies == [Tally("DECODE", 0, 0, 0)]
+
+
+def test_parts_come_in_the_order_of_data_parallel_ranks_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hub = scripted(monkeypatch, tp=4, **DP)
+    tickets = [made.launch(Step(index, (empty_part(), empty_part()))) for index in (0, 1)]
+    hub.script += [(2, done(0, "b")), (2, done(1, "b")), (0, done(0, "a")), (0, done(1, "a"))]
+    for ticket in tickets:
+        found, outputs = made.collect(ticket)
+        assert [output.request_id for output in outputs] == ["a", "b"]
+        assert (found.index, len(found.parts), len(ticket.tallies)) == (ticket.index, 2, 2)
+
+
+def test_ranks_that_stay_silent_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hub = scripted(monkeypatch, tp=4, **DP, watchdog_timeout=0.1)
+    ticket = made.launch(Step(0, (empty_part(), empty_part())))
+    hub.script.append((0, done(0, "a")))
+    with pytest.raises(DeadlineError, match=r"ranks \[2\] have not finished step 0 in 0.1 s"):
+        made.collect(ticket)
+    hub.script.append((3, Loaded()))
+    with pytest.raises(PeerError, match="rank 3 said Loaded out of turn"):
+        made.check()
+
+
+def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "receive", lambda self, seconds: None)
+    with pytest.raises(DeadlineError, match=r"ranks \[0, 1\] did not say Hello for"):
+        scripted(monkeypatch, tp=2)
 
 
 def test_a_start_that_fails_is_refused_by_the_rank_and_leaves_nothing(tmp_path: Path) -> None:
