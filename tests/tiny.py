@@ -104,10 +104,6 @@ FLAGS: dict[str, Any] = {
     "debug_checks": True,
     "collectives": "threads",
 }
-# Lifted here also where the build does not lift them yet: all ranks run as threads of the test.
-MESH_FLAGS = frozenset(
-    {"tp_size", "dp_size", "ep_size", "moe_dense_tp_size", "enable_dp_attention", "enable_dp_lm_head"}
-)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
 def resolved(spec: ModelSpec, **flags: Any) -> Resolved:
     """The configuration of a test engine."""
     asked = {**FLAGS, **flags}
-    return resolve(asked, spec, Hardware(asked["device"], 1 << 31), MESH_FLAGS)
+    return resolve(asked, spec, Hardware(asked["device"], 1 << 31))
 
 
 @dataclass

@@ -64,7 +64,12 @@ def test_the_seeds_layouts_resolve_once_they_are_lifted() -> None:
     assert mixed.config.scheduling.chunk_size == 256
     assert "per data-parallel rank" in decided(mixed, "--chunked-prefill-size").why
     overlap = lifted(tp=2, enable_two_batch_overlap=True, tbo_token_distribution_threshold=0.4).config.scheduling
-    assert (overlap.overlap, overlap.overlap_share) == (True, 0.4)
+    assert (overlap.split_from, overlap.split_share) == (64, 0.4)
+    alone = lifted(enable_two_batch_overlap=True)
+    assert alone.config.scheduling.split_from == 0
+    assert "no wire" in decided(alone, "two-batch overlap").why
+    assert lifted(tp=2, enable_two_batch_overlap=True, tbo_min_tokens=7).config.scheduling.split_from == 7
+    assert "only read with" in decided(lifted(tp=2, tbo_min_tokens=7), "--tbo-min-tokens").why
 
 
 BAD: list[tuple[dict[str, object], str, str, str]] = [

@@ -36,8 +36,6 @@ EXCUSED = {
     "memory.state_dtype": "part of memory.dtypes",
     "memory.page_bytes": "part of memory.kv_bytes",
     "memory.slot_bytes": "part of memory.state_bytes",
-    "scheduling.overlap": "of two-batch overlap, which is refused until it is lifted",
-    "scheduling.overlap_share": "of two-batch overlap, which is refused until it is lifted",
 }
 
 

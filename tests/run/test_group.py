@@ -18,6 +18,7 @@ MIXED = {"enable_mixed_chunk": True, "chunked_prefill_size": 9}
 TINY_POOL = {"max_total_tokens": 96, "disable_radix_cache": True}
 
 DP: dict[str, Any] = {"enable_dp_attention": True}
+TBO: dict[str, Any] = {"enable_two_batch_overlap": True, "tbo_min_tokens": 2}
 # Sizes for every case: heads cut, KV heads held by several ranks, experts cut and spread, groups of the attention.
 MESHES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"tp": 2}),
@@ -33,6 +34,11 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
     ("hybrid", {"tp": 2, "dp": 2, "ep": 2, **DP, **MIXED}),
     ("hybrid", {"tp": 4, "dp": 2, "ep": 2, "enable_dp_lm_head": True, **DP, **TINY_POOL}),
     ("mla", {"tp": 4, "dp": 4, "ep": 4, "moe_dense_tp_size": 1, **DP}),
+    ("qwen3", {"tp": 2, **TBO}),
+    ("hybrid", {"tp": 2, **MIXED, **TBO, "tbo_token_distribution_threshold": 0.0}),
+    ("hybrid", {"tp": 4, "dp": 2, "ep": 2, **DP, **TBO, "enable_mixed_chunk": True}),
+    ("mla", {"tp": 2, "dp": 2, "ep": 2, **DP, **MIXED, **TBO}),
+    ("mla", {"tp": 4, "dp": 2, **DP, **TINY_POOL, **TBO}),
 ]
 
 

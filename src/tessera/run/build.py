@@ -69,6 +69,8 @@ def planner_config(config: Config) -> PlannerConfig:
         policy=scheduling.policy,
         load_balance=config.mesh.balance,
         max_queued=scheduling.max_queued,
+        split_from=scheduling.split_from,
+        split_share=scheduling.split_share,
     )
 
 

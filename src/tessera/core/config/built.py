@@ -7,5 +7,13 @@ A name is that of a flag (`tp_size`), of one value (`kv_cache_dtype=fp8_e4m3`), 
 from __future__ import annotations
 
 BUILT: frozenset[str] = frozenset(
-    {"tp_size", "dp_size", "ep_size", "moe_dense_tp_size", "enable_dp_attention", "enable_dp_lm_head"}
+    {
+        "tp_size",
+        "dp_size",
+        "ep_size",
+        "moe_dense_tp_size",
+        "enable_dp_attention",
+        "enable_dp_lm_head",
+        "enable_two_batch_overlap",
+    }
 )

@@ -129,6 +129,8 @@ SCHEDULING = (
          state=Unbuilt("leave it out; with one rank there is no wire to hide")),
     Flag("tbo_token_distribution_threshold", real(0, 0.5), 0.48,
          "Smallest share of tokens that a half of a step has, else it is cut inside one sequence.", "scheduling"),
+    Flag("tbo_min_tokens", whole(2), None, "Smallest step, by tokens of its largest part, that is run as two halves.",
+         "scheduling"),
 )  # fmt: skip
 
 KERNELS = (

@@ -18,6 +18,7 @@ from tessera.core.config.types import (
     Config,
     Hardware,
     LoggingConfig,
+    MeshConfig,
     ModelConfig,
     Notes,
     Resolved,
@@ -32,6 +33,7 @@ SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 CHUNK = {"cpu": 512, "cuda": 8192}
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
+SPLIT_FROM = {"cpu": 64, "cuda": 1024}
 
 
 def resolve(
@@ -56,7 +58,7 @@ def resolve(
         model=_model(values, dtype, context, notes),
         mesh=mesh,
         memory=memory,
-        scheduling=_scheduling(values, spec, (chunk, most), max_running, notes),
+        scheduling=_scheduling(values, spec, mesh, (chunk, most), max_running, notes),
         kernels=kernels_phase(values, spec, device, notes),
         serving=_serving(values),
         logging=LoggingConfig(
@@ -141,7 +143,7 @@ def _model(values: Asked, dtype: str, context: int, notes: Notes) -> ModelConfig
 
 
 def _scheduling(
-    values: Asked, spec: ModelSpec, limits: tuple[int, int], max_running: int, notes: Notes
+    values: Asked, spec: ModelSpec, mesh: MeshConfig, limits: tuple[int, int], max_running: int, notes: Notes
 ) -> SchedulingConfig:
     prefix = not values.on("disable_radix_cache") and not spec.recurrent
     if spec.recurrent and not values.on("disable_radix_cache"):
@@ -156,10 +158,7 @@ def _scheduling(
             "there is no prefix cache whose longest match could go first",
             "Use --schedule-policy fcfs.",
         )
-    threshold = values.real("tbo_token_distribution_threshold")
-    assert threshold is not None, "it has a default"
-    if values.gave("tbo_token_distribution_threshold") and not values.on("enable_two_batch_overlap"):
-        notes.decide("--tbo-token-distribution-threshold", "ignored", "only read with --enable-two-batch-overlap")
+    split_from, split_share = _halves(values, mesh, notes)
     queued = values.whole("max_queued_requests")
     if queued is None:
         queued = QUEUE_PER_ROW * max_running
@@ -173,9 +172,27 @@ def _scheduling(
         policy=policy,
         prefix_cache=prefix,
         max_in_flight=1 if values.on("disable_overlap_schedule") else 2,
-        overlap=values.on("enable_two_batch_overlap"),
-        overlap_share=threshold,
+        split_from=split_from,
+        split_share=split_share,
     )
+
+
+def _halves(values: Asked, mesh: MeshConfig, notes: Notes) -> tuple[int, float]:
+    """From how many tokens on a step is run as two halves (0: never), and the least share of one."""
+    share, smallest = values.real("tbo_token_distribution_threshold"), values.whole("tbo_min_tokens")
+    assert share is not None, "it has a default"
+    if not values.on("enable_two_batch_overlap"):
+        for name in ("tbo_token_distribution_threshold", "tbo_min_tokens"):
+            if values.gave(name):
+                notes.decide(f"--{name.replace('_', '-')}", "ignored", "only read with --enable-two-batch-overlap")
+        return 0, share
+    if mesh.mesh.size == 1:
+        notes.decide("two-batch overlap", "off", "one rank waits on no wire")
+        return 0, share
+    if smallest is None:
+        smallest = SPLIT_FROM[mesh.device]
+        notes.decide("tbo-min-tokens", smallest, f"default on {mesh.device}: smaller steps run whole")
+    return smallest, share
 
 
 def _serving(values: Asked) -> ServingConfig:

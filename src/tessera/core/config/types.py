@@ -139,8 +139,9 @@ class SchedulingConfig:
 
     `max_running`: rows of the row table. `max_queued`: most requests waiting. `chunk_size`: most tokens of a step that
     holds prompts (0: prompts are not cut). `max_prefill_tokens`: most prompt tokens of a step. `mixed`: decodes ride
-    with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule). `overlap`: the halves of
-    a step run interleaved; where `overlap_share` of the tokens cannot be had by cutting between sequences, one is cut.
+    with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule). `split_from`: steps whose
+    largest part has so many tokens run as two halves, interleaved (0: none); where `split_share` of the tokens cannot
+    be had by cutting between sequences, one is cut.
     """
 
     max_running: int
@@ -151,8 +152,8 @@ class SchedulingConfig:
     policy: str
     prefix_cache: bool
     max_in_flight: int
-    overlap: bool = False
-    overlap_share: float = 0.48
+    split_from: int = 0
+    split_share: float = 0.48
 
 
 @dataclass(frozen=True, slots=True)
