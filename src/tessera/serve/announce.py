@@ -28,6 +28,10 @@ def ready(server: Server, url: str, seconds: float) -> None:
     log.info(READY)
 
 
+# The packaged models know questions of this form; larger ones answer it too.
+QUESTION = "Ann has 17 apples. Ann buys 25 more. Ben gives Ann 8. How many apples does Ann have now?"
+
+
 def hint(server: Server, url: str) -> str:
     """A call that this server answers."""
     body: dict[str, object] = {"model": server.options.served_model_name}
@@ -37,6 +41,6 @@ def hint(server: Server, url: str) -> str:
     elif server.reader.template is None:
         body["prompt"] = "Hello"
     else:
-        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "What is 17 + 25?"}]
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": QUESTION}]
     key = " -H 'authorization: Bearer KEY'" if server.options.api_key else ""
     return f"  curl {url}{path}{key} -H 'content-type: application/json' -d '{json.dumps(body)}'"
