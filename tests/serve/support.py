@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, ParamSpec
 
 import httpx
+from starlette.types import ASGIApp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.fake_engine import FakeEngine
 from tessera.core.messages import Outbound, Ready
-from tessera.serve.app import App
+from tessera.serve.app import make_app
 from tessera.serve.chat import ChatTemplate
 from tessera.serve.client import EngineClient
 from tessera.serve.metrics import Metrics
@@ -76,7 +77,7 @@ class World:
         )
         self.server = Server(self.client, reader, options, Metrics("tiny", 16))
         self.client._on_report = self.server.metrics.step
-        self.app = App(self.server)
+        self.app = make_app(self.server)
         self.paused = False
 
     def _deliver(self, message: Outbound) -> None:
@@ -96,7 +97,7 @@ async def world(**options: object) -> AsyncIterator[tuple[World, httpx.AsyncClie
     """The app with its engine running, and a client for it."""
     made = World(**options)  # type: ignore[arg-type]
     task = asyncio.create_task(made.run_engine())
-    transport = httpx.ASGITransport(app=made.app)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app=made.app, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://tessera") as http:
             await asyncio.sleep(0)
@@ -128,10 +129,12 @@ def refusal(response: httpx.Response, status: int = 400) -> dict[str, Any]:
 class Visitor:
     """A client at the level of ASGI: sends its body in parts, sees every message of the answer, may leave."""
 
-    def __init__(self, app: App, path: str, parts: Iterable[bytes] = (b"",), headers: dict[str, str] | None = None):
+    def __init__(self, app: ASGIApp, path: str, parts: Iterable[bytes] = (b"",), headers: dict[str, str] | None = None):
         self.got: list[dict[str, Any]] = []
         self.asked = 0
         self.left = asyncio.Event()
+        self.reads = asyncio.Event()  # cleared, the answer waits
+        self.reads.set()
         self._parts = list(parts)
         raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": raw}
@@ -145,6 +148,7 @@ class Visitor:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
+        await self.reads.wait()
         self.got.append(dict(message))
 
     @property

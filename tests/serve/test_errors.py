@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 import hypothesis.strategies as st
@@ -98,6 +99,22 @@ async def test_a_body_that_never_comes_has_a_deadline(monkeypatch: pytest.Monkey
 
 
 @in_loop
+async def test_a_body_may_come_slowly_as_long_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "BODY_SECONDS", 0.2)
+
+    async def slowly() -> AsyncIterator[dict[str, Any]]:
+        for part in b'{"tokens":[97]}':
+            await asyncio.sleep(0.03)
+            yield {"type": "http.request", "body": bytes([part]), "more_body": part != ord("}")}
+
+    async with world() as (made, _):
+        scope = {"type": "http", "method": "POST", "path": "/detokenize", "query_string": b"", "headers": []}
+        got: asyncio.Queue[Any] = asyncio.Queue()
+        await made.app(scope, slowly().__anext__, got.put)
+        assert got.get_nowait()["status"] == 200
+
+
+@in_loop
 async def test_unknown_models_paths_and_methods() -> None:
     async with world() as (_, http):
         error = refusal(await http.post(PATH, json={"prompt": "a", "model": "other"}), 404)
@@ -108,15 +125,36 @@ async def test_unknown_models_paths_and_methods() -> None:
         found = await http.get(PATH)
         assert refusal(found, 405)["message"]
         assert found.headers["allow"] == "POST"
+        assert found.headers["content-type"] == "application/json"
+        assert (await http.head("/v1/models")).status_code == 200
+        for path in ("/health/", "/v1/completions/", "/"):
+            refusal(await http.get(path), 404)
+
+
+@pytest.mark.parametrize("api_key", [None, "sesame"])
+@in_loop
+async def test_websockets_are_refused(api_key: str | None) -> None:
+    async with world(api_key=api_key) as (made, _):
+        sent: list[str] = []
+
+        async def receive() -> dict[str, str]:
+            return {"type": "websocket.connect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message["type"])
+
+        await made.app({"type": "websocket", "path": "/generate", "headers": []}, receive, send)
+        assert sent == ["websocket.close"]
 
 
 @in_loop
 async def test_a_key_is_asked_for_everywhere_but_health() -> None:
     async with world(api_key="sesame") as (_, http):
-        for path, methods in ROUTES.items():
+        for path, (_, methods) in ROUTES.items():
             for method in methods:
                 found = await http.request(method, path)
                 assert (found.status_code == 401) == (path != "/health"), path
+        assert refusal(await http.get("/v1/nothing"), 401)
         wrong = {"authorization": "Bearer open"}
         error = refusal(await http.post(PATH, json={"prompt": "a"}, headers=wrong), 401)
         assert error["code"] == "invalid_api_key"
@@ -202,7 +240,7 @@ REQUESTS = st.one_of(
         ),
     ),
     st.tuples(
-        st.sampled_from([path for path, methods in ROUTES.items() if "POST" in methods]),
+        st.sampled_from([path for path, (_, methods) in ROUTES.items() if "POST" in methods]),
         bodies({"tokens", "prompt", "messages", "rid", "abort_all", "text"}, st.just({})),
     ),
 )

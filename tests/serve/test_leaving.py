@@ -51,6 +51,30 @@ async def test_a_client_that_leaves_before_its_body_is_whole_starts_nothing() ->
         assert not made.engine.seen
 
 
+@pytest.mark.parametrize("path", BODIES)
+@in_loop
+async def test_a_client_that_reads_nothing_is_left_after_a_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tessera.serve.http.SEND_SECONDS", 0.05)
+    async with world(delay=0.002) as (made, _):
+        visitor = Visitor(made.app, path, [json.dumps({**BODIES[path], "stream": True}).encode()])
+        visitor.reads.clear()
+        await until(visitor.task.done, 2.0)
+        await visitor.task
+        await until(lambda: not made.engine.rows)
+        assert not made.server.running
+
+
+@in_loop
+async def test_a_stream_that_is_dropped_between_two_events_is_closed_at_once() -> None:
+    async with world(delay=0.002) as (made, _):
+        visitor = Visitor(made.app, "/generate", [json.dumps({**BODIES["/generate"], "stream": True}).encode()])
+        visitor.reads.clear()  # so the answer waits in `send`, not for the engine
+        await until(lambda: made.engine.steps >= 3)
+        visitor.left.set()
+        await visitor.task
+        assert not made.server.running
+
+
 @in_loop
 async def test_a_request_is_aborted_by_its_id() -> None:
     async with world(delay=0.002) as (made, http):

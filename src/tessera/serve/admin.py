@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from starlette.responses import Response
+
 from tessera.core.errors import RequestError, TesseraError
 from tessera.core.messages import Flush
 from tessera.serve.checks import Fields, Refused, bad, boolean, integer, listed, string
 from tessera.serve.fields import CHAT, MAX_TOKENS
-from tessera.serve.http import Call, error_body
+from tessera.serve.http import Call, Json, error_body, read_json, refusal
 from tessera.serve.metrics import CONTENT_TYPE
 from tessera.serve.server import Server
 
@@ -41,15 +43,15 @@ ABORT = Fields(
 )
 
 
-async def models(server: Server, call: Call) -> None:
+async def models(server: Server, call: Call) -> Json:
     """The one model that is served."""
-    await call.reply(200, {"object": "list", "data": [_card(server)]})
+    return Json({"object": "list", "data": [_card(server)]})
 
 
-async def model(server: Server, call: Call) -> None:
+async def model(server: Server, call: Call) -> Json:
     """One model by its name."""
-    server.require_model(call.path.removeprefix("/v1/models/"))
-    await call.reply(200, _card(server))
+    server.require_model(call.path_params["name"])
+    return Json(_card(server))
 
 
 def _card(server: Server) -> dict[str, Any]:
@@ -65,9 +67,9 @@ def _card(server: Server) -> dict[str, Any]:
     }
 
 
-async def tokenize(server: Server, call: Call) -> None:
+async def tokenize(server: Server, call: Call) -> Json:
     """Token ids of a prompt, or of messages."""
-    values = TOKENIZE.read(await call.json(server.reader.limits.max_body))
+    values = TOKENIZE.read(await read_json(call, server.reader.limits.max_body))
     server.require_model(values.get("model"))
     reader = server.reader
     if "messages" in values:
@@ -81,12 +83,12 @@ async def tokenize(server: Server, call: Call) -> None:
     answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": reader.limits.context_length}
     if values.get("return_token_strs") and reader.tokenizer is not None:
         answer["token_strs"] = [reader.tokenizer.token_text(token) for token in tokens]
-    await call.reply(200, answer)
+    return Json(answer)
 
 
-async def detokenize(server: Server, call: Call) -> None:
+async def detokenize(server: Server, call: Call) -> Json:
     """Text of token ids (`text` as SGLang names it, `prompt` as vLLM does)."""
-    values = DETOKENIZE.read(await call.json(server.reader.limits.max_body))
+    values = DETOKENIZE.read(await read_json(call, server.reader.limits.max_body))
     server.require_model(values.get("model"))
     tokenizer = server.reader.tokenizer
     if tokenizer is None:
@@ -94,29 +96,28 @@ async def detokenize(server: Server, call: Call) -> None:
     if "tokens" not in values:
         raise RequestError("tokens is missing", "tokens")
     text = tokenizer.decode(values["tokens"], values.get("skip_special_tokens", False))
-    await call.reply(200, {"text": text, "prompt": text})
+    return Json({"text": text, "prompt": text})
 
 
-async def abort_request(server: Server, call: Call) -> None:
+async def abort_request(server: Server, call: Call) -> Json:
     """Ends a request by its id, or all of them."""
-    values = ABORT.read(await call.json(server.reader.limits.max_body))
+    values = ABORT.read(await read_json(call, server.reader.limits.max_body))
     if not values.get("abort_all") and "rid" not in values:
         raise RequestError("rid is missing (or abort_all: true)", "rid")
-    await call.reply(200, {"aborted": server.abort(None if values.get("abort_all") else values["rid"])})
+    return Json({"aborted": server.abort(None if values.get("abort_all") else values["rid"])})
 
 
-async def flush_cache(server: Server, call: Call) -> None:
+async def flush_cache(server: Server, call: Call) -> Json:
     """Empties the prefix cache."""
     server.require_ready()
     server.client.send(Flush())
-    await call.reply(200, {"flushed": True})
+    return Json({"flushed": True})
 
 
-async def model_info(server: Server, call: Call) -> None:
+async def model_info(server: Server, call: Call) -> Json:
     """What the model is."""
     reader, options = server.reader, server.options
-    await call.reply(
-        200,
+    return Json(
         {
             "model_path": options.model_path,
             "served_model_name": options.served_model_name,
@@ -126,43 +127,43 @@ async def model_info(server: Server, call: Call) -> None:
             "has_tokenizer": reader.tokenizer is not None,
             "has_chat_template": reader.template is not None,
             "preferred_sampling_params": dict(reader.defaults),
-        },
+        }
     )
 
 
-async def server_info(server: Server, call: Call) -> None:
+async def server_info(server: Server, call: Call) -> Json:
     """The resolved configuration, what the engine built, and how it does."""
     state = {
         "ready": server.trouble is None,
         "in_flight": len(server.client),
         "last_step_age_s": round(server.client.age, 3),
     }
-    await call.reply(200, {**server.options.info, "engine": server.client.info, "state": state})
+    return Json({**server.options.info, "engine": server.client.info, "state": state})
 
 
-async def health(server: Server, call: Call) -> None:
+async def health(server: Server, call: Call) -> Json:
     """200 while the step loop ticks and requests are taken, else 503 with the reason; both tell the last tick's age."""
     age = round(server.client.age, 3)
     trouble = server.trouble
     if trouble is None:
-        await call.reply(200, {"status": "ok", "last_step_age_s": age, "in_flight": len(server.client)})
+        return Json({"status": "ok", "last_step_age_s": age, "in_flight": len(server.client)})
     else:
-        await call.reply(503, {**error_body(503, trouble, code="unavailable"), "last_step_age_s": age})
+        return Json({**error_body(503, trouble), "last_step_age_s": age}, 503)
 
 
-async def health_generate(server: Server, call: Call) -> None:
+async def health_generate(server: Server, call: Call) -> Json:
     """200 when one token was really generated."""
     server.require_ready()
     try:
         seconds = await asyncio.wait_for(server.probe(), PROBE_SECONDS)
     except TimeoutError:
-        await call.reply(503, error_body(503, f"no token within {PROBE_SECONDS:g} s", code="unavailable"))
+        return refusal(503, f"no token within {PROBE_SECONDS:g} s")
     except TesseraError as error:
-        await call.reply(503, error_body(503, f"generation failed: {error}", code="unavailable"))
+        return refusal(503, f"generation failed: {error}")
     else:
-        await call.reply(200, {"status": "ok", "seconds": round(seconds, 4)})
+        return Json({"status": "ok", "seconds": round(seconds, 4)})
 
 
-async def metrics(server: Server, call: Call) -> None:
+async def metrics(server: Server, call: Call) -> Response:
     """Prometheus' text form."""
-    await call.reply(200, server.metrics.text(), kind=CONTENT_TYPE)
+    return Response(server.metrics.text(), headers={"content-type": CONTENT_TYPE})

@@ -3,81 +3,99 @@
 from __future__ import annotations
 
 import hmac
-import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.authentication import AuthenticationBackend, AuthenticationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.responses import Response
+from starlette.routing import Route
 
 from tessera.core.errors import RequestError
 from tessera.serve import admin
 from tessera.serve.chat_completions import chat_completions
 from tessera.serve.completions import completions
-from tessera.serve.http import Call, Disconnected, MethodError, Receive, Scope, Send
+from tessera.serve.http import UNAVAILABLE, Call, failure, refusal
 from tessera.serve.native import generate
 from tessera.serve.server import Server
 
-log = logging.getLogger(__name__)
-Endpoint = Callable[[Server, Call], Awaitable[None]]
+Endpoint = Callable[[Server, Call], Awaitable[Response]]
 
-ROUTES: Mapping[str, Mapping[str, Endpoint]] = {
-    "/v1/models": {"GET": admin.models},
-    "/v1/completions": {"POST": completions},
-    "/v1/chat/completions": {"POST": chat_completions},
-    "/generate": {"POST": generate, "PUT": generate},
-    "/tokenize": {"POST": admin.tokenize},
-    "/detokenize": {"POST": admin.detokenize},
-    "/abort_request": {"POST": admin.abort_request},
-    "/flush_cache": {"GET": admin.flush_cache, "POST": admin.flush_cache},
-    "/model_info": {"GET": admin.model_info},
-    "/get_model_info": {"GET": admin.model_info},
-    "/server_info": {"GET": admin.server_info},
-    "/get_server_info": {"GET": admin.server_info},
-    "/health": {"GET": admin.health},
-    "/health_generate": {"GET": admin.health_generate},
-    "/metrics": {"GET": admin.metrics},
+ROUTES: Mapping[str, tuple[Endpoint, Sequence[str]]] = {
+    "/v1/models": (admin.models, ["GET"]),
+    "/v1/models/{name:path}": (admin.model, ["GET"]),
+    "/v1/completions": (completions, ["POST"]),
+    "/v1/chat/completions": (chat_completions, ["POST"]),
+    "/generate": (generate, ["POST", "PUT"]),
+    "/tokenize": (admin.tokenize, ["POST"]),
+    "/detokenize": (admin.detokenize, ["POST"]),
+    "/abort_request": (admin.abort_request, ["POST"]),
+    "/flush_cache": (admin.flush_cache, ["GET", "POST"]),
+    "/model_info": (admin.model_info, ["GET"]),
+    "/get_model_info": (admin.model_info, ["GET"]),
+    "/server_info": (admin.server_info, ["GET"]),
+    "/get_server_info": (admin.server_info, ["GET"]),
+    "/health": (admin.health, ["GET"]),
+    "/health_generate": (admin.health_generate, ["GET"]),
+    "/metrics": (admin.metrics, ["GET"]),
 }
-MODEL_PREFIX = "/v1/models/"
 OPEN = frozenset({"/health"})  # answered without an API key
 
 
-class App:
-    """ASGI callable over one `Server`."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection's request."""
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1003})
-            return
-        call = Call(scope, receive, send)
-        try:
-            self._authorise(call)
-            await find(call)(self.server, call)
-        except Disconnected:
-            log.debug("%s %s: the client left", call.method, call.path)
-        except Exception as error:
-            if not isinstance(error, RequestError):
-                log.exception("%s %s failed", call.method, call.path)
-            await call.fail(error)
-
-    def _authorise(self, call: Call) -> None:
-        key = self.server.options.api_key
-        if key is None or call.path in OPEN:
-            return
-        scheme, _, found = call.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(found.strip().encode(), key.encode()):
-            raise RequestError("the API key is missing or wrong; send 'Authorization: Bearer KEY'", None, 401)
+def make_app(server: Server) -> Starlette:
+    """The application over one `Server`."""
+    key = server.options.api_key
+    app = Starlette(
+        routes=[Route(path, partial(one, server), methods=methods) for path, (one, methods) in ROUTES.items()],
+        middleware=[] if key is None else [Middleware(AuthenticationMiddleware, Key(key), _no_key)],
+        exception_handlers={
+            **dict.fromkeys((RequestError, *UNAVAILABLE, Exception), _failed),
+            404: _not_found,
+            405: _not_allowed,
+            ClientDisconnect: _left,
+        },
+    )
+    app.router.redirect_slashes = False
+    return app
 
 
-def find(call: Call) -> Endpoint:
-    """The endpoint of a call, or a 404 or 405."""
-    by_method = ROUTES.get(call.path)
-    if by_method is None and call.path.startswith(MODEL_PREFIX):
-        by_method = {"GET": admin.model}
-    if by_method is None:
-        message = f"{call.path[:100]} is not served; there are: {', '.join(sorted(ROUTES))}"
-        raise RequestError(message, None, 404)
-    endpoint = by_method.get("GET" if call.method == "HEAD" else call.method)
-    if endpoint is None:
-        raise MethodError(call, by_method)
-    return endpoint
+class Key(AuthenticationBackend):
+    """Lets those in who know the key."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key.encode()
+
+    async def authenticate(self, conn: HTTPConnection) -> None:
+        """Raises AuthenticationError."""
+        scheme, _, found = conn.headers.get("authorization", "").partition(" ")
+        right = scheme.lower() == "bearer" and hmac.compare_digest(found.strip().encode(), self._key)
+        if not right and conn.scope["path"] not in OPEN:
+            raise AuthenticationError("the API key is missing or wrong; send 'Authorization: Bearer KEY'")
+
+
+def _no_key(conn: HTTPConnection, error: Exception) -> Response:
+    return refusal(401, str(error))
+
+
+async def _failed(call: Call, error: Exception) -> Response:
+    return failure(error)
+
+
+async def _not_found(call: Call, error: Exception) -> Response:
+    return refusal(404, f"{call.scope['path'][:100]} is not served; there are: {', '.join(sorted(ROUTES))}")
+
+
+async def _not_allowed(call: Call, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    allow = (error.headers or {})["Allow"]
+    answer = refusal(405, f"{call.method} {call.scope['path'][:100]} is not served; allowed: {allow}")
+    answer.headers["allow"] = allow
+    return answer
+
+
+async def _left(call: Call, error: Exception) -> Response:
+    return Response(status_code=499)  # that nobody will see

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, aclosing, contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from tessera.core.errors import PeerError
 from tessera.serve.answer import Answering
 from tessera.serve.local import LocalEngine, wait_for
-from tessera.serve.native_body import Body, Maker, is_single, parts, whole
+from tessera.serve.native_body import Asked, Body
 from tessera.serve.schema import Reader, Request
 
 Answer = Body | list[Body]
-Asked = Request | list[Request]
 
 
 class Calls:
@@ -31,17 +29,11 @@ class Calls:
 
     def answer(self, body: dict[str, Any]) -> Future[Answer]:
         """The finished answer. Cancelling the future ends the request. Raises RequestError at once."""
-        asked, named = self._read(body)
-
-        async def work() -> Answer:
-            with self._makers(asked, named) as makers:
-                return await whole(makers, is_single(asked))
-
-        return self._local.submit(work)
+        return self._local.submit(Asked(self._reader, body, self._begin).whole)
 
     def iterate(self, body: dict[str, Any]) -> Iterator[Body]:
         """Growing answers. Closing or dropping the iterator ends the request. Raises RequestError at once."""
-        return self._iterate(_Source(self._local, self._parts(*self._read(body))))
+        return self._iterate(self._source(body))
 
     def _iterate(self, source: _Source) -> Iterator[Body]:
         try:
@@ -52,7 +44,7 @@ class Calls:
 
     def aiterate(self, body: dict[str, Any]) -> AsyncIterator[Body]:
         """`iterate` for another event loop."""
-        return self._aiterate(_Source(self._local, self._parts(*self._read(body))))
+        return self._aiterate(self._source(body))
 
     async def _aiterate(self, source: _Source) -> AsyncIterator[Body]:
         try:
@@ -61,26 +53,11 @@ class Calls:
         finally:
             source.close()
 
-    def _read(self, body: dict[str, Any]) -> tuple[Asked, bool]:
-        return self._reader.generate(body), bool(body.get("return_text_in_logprobs"))
+    def _source(self, body: dict[str, Any]) -> _Source:
+        return _Source(self._local, Asked(self._reader, body, self._begin).parts())
 
-    async def _parts(self, asked: Asked, named: bool) -> AsyncGenerator[Body, None]:
-        with self._makers(asked, named) as makers:
-            async with aclosing(parts(makers, is_single(asked))) as growing:
-                async for part in growing:
-                    yield part
-
-    @contextmanager
-    def _makers(self, asked: Asked, named: bool) -> Iterator[list[Maker]]:
-        """Submits the requests; leaving aborts what still runs of them."""
-        tokenizer = self._reader.tokenizer
-        with ExitStack() as stack:
-            makers = []
-            for request in asked if isinstance(asked, list) else [asked]:
-                answering = Answering(self._local.client, tokenizer, request.items, self._interval)
-                rid = request.rid or f"gen-{uuid.uuid4().hex}"
-                makers.append(Maker(tokenizer, request, rid, stack.enter_context(answering), named))
-            yield makers
+    def _begin(self, request: Request, rid: str) -> Answering:
+        return Answering(self._local.client, self._reader.tokenizer, request.items, self._interval)
 
 
 class _Source:

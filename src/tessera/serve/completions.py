@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
+from starlette.responses import Response
+
 from tessera.core.messages import TokenLogprobs
-from tessera.serve.answer import Answering, Delta
+from tessera.serve.answer import Delta
 from tessera.serve.formats import completion_logprobs, usage_body
-from tessera.serve.http import Call
+from tessera.serve.http import Call, events, whole
 from tessera.serve.schema import Item, Request
 from tessera.serve.server import Server, new_id
 
 
-async def completions(server: Server, call: Call) -> None:
+async def completions(server: Server, call: Call) -> Response:
     """Answers one call."""
     request = server.reader.completion(await server.body(call))
-    await call.while_connected(_answer(server, call, request))
-
-
-async def _answer(server: Server, call: Call, request: Request) -> None:
-    rid = request.rid or new_id("cmpl")
-    maker = _Maker(server, request, rid)
-    with server.answering(request, rid) as answering:
-        if request.stream:
-            await maker.stream(call, answering)
-            return
-        answers = await answering.collect()
-        choices = [maker.choice(delta, first=True) for deltas in answers for delta in deltas]
-        await call.reply(200, maker.frame(choices, usage_body(answering.usage)))
+    maker = _Maker(server, request)
+    return await (events(call, maker.parts()) if request.stream else whole(call, maker.whole()))
 
 
 class _Maker:
     """Builds the parts of one answer."""
 
-    def __init__(self, server: Server, request: Request, rid: str) -> None:
+    def __init__(self, server: Server, request: Request) -> None:
+        self._server, self._request = server, request
         self._tokenizer = server.reader.tokenizer
-        self._request = request
+        self._id = request.rid or new_id("cmpl")
         self._head = {
-            "id": rid,
+            "id": self._id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": server.options.served_model_name,
@@ -65,19 +58,26 @@ class _Maker:
             made["token_ids"] = delta.tokens
         return made
 
-    async def stream(self, call: Call, answering: Answering) -> None:
+    async def whole(self) -> dict[str, Any]:
+        """The answer when it is finished."""
+        with self._server.answering(self._request, self._id) as answering:
+            answers = await answering.collect()
+            choices = [self.choice(delta, first=True) for deltas in answers for delta in deltas]
+            return self.frame(choices, usage_body(answering.usage))
+
+    async def parts(self) -> AsyncGenerator[dict[str, Any], None]:
         """Chunk by chunk."""
         request = self._request
         begun = set()
-        async for delta in answering.deltas():
-            key = (delta.item, delta.choice)
-            usage = usage_body(answering.usage) if request.continuous_usage else None
-            show = request.include_usage or request.continuous_usage
-            await call.event(self.frame([self.choice(delta, key not in begun)], usage, show))
-            begun.add(key)
-        if request.include_usage:
-            await call.event(self.frame([], usage_body(answering.usage)))
-        await call.end_events()
+        with self._server.answering(request, self._id) as answering:
+            async for delta in answering.deltas():
+                key = (delta.item, delta.choice)
+                usage = usage_body(answering.usage) if request.continuous_usage else None
+                show = request.include_usage or request.continuous_usage
+                yield self.frame([self.choice(delta, key not in begun)], usage, show)
+                begun.add(key)
+            if request.include_usage:
+                yield self.frame([], usage_body(answering.usage))
 
     def _prompt_text(self, item: Item) -> str:
         if item.text is not None or self._tokenizer is None:

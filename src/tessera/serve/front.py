@@ -17,7 +17,7 @@ from typing import TypeVar
 from tessera.core.errors import ConfigError, DeadlineError, PeerError, TesseraError
 from tessera.core.messages import Fatal, StepReport, Stop
 from tessera.serve import announce, logs
-from tessera.serve.app import App
+from tessera.serve.app import make_app
 from tessera.serve.assets import load_assets
 from tessera.serve.client import EngineClient
 from tessera.serve.listener import Listener, bind, url
@@ -61,7 +61,7 @@ class Front:
             announce.decisions(starting.resolved)
             with bind(config.serving.host, config.serving.port) as listening:
                 server = make_server(starting, self._engine)
-                await self._serve(server, Listener(App(server), listening, config.logging.requests), starting)
+                await self._serve(server, Listener(make_app(server), listening, config.logging.requests), starting)
 
     async def _starting(self) -> Starting:
         message = await self._engine.receive()

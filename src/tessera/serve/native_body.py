@@ -4,45 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from typing import Any
 
 from tessera.core.messages import TokenLogprobs
 from tessera.serve.answer import Answering, Delta
 from tessera.serve.formats import finite, namer
 from tessera.serve.merge import merged
-from tessera.serve.schema import Request
+from tessera.serve.schema import Reader, Request
 from tessera.serve.text import Tokenizer
 
 Body = dict[str, Any]
+Begin = Callable[[Request, str], AbstractContextManager[Answering]]
 
 
-def is_single(asked: Request | list[Request]) -> bool:
-    """The answer is one object: one prompt, not in a list, and one choice."""
-    return not isinstance(asked, list) and asked.items[0].num_kept == 1
+class Asked:
+    """One call of `/generate`, read. `begin(request, rid)` submits; leaving that context aborts what still runs."""
+
+    def __init__(self, reader: Reader, body: Any, begin: Begin) -> None:
+        """Raises RequestError."""
+        asked = reader.generate(body)
+        self._requests = asked if isinstance(asked, list) else [asked]
+        # The answer is one object: one prompt, not in a list, and one choice.
+        self._single = not isinstance(asked, list) and asked.items[0].num_kept == 1
+        self._tokenizer, self._begin = reader.tokenizer, begin
+        self._named = isinstance(body, dict) and bool(body.get("return_text_in_logprobs"))
+        self.stream = self._requests[0].stream
+
+    @contextmanager
+    def _begun(self) -> Iterator[list[_Maker]]:
+        with ExitStack() as stack:
+            makers = []
+            for request in self._requests:
+                rid = request.rid or f"gen-{uuid.uuid4().hex}"
+                answering = stack.enter_context(self._begin(request, rid))
+                makers.append(_Maker(self._tokenizer, request, rid, answering, self._named))
+            yield makers
+
+    async def whole(self) -> Body | list[Body]:
+        """The finished answers, or the only one."""
+        with self._begun() as makers:
+            found = await asyncio.gather(*(maker.answering.collect() for maker in makers))
+            answers = [maker.body(delta) for maker, (deltas,) in zip(makers, found, strict=True) for delta in deltas]
+            return answers[0] if self._single else answers
+
+    async def parts(self) -> AsyncGenerator[Body, None]:
+        """Answers as they grow, each with all of its text so far; in a batch with their place."""
+        so_far: dict[tuple[int, int], Delta] = {}
+        with self._begun() as makers:
+            async with aclosing(merged([maker.answering.deltas() for maker in makers])) as deltas:
+                async for which, delta in deltas:
+                    maker = makers[which]
+                    grown = so_far.setdefault((which, delta.choice), Delta(0, delta.choice))
+                    grown.add(delta)
+                    index = which * maker.request.items[0].num_kept + delta.choice
+                    yield maker.body(grown) if self._single else {**maker.body(grown), "index": index}
 
 
-async def whole(makers: Sequence[Maker], single: bool) -> Body | list[Body]:
-    """The finished answers, or the only one."""
-    found = await asyncio.gather(*(maker.answering.collect() for maker in makers))
-    answers = [maker.body(delta) for maker, (deltas,) in zip(makers, found, strict=True) for delta in deltas]
-    return answers[0] if single else answers
-
-
-async def parts(makers: Sequence[Maker], single: bool) -> AsyncGenerator[Body, None]:
-    """Answers as they grow, each with all of its text so far; with their place in the batch unless `single`."""
-    so_far: dict[tuple[int, int], Delta] = {}
-    async with aclosing(merged([maker.answering.deltas() for maker in makers])) as deltas:
-        async for which, delta in deltas:
-            maker = makers[which]
-            grown = so_far.setdefault((which, delta.choice), Delta(0, delta.choice))
-            grown.add(delta)
-            index = which * maker.request.items[0].num_kept + delta.choice
-            yield maker.body(grown) if single else {**maker.body(grown), "index": index}
-
-
-class Maker:
+class _Maker:
     """Builds the answers to one prompt. `named`: tokens of logprobs come with their text."""
 
     def __init__(

@@ -15,7 +15,7 @@ from tessera.core.errors import PeerError, RequestError
 from tessera.core.messages import SamplingParams
 from tessera.serve.answer import Answering
 from tessera.serve.client import EngineClient
-from tessera.serve.http import Call, Disconnected, UnavailableError
+from tessera.serve.http import Call, UnavailableError, read_json
 from tessera.serve.metrics import Metrics
 from tessera.serve.schema import Item, Reader, Request
 
@@ -82,7 +82,7 @@ class Server:
     async def body(self, call: Call) -> Any:
         """The body of a call that needs a ready server."""
         self.require_ready()
-        return await call.json(self.reader.limits.max_body)
+        return await read_json(call, self.reader.limits.max_body)
 
     @contextmanager
     def answering(self, request: Request, rid: str) -> Iterator[Answering]:
@@ -104,7 +104,7 @@ class Server:
             with answering:
                 yield answering
             outcome = track.outcome
-        except (Disconnected, GeneratorExit, asyncio.CancelledError):
+        except (GeneratorExit, asyncio.CancelledError):
             outcome = "abort"
             raise
         except RequestError:
