@@ -51,6 +51,21 @@ def test_ctrl_c_ends_a_bench_and_every_process_of_it(folder: Path, when: object)
         assert session(process.pid) == []
 
 
+def test_ctrl_c_while_the_flags_are_loaded() -> None:
+    python, *rest = COMMAND
+    command = [python, "-X", "importtime", *rest, "serve", "--model-path", "none"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "tessera.core.errors" not in process.stderr.readline():  # the last that is loaded at the top
+            assert process.poll() is None
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert err.endswith("tessera: interrupted\n")
+    # Python itself ends by the signal where one interrupts an `exec` of the source of a module.
+    assert process.returncode in (130, -signal.SIGINT)
+
+
 def talk(
     lines: str, client: Scripted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tessera.core.errors import ConfigError, Conflict
 
@@ -28,13 +29,32 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError([Conflict((f"--host {host}", f"--port {port}"), reason, remedy)]) from error
 
 
+class Connection(HttpToolsProtocol):
+    """Closes after `KEEP_ALIVE` in which no whole head of a request came; uvicorn's own timer knows only later ones."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+
 class Listener(uvicorn.Server):
     """uvicorn serving `app` on one socket, as a task."""
 
     def __init__(self, app: Any, listening: socket.socket, access_log: bool) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
