@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -13,18 +14,20 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+import zmq
 
 from assets.abacus import model, prompt, questions
 from run.test_loop import LONG, Engine
-from tessera.core.errors import DeadlineError, ModelError, PeerError
+from tessera.core.errors import ConfigError, DeadlineError, ModelError, PeerError
 from tessera.core.messages import Abort, Output, Outputs, SamplingParams, Submit
 from tessera.models.folder import find_model
 from tessera.plan.step import PartDone, Step, StepDone, empty_part, ints
 from tessera.run import processes
 from tessera.run.core import EngineCore
+from tessera.run.hub import Hub
 from tessera.run.processes import Processes
 from tessera.run.report import Tally
-from tessera.run.wire import Done, Drop, Hello, Loaded
+from tessera.run.wire import Done, Drop, Failed, Hello, Loaded, encode
 from tiny import Run, resolved, serve
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=60)
@@ -177,10 +180,32 @@ def test_a_rank_that_fails_says_why_and_the_others_wait_for_nobody() -> None:
     assert not ranks()
 
 
+def test_what_a_rank_says_of_itself_explains_more_than_what_others_say_of_it() -> None:
+    hub, context = Hub(2), zmq.Context()
+    try:
+        for rank, kind in ((0, "PeerError"), (1, "ValueError")):
+            with context.socket(zmq.DEALER) as link:
+                link.routing_id = str(rank).encode()
+                link.connect(hub.address)
+                link.send(encode(Failed(kind, "it is so")))
+        with pytest.raises(PeerError, match="rank 1: ValueError: it is so"):
+            hub.receive(5)
+    finally:
+        hub.close(0)
+        context.term()
+
+
+def test_an_address_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--dist-init-addr {address}: cannot listen there: Address already"):
+            Hub(2, address)
+
+
 class Scripted:
     """A hub whose ranks say what is written down."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, meeting: str | None) -> None:
         self.script: list[tuple[int, Any]] = [(r, m) for m in (Hello(), Loaded()) for r in range(num_ranks)]
         self.sent: list[tuple[Any, list[int]]] = []
 
@@ -196,7 +221,7 @@ class Scripted:
     def met(self) -> None:
         """Nothing to clear away."""
 
-    def close(self, message: Any, seconds: float) -> None:
+    def close(self, seconds: float) -> None:
         """Nobody to end."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,14 +35,15 @@ class Started:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Started]:
-    before = wires()
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
     folder = model_folder(tmp_path)
-    with running(command(folder) + RANKS, folder / "log") as server:
-        made = Started(server)
-        assert wires() == before, "folders of wires are gone as soon as all have met"
-        yield made
-        made.all_gone()
+    with tempfile.TemporaryDirectory() as short:  # paths of sockets may not be long
+        monkeypatch.setenv("TMPDIR", short)
+        with running(command(folder) + RANKS, folder / "log") as server:
+            made = Started(server)
+            assert not wires(), "folders of wires are gone as soon as all have met"
+            yield made
+            made.all_gone()
 
 
 def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) -> None:
@@ -52,7 +55,8 @@ def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) ->
     wait_until(lambda: "DP0 Prefill" in started.server.text and "DP1 Prefill" in started.server.text)
     for child in started.below:  # as `systemctl stop` does: to all
         child.send_signal(signal.SIGTERM)
-    assert httpx.get(f"{started.url}/health").status_code == 200
+    time.sleep(0.3)
+    assert httpx.post(f"{started.url}/v1/completions", json=ask, timeout=20).status_code == 200
     started.server.signal(signal.SIGINT)
     assert started.server.code() == 0
     started.all_gone(2.0)
@@ -83,3 +87,36 @@ def test_a_killed_engine_takes_its_ranks_along(started: Started) -> None:
     engine.kill()
     started.all_gone(2.0)
     assert started.server.code(5) == 1
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_two_hosts_serve_together_and_end_together(tmp_path: Path, lost: bool) -> None:
+    folder = model_folder(tmp_path)
+    hosts = [*command(folder), "--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    with running([*hosts, "--node-rank", "1"], folder / "second") as second:
+        second.wait_for("ranks 1 to 1 wait for the engine")
+        (rank,) = second.children()
+        with running([*hosts, "--node-rank", "0"], folder / "log") as first:
+            url = first.ready()
+            below = [*first.children(), rank]
+            assert len(below) == 3
+            assert "collectives: gloo (" in first.text
+            found = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 5}, timeout=20)
+            assert found.json()["usage"]["completion_tokens"] == 5
+            began = time.monotonic()
+            if lost:
+                second.process.kill()
+            else:
+                first.signal(signal.SIGINT)
+            assert first.code(5) == int(lost)
+            assert second.code(5) == (-signal.SIGKILL if lost else 0)
+            for child in below:
+                gone(child)
+            assert time.monotonic() - began < 6
+            assert ("ranks [1] on other hosts have gone" in first.text) == lost

@@ -71,17 +71,17 @@ class Children:
         started.set_result(processes)
         self._over.wait()
 
-    def ended(self) -> dict[int, str]:
-        """Which have ended, by their place among the commands, and how."""
+    def ended(self, badly: bool = False) -> dict[int, str]:
+        """Which have ended, by their place among the commands, and how; `badly`: but those with exit code 0."""
         codes = {i: process.poll() for i, process in enumerate(self._processes)}
         return {
             i: f"(process {self._processes[i].pid}) {how_it_ended(code)}"
             for i, code in codes.items()
-            if code is not None
+            if code is not None and not (badly and code == 0)
         }
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Waits up to `seconds` for all to end, then ends them. May be called again."""
+    def wait(self, seconds: float) -> None:
+        """Waits up to `seconds` for all to end."""
         ends, until = select.poll(), time.monotonic() + seconds
         for end in self.ends:
             ends.register(end, select.POLLIN)
@@ -90,6 +90,10 @@ class Children:
             for end, _ in ends.poll(left * 1000):
                 ends.unregister(end)
                 running -= 1
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Waits up to `seconds` for all to end, then ends them. May be called again."""
+        self.wait(seconds)
         _kill(self._processes)
         while self.ends:
             os.close(self.ends.pop())

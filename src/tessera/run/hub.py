@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import sys
+import socket
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import zmq
 
-from tessera.core.errors import CapacityError, ConfigError, DeadlineError, ModelError, PeerError, TesseraError
+from tessera.core.errors import CapacityError, ConfigError, Conflict, DeadlineError, ModelError, PeerError, TesseraError
 from tessera.run.children import Children
-from tessera.run.wire import Down, Failed, Up, decode_up, encode
+from tessera.run.nodes import start
+from tessera.run.wire import Down, End, Failed, Up, decode_up, encode, watched
 
-COMMAND = (sys.executable, "-P", "-m", "tessera.run.rank")
 GATHER_S = 0.5  # after the first bad news, for the news that explain it
 TELL_MS = 500
 # Errors that say what is wrong; other ones of a rank are told by their name.
@@ -26,22 +23,13 @@ OF_OTHERS = (PeerError.__name__, DeadlineError.__name__)
 PLAIN = {kind.__name__: kind for kind in (CapacityError, ModelError)}
 
 
-class Spawn(msgspec.Struct, frozen=True):
-    """What a rank's process is told as it starts: where its engine listens, which process that is, which rank and
-    which device it is to be, the model's folder, and at rank 0 a socket that listens where the ranks meet."""
-
-    address: str
-    parent: int
-    rank: int
-    device: int
-    folder: str
-    listening: int | None = None
-
-
 class Hub:
-    """Starts ranks and talks to them. Only one thread may use it."""
+    """Starts ranks and talks to them. Only one thread may use it.
 
-    def __init__(self, num_ranks: int) -> None:
+    `meeting`: host:port of this host at which ranks of other hosts find it. Raises `ConfigError` when it is in use.
+    """
+
+    def __init__(self, num_ranks: int, meeting: str | None = None) -> None:
         self.num_ranks = num_ranks
         self._folder = Path(tempfile.mkdtemp(prefix="tessera-"))
         self._context = zmq.Context()
@@ -52,7 +40,20 @@ class Hub:
         self._poller.register(self._socket, zmq.POLLIN)
         self._children: Children | None = None
         self._told: dict[int, Failed] = {}
+        self._gone = watched(self._socket)
+        self._poller.register(self._gone, zmq.POLLIN)
         self._socket.bind(self.address)
+        if meeting is not None:
+            self._open(meeting)
+
+    def _open(self, meeting: str) -> None:
+        host, _, port = meeting.rpartition(":")
+        try:
+            self._socket.bind(f"tcp://{socket.gethostbyname(host)}:{port}")
+        except (zmq.ZMQError, OSError) as error:
+            self.close(0.0)
+            flag, remedy = f"--dist-init-addr {meeting}", "Give a free port of the first host, the same on every host."
+            raise ConfigError([Conflict((flag,), f"cannot listen there: {error}", remedy)]) from error
 
     @property
     def address(self) -> str:
@@ -61,13 +62,8 @@ class Hub:
 
     def start(self, ranks: Sequence[int], folder: str, listening: int) -> None:
         """Starts the processes of `ranks`; the first inherits `listening` where it is rank 0."""
-        spawns = [
-            Spawn(self.address, os.getpid(), rank, device, folder, None if rank else listening)
-            for device, rank in enumerate(ranks)
-        ]
-        commands = [[*COMMAND, msgspec.json.encode(spawn).decode()] for spawn in spawns]
         self._ranks = list(ranks)
-        self._children = Children(commands, [[] if rank else [listening] for rank in ranks])
+        self._children = start(self.address, ranks, folder, listening)
         for end in self._children.ends:
             self._poller.register(end, zmq.POLLIN)
 
@@ -113,30 +109,40 @@ class Hub:
             return PeerError("; ".join(f"rank {rank} {how}" for rank, how in ended.items()))
         told = self._causes() or self._told
         if not told:
-            return PeerError(first)
+            lost = [rank for rank in range(self.num_ranks) if not self._reaches(rank)]
+            return PeerError(f"ranks {lost} on other hosts have gone, or cannot be reached" if lost else first)
         rank, failed = min(told.items())
         if failed.conflicts:
             return ConfigError(list(failed.conflicts))
         kind = PLAIN.get(failed.kind)
         return kind(failed.error) if kind else PeerError(f"rank {rank}: {failed.kind}: {failed.error}")
 
+    def _reaches(self, rank: int) -> bool:
+        """Whether a rank is connected; it is told the end."""
+        try:
+            self._socket.send_multipart([_name(rank), encode(End())], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
     def _causes(self) -> dict[int, Failed]:
         """What ranks say that is not about others."""
         return {rank: failed for rank, failed in self._told.items() if failed.kind not in OF_OTHERS}
 
     def _ended(self) -> dict[int, str]:
-        assert self._children is not None
-        return {self._ranks[i]: how for i, how in self._children.ended().items()}
+        ended = self._children.ended() if self._children is not None else {}
+        return {self._ranks[i]: how for i, how in ended.items()}
 
-    def close(self, message: Down, seconds: float) -> None:
-        """Says a last word to all, waits up to `seconds` for them to end, and ends them. May be called again."""
+    def close(self, seconds: float) -> None:
+        """Tells all the end, waits up to `seconds` for them to end, and ends them. May be called again."""
         if self._socket.closed:
             return
         for rank in range(self.num_ranks):
-            with contextlib.suppress(zmq.ZMQError):  # it has gone
-                self._socket.send_multipart([_name(rank), encode(message)], zmq.NOBLOCK)
+            self._reaches(rank)
         if self._children is not None:
             self._children.close(seconds)
+        self._socket.disable_monitor()
+        self._gone.close(0)
         self._socket.close(TELL_MS)
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tessera.core.config.types import Config
-from tessera.core.errors import DeadlineError, PeerError
+from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
 from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.hub import Hub
+from tessera.run.nodes import ranks_of
 from tessera.run.report import Tally
-from tessera.run.wire import Begin, Done, Drop, End, Hello, Loaded, Loading, Run, Up
+from tessera.run.wire import Begin, Done, Drop, Hello, Loaded, Loading, Run, Up
 
-START_S = 120.0
+START_S, NODES_S = 120.0, 600.0  # for processes of one host to start, and for other hosts to come
 CLOSE_S = 5.0
 HOST = "127.0.0.1"
 
@@ -41,6 +42,9 @@ class Processes:
     """
 
     def __init__(self, config: Config, progress: Progress | None = None) -> None:
+        if config.mesh.node_rank > 0:
+            flag, remedy = f"--node-rank {config.mesh.node_rank}", "Use `tessera serve`, or run this on the first host."
+            raise ConfigError([Conflict((flag,), "the engine is on the first host", remedy)])
         mesh = config.mesh.mesh
         self._all = range(mesh.size)
         self._first = mesh.group(0, "dp")
@@ -48,7 +52,7 @@ class Processes:
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
         self._last = -1
         self._dropped: dict[tuple[str, int], int] = {}  # and the last step that may still bring something of it
-        self._hub = Hub(mesh.size)
+        self._hub = Hub(mesh.size, config.mesh.meeting if config.mesh.num_nodes > 1 else None)
         try:
             self._start(config, progress)
         except BaseException:
@@ -56,10 +60,12 @@ class Processes:
             raise
 
     def _start(self, config: Config, progress: Progress | None) -> None:
-        with socket.create_server((HOST, 0)) as meeting:
-            self._hub.start(self._all, config.model.path, meeting.fileno())
-            address = f"{HOST}:{meeting.getsockname()[1]}"
-        self._until_all(Hello, lambda rank, message: None, START_S)
+        several = config.mesh.num_nodes > 1
+        host = (config.mesh.meeting or "").rpartition(":")[0] if several else HOST
+        with socket.create_server((host, 0)) as meeting:
+            self._hub.start(ranks_of(config.mesh, 0), config.model.path, meeting.fileno())
+            address = f"{host}:{meeting.getsockname()[1]}"
+        self._until_all(Hello, lambda rank, message: None, NODES_S if several else START_S)
         self._hub.met()
         self._hub.send(Begin(config, address), self._all)
         loaded: dict[int, Loading] = {}
@@ -132,4 +138,4 @@ class Processes:
 
     def close(self) -> None:
         """Ends all ranks."""
-        self._hub.close(End(), CLOSE_S)
+        self._hub.close(CLOSE_S)

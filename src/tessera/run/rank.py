@@ -30,13 +30,28 @@ from tessera.models.folder import open_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
-from tessera.run.hub import Spawn
 from tessera.run.runner import Launched, Runner
-from tessera.run.wire import Begin, Done, Down, Drop, End, Failed, Hello, Loaded, Loading, Run, Up, decode_down, encode
+from tessera.run.wire import (
+    Begin,
+    Done,
+    Down,
+    Drop,
+    End,
+    Failed,
+    Hello,
+    Loaded,
+    Loading,
+    Run,
+    Spawn,
+    Up,
+    decode_down,
+    encode,
+    watched,
+)
 
 log = logging.getLogger(__name__)
 
-BEGIN_S = 120.0  # for the others to be started too
+BEGIN_S = 600.0  # for the others to be started too
 LOADING_EVERY_S = 0.05
 LOOK_MS = 1000
 LINGER_MS = 2000
@@ -52,6 +67,7 @@ class Link:
         self.socket.routing_id = str(rank).encode()
         self.socket.set_hwm(0)
         self.socket.linger = LINGER_MS
+        self.gone = watched(self.socket)
         self.socket.connect(address)
 
     def tell(self, message: Up) -> None:
@@ -59,14 +75,22 @@ class Link:
         self.socket.send(encode(message), zmq.NOBLOCK)
 
     def hear(self, seconds: float) -> Down:
-        """The next message. Raises DeadlineError when none comes in time."""
-        if not self.socket.poll(int(seconds * 1000)):
+        """The next message. Raises DeadlineError when none comes in time, PeerError when the engine has gone."""
+        poller = zmq.Poller()
+        for one in (self.socket, self.gone):
+            poller.register(one, zmq.POLLIN)
+        ready = dict(poller.poll(int(seconds * 1000)))
+        if not ready:
             raise DeadlineError(f"the engine has said nothing for {seconds:g} s")
+        if self.socket not in ready:
+            raise PeerError("the engine has gone")
         message: Down = decode_down(self.socket.recv())
         return message
 
     def close(self) -> None:
         """Sends what is left, within `LINGER_MS`."""
+        self.socket.disable_monitor()
+        self.gone.close(0)
         self.socket.close()
         self._context.term()
 
@@ -107,6 +131,7 @@ class Steps:
         self._poller = zmq.Poller()
         self._poller.register(link.socket, zmq.POLLIN)
         self._poller.register(self._waiter.ended, zmq.POLLIN)
+        self._poller.register(link.gone, zmq.POLLIN)
 
     def run(self) -> None:
         """Returns at `End`. Raises what a step raised."""
@@ -120,6 +145,8 @@ class Steps:
                 if isinstance(message, End):
                     return
                 self._take(message)
+            elif self._link.gone in ready:
+                raise PeerError("the engine has gone")
 
     def _take(self, message: Down) -> None:
         match message:

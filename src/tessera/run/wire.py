@@ -11,12 +11,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import zmq
 
 from tessera.core.config.types import Config
 from tessera.core.errors import Conflict
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.report import Tally
+
+HEARTBEAT_MS, SILENCE_MS = 1000, 4000
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -72,6 +75,27 @@ class Drop(msgspec.Struct, tag=True, frozen=True):
 
 class End(msgspec.Struct, tag=True, frozen=True):
     """Finish what is under way and leave."""
+
+
+class Spawn(msgspec.Struct, frozen=True):
+    """What a rank's process is told as it starts: where its engine listens, which process starts it, which rank and
+    which device it is to be, the model's folder, and at rank 0 a socket that listens where the ranks meet."""
+
+    address: str
+    parent: int
+    rank: int
+    device: int
+    folder: str
+    listening: int | None = None
+
+
+def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that becomes readable when one that `socket` was connected to has gone, or is silent for some seconds.
+
+    The threads of ZeroMQ ask and answer, so a rank that computes is not silent.
+    """
+    socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, SILENCE_MS
+    return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
 Down = Begin | Run | Drop | End

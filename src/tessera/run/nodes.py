@@ -1,0 +1,65 @@
+"""The ranks of one host: started beside their engine, or on a host of their own, for an engine on another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from tessera.core.config.types import MeshConfig
+from tessera.core.errors import PeerError
+from tessera.run.children import Children
+from tessera.run.startup import Prepared
+from tessera.run.wire import Spawn
+
+COMMAND = (sys.executable, "-P", "-m", "tessera.run.rank")
+END_S = 5.0
+log = logging.getLogger(__name__)
+
+
+def ranks_of(mesh: MeshConfig, node_rank: int) -> range:
+    """The ranks of a host."""
+    return range(node_rank * mesh.ranks_here, (node_rank + 1) * mesh.ranks_here)
+
+
+def start(address: str, ranks: Sequence[int], folder: str, listening: int | None = None) -> Children:
+    """Starts processes for `ranks` that find their engine at `address`; rank 0 inherits `listening`."""
+    spawns = [
+        Spawn(address, os.getpid(), rank, device, folder, None if rank else listening)
+        for device, rank in enumerate(ranks)
+    ]
+    commands = [[*COMMAND, msgspec.json.encode(spawn).decode()] for spawn in spawns]
+    return Children(commands, [[] if spawn.listening is None else [spawn.listening] for spawn in spawns])
+
+
+def follow(prepared: Prepared) -> None:
+    """Runs the ranks of this host until their engine, on the first host, ends them, or a signal does.
+
+    Raises `PeerError` when one has failed, or does not find the engine in time; the others are ended then.
+    """
+    config = prepared.resolved.config
+    ranks = ranks_of(config.mesh, config.mesh.node_rank)
+    told, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os.write(tell, b"."))
+    children = start(f"tcp://{config.mesh.meeting}", ranks, str(prepared.folder))
+    log.info("ranks %d to %d wait for the engine at %s", ranks[0], ranks[-1], config.mesh.meeting)
+    try:
+        waiting = select.poll()
+        for end in (told, *children.ends):
+            waiting.register(end, select.POLLIN)
+        if any(end == told for end, _ in waiting.poll()):
+            log.info("a signal ends the ranks of this host")
+            return
+        children.wait(END_S)
+        if failed := children.ended(badly=True):
+            raise PeerError("; ".join(f"rank {ranks[i]} {how}" for i, how in failed.items()))
+    finally:
+        children.close()
+        os.close(told)
+        os.close(tell)
