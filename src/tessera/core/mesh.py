@@ -106,4 +106,10 @@ def share(total: int, ranks: int) -> int:
     return total // ranks
 
 
+def ranks_of(ranks: int, hosts: int, host: int) -> range:
+    """The neighbouring ranks that one of several hosts has; every host has as many."""
+    each = share(ranks, hosts)
+    return range(each * host, each * (host + 1))
+
+
 SINGLE = instance_mesh()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tessera.core.config.types import MeshConfig
 from tessera.core.errors import PeerError
+from tessera.core.mesh import ranks_of
 from tessera.run.children import Children
 from tessera.run.startup import Prepared
 from tessera.run.wire import Spawn
@@ -20,11 +20,6 @@ from tessera.run.wire import Spawn
 COMMAND = (sys.executable, "-P", "-m", "tessera.run.rank")
 END_S = 5.0
 log = logging.getLogger(__name__)
-
-
-def ranks_of(mesh: MeshConfig, node_rank: int) -> range:
-    """The ranks of a host."""
-    return range(node_rank * mesh.ranks_here, (node_rank + 1) * mesh.ranks_here)
 
 
 def start(address: str, ranks: Sequence[int], folder: str, listening: int | None = None) -> Children:
@@ -43,7 +38,7 @@ def follow(prepared: Prepared) -> None:
     Raises `PeerError` when one has failed, or does not find the engine in time; the others are ended then.
     """
     config = prepared.resolved.config
-    ranks = ranks_of(config.mesh, config.mesh.node_rank)
+    ranks = ranks_of(config.mesh.tp, config.mesh.num_nodes, config.mesh.node_rank)
     told, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(tell, b"."))

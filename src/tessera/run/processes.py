@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from tessera.core.config.types import Config
 from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
+from tessera.core.mesh import ranks_of
 from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.hub import Hub
-from tessera.run.nodes import ranks_of
 from tessera.run.report import Tally
 from tessera.run.wire import Begin, Done, Drop, Hello, Loaded, Loading, Run, Up
 
@@ -60,10 +60,11 @@ class Processes:
             raise
 
     def _start(self, config: Config, progress: Progress | None) -> None:
-        several = config.mesh.num_nodes > 1
-        host = (config.mesh.meeting or "").rpartition(":")[0] if several else HOST
+        mesh = config.mesh
+        several = mesh.num_nodes > 1
+        host = (mesh.meeting or "").rpartition(":")[0] if several else HOST
         with socket.create_server((host, 0)) as meeting:
-            self._hub.start(ranks_of(config.mesh, 0), config.model.path, meeting.fileno())
+            self._hub.start(ranks_of(mesh.tp, mesh.num_nodes, 0), config.model.path, meeting.fileno())
             address = f"{host}:{meeting.getsockname()[1]}"
         self._until_all(Hello, lambda rank, message: None, NODES_S if several else START_S)
         self._hub.met()

@@ -50,7 +50,7 @@ def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshCo
         balance=balance,
         num_nodes=values.number("nnodes"),
         node_rank=values.number("node_rank"),
-        meeting=values.text("dist_init_addr"),
+        meeting=(values.text("dist_init_addr") or "").removeprefix("tcp://") or None,
         collectives=collectives,
     )
 
