@@ -16,7 +16,7 @@ from tessera.commands.options import COMMANDS, PREFIX, Command, _parser, parse
 from tessera.core.config import FLAGS
 from tessera.core.errors import ConfigError
 
-HEAVY = ("torch", "transformers", "tokenizers", "numpy", "fastapi", "uvicorn", "httpx", "zmq", "rich")
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "starlette", "uvicorn", "httpx", "zmq", "rich")
 BY_NAME = {command.name: command for command in COMMANDS}
 WORDS = {"eval": ["--task", "gsm8k"]}
 

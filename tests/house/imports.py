@@ -20,7 +20,7 @@ LAYERS = {
 # These, and the files beside the folders, may import everything; no layer above may import them.
 TOP = {"serve", "evals", "bench", "commands"}
 
-HEAVY = {"torch", "triton", "transformers", "tokenizers", "safetensors", "zmq", "fastapi", "uvicorn", "httpx", "ray"}
+HEAVY = {"torch", "triton", "transformers", "tokenizers", "safetensors", "zmq", "starlette", "uvicorn", "httpx", "ray"}
 CLOCK_AND_IO = {
     *("time", "datetime", "threading", "multiprocessing", "concurrent", "asyncio", "signal", "sched", "queue"),
     *("socket", "socketserver", "selectors", "select", "ssl", "http", "urllib", "subprocess"),
