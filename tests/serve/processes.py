@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,12 +61,16 @@ def model_folder(folder: Path) -> Path:
 
 
 class Running:
-    """A server process and what it wrote."""
+    """A server process and what it wrote. It has a temporary folder of its own, of a short name: sockets lie in it."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log = log
         self._file = log.open("wb")
-        self.process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.STDOUT, cwd=log.parent)
+        self._temporary = tempfile.TemporaryDirectory(prefix="t-")
+        environ = {**os.environ, "TMPDIR": self._temporary.name}
+        self.process = subprocess.Popen(
+            command, stdout=self._file, stderr=subprocess.STDOUT, cwd=log.parent, env=environ
+        )
 
     @property
     def text(self) -> str:
@@ -83,6 +88,10 @@ class Running:
         """Its address, once it is ready."""
         self.wait_for("ready to roll")
         return self.wait_for(r"Serving .* at (http://\S+) after")[1]
+
+    def wires(self) -> list[Path]:
+        """Folders of sockets that it has now."""
+        return [path for path in Path(self._temporary.name).glob("tessera-*") if path.is_dir()]
 
     def children(self) -> list[psutil.Process]:
         """Its processes besides itself."""
@@ -116,6 +125,7 @@ class Running:
                 one.kill()
         self.process.wait(10)
         self._file.close()
+        self._temporary.cleanup()
 
 
 @contextlib.contextmanager
@@ -156,9 +166,3 @@ def health(url: str) -> int:
         return httpx.get(f"{url}/health", timeout=2).status_code
     except httpx.TransportError:
         return 0
-
-
-def wires() -> set[str]:
-    """Folders of wires that exist."""
-    root = Path(os.environ.get("TMPDIR", "/tmp"))
-    return {str(path) for path in root.glob("tessera-*") if path.is_dir()}

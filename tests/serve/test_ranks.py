@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.processes import Running, gone, model_folder, running, wait_until, wires
+from serve.processes import Running, gone, model_folder, running, wait_until
 from serve.test_real_server import command
 
 RANKS = ["--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-dense-tp-size", "1"]
@@ -35,15 +34,13 @@ class Started:
 
 
 @pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
+def started(tmp_path: Path) -> Iterator[Started]:
     folder = model_folder(tmp_path)
-    with tempfile.TemporaryDirectory() as short:  # paths of sockets may not be long
-        monkeypatch.setenv("TMPDIR", short)
-        with running(command(folder) + RANKS, folder / "log") as server:
-            made = Started(server)
-            assert not wires(), "folders of wires are gone as soon as all have met"
-            yield made
-            made.all_gone()
+    with running(command(folder) + RANKS, folder / "log") as server:
+        made = Started(server)
+        assert server.wires() == [], "folders of wires are gone as soon as all have met"
+        yield made
+        made.all_gone()
 
 
 def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) -> None:
