@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 import time
@@ -116,6 +117,9 @@ def test_what_was_dropped_does_not_come_out_and_a_rank_that_is_killed_ends_all_i
     for i in range(3):
         engine.core.post(Submit(f"r{i}", [5 + i, 6, 7], LONG))
     with engine:
+        for rank in ranks():  # a terminal's Ctrl-C and `systemctl stop` are for others to answer
+            rank.send_signal(signal.SIGINT)
+            rank.send_signal(signal.SIGTERM)
         wait_for(lambda: len(outputs(engine)) > 6)
         engine.core.post(Abort("r0"))
         wait_for(lambda: any(o.finish == "abort" for o in outputs(engine)))
