@@ -101,7 +101,7 @@ def test_all_conflicts_are_reported_together() -> None:
         kv_cache_dtype="fp8_e4m3",
     )
     for name, remedy in (
-        ("--pp-size 4", "one rank"),
+        ("--pp-size 4", "Leave it out, or use 1"),
         ("--attention-backend trtllm_mha", "allowed: auto, torch"),
         ("--page-size", "from 1 to 1024"),
         ("--dtype", "Did you mean float32?"),

@@ -9,10 +9,12 @@ import msgspec
 import pytest
 
 from run.test_loop import LONG, Engine, prompt
+from tessera.comm.waits import interleave
 from tessera.core.messages import SamplingParams, Submit
+from tessera.run import build
 from tessera.run.group import Group
 from test_invariance import SAMPLED, alone, model, prompts, requests
-from tiny import serve
+from tiny import Run, serve
 
 MIXED = {"enable_mixed_chunk": True, "chunked_prefill_size": 9}
 TINY_POOL = {"max_total_tokens": 96, "disable_radix_cache": True}
@@ -47,6 +49,22 @@ def test_ranks_together_answer_as_one(name: str, flags: dict[str, Any]) -> None:
     run = serve(model(name), requests("varied"), dtype="float64", **flags)
     assert run.ends() == alone(name, "varied").ends()
     assert {r.dp_rank for r in run.reports if r.num_new_token} == set(range(flags.get("dp", 1)))
+
+
+def run_cut_inside(name: str) -> Run:
+    """One prompt at a time on two ranks: prompts of 65 tokens and more are cut at 64, inside their one sequence."""
+    return serve(model(name), requests("varied"), together=False, dtype="float64", tp=2, **TBO)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "hybrid", "mla"])
+def test_a_sequence_cut_inside_runs_as_one(name: str) -> None:
+    assert run_cut_inside(name).ends() == alone(name, "varied").ends()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "hybrid", "mla"])
+def test_a_second_half_that_runs_ahead_of_the_first_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "interleave", lambda runs: interleave(runs[::-1])[::-1])
+    assert run_cut_inside(name).ends() != alone(name, "varied").ends()
 
 
 def test_a_group_without_requests_takes_part_and_reports_that_it_idles() -> None:

@@ -6,9 +6,7 @@ front dies.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import signal
 import threading
 import time
@@ -18,12 +16,12 @@ from typing import Protocol
 
 from tessera.core.errors import ConfigError, PeerError, TesseraError
 from tessera.core.messages import Fatal, Inbound
+from tessera.run.children import die_with
 from tessera.serve import logs
 from tessera.serve.wire import Begin, EngineEnd, Loading, Refusal, Upward
 
 log = logging.getLogger(__name__)
 
-SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 BEGIN_SECONDS = 30.0
 HEAR_SECONDS = 0.2
 LOADING_EVERY = 0.05
@@ -98,15 +96,6 @@ def _run(engine: Engine, end: EngineEnd) -> None:
     finally:
         ended.set()
         listener.join()
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent ends, however it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        raise PeerError(f"the front process {parent} has ended")
 
 
 class LoadingReports:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from tessera.run.children import how_it_ended
 from tessera.serve.wire import Downward, Upward, addresses, decode_up, encode
 
 WORKER = (sys.executable, "-P", "-m", "tessera.serve.worker")
@@ -65,12 +65,7 @@ class EngineProcess:
     def end(self) -> str:
         """How it ended, for people."""
         code = self._process.poll()
-        if code is None:
-            return "the engine process runs"
-        if code >= 0:
-            return f"the engine process ended with exit code {code}"
-        hint = ", maybe because memory ran out" if -code == signal.SIGKILL else ""
-        return f"the engine process was ended by {signal.Signals(-code).name}{hint}"
+        return f"the engine process {'runs' if code is None else how_it_ended(code)}"
 
     def kill(self) -> None:
         """Ends it at once and removes what it leaves."""

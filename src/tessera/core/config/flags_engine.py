@@ -9,7 +9,7 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, swi
 
 FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
 
-ONE_RANK = Unbuilt("this build runs one rank; leave it out, or use 1")
+ONE_RANK = Unbuilt("leave it out, or use 1")
 NO_GRAPHS = Ignored("no CUDA graphs are captured in this build, so there is nothing to size or to switch off")
 FP8_KV = "keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
