@@ -99,8 +99,6 @@ BAD: list[tuple[dict[str, object], str, str, str]] = [
      "counted from 0", "from 0 to 1"),
     ({"node_rank": 1}, "--node-rank 1 with --nnodes 1", "counted from 0", "Leave --node-rank out"),
     ({"dist_init_addr": "nowhere"}, "--dist-init-addr nowhere", "no host and port", "HOST:PORT"),
-    ({"load_balance_method": "follow_bootstrap_room", "dp_size": 2}, "--load-balance-method follow_bootstrap_room with",
-     "no room to follow", "round_robin"),
     ({"tbo_token_distribution_threshold": 0.6}, "--tbo-token-distribution-threshold", "0.6", "from 0 to 0.5"),
 ]  # fmt: skip
 
@@ -123,12 +121,12 @@ def test_what_is_not_built_is_checked_too() -> None:
 def test_many_at_once_are_reported_together() -> None:
     text = refused(
         tp_size=6, dp_size=4, ep_size=5, moe_dense_tp_size=4, enable_dp_attention=True, nnodes=4, node_rank=4, gpus=1,
-        load_balance_method="follow_bootstrap_room", context_length=10**6,
+        context_length=10**6,
     )  # fmt: skip
     for start in (
         "--dp-size 4 with --tp-size 6", "--ep-size 5 with --tp-size 6", "--moe-dense-tp-size 4 with --tp-size 6",
         "--node-rank 4 with", "--nnodes 4 with no", "--nnodes 4 with --tp-size", "--context-length 1000000 with",
-        "--load-balance-method follow_bootstrap_room", "--tp-size 6 with the model",
+        "--tp-size 6 with the model",
     ):  # fmt: skip
         assert [t for t in text if t.startswith(start)], (start, text)
 
@@ -182,6 +180,15 @@ def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
     told = lifted(dp_size=2, load_balance_method="minimum_tokens")
     assert told.config.mesh.balance == decided(told, "--load-balance-method").value == "total_tokens"
     assert lifted(dp_size=2).config.mesh.balance == "round_robin"
+
+
+def test_only_where_there_are_several_groups_must_a_request_have_a_room() -> None:
+    follow: dict[str, object] = {"load_balance_method": "follow_bootstrap_room"}
+    assert lifted(dp_size=2, **follow).config.mesh.follows_rooms
+    assert lifted(tp_size=2, dp_size=2, enable_dp_attention=True, **follow).config.mesh.follows_rooms
+    alone = lifted(**follow)
+    assert decided(alone, "--load-balance-method follow_bootstrap_room").value == "ignored"
+    assert not alone.config.mesh.follows_rooms
 
 
 @st.composite

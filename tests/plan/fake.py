@@ -303,5 +303,5 @@ class World:
 
 def request(name: str, tokens: list[int], max_new: int = 8, **fields: object) -> Submit:
     """A request; fields of `SamplingParams` and of `Submit` by name."""
-    own = {k: fields.pop(k) for k in ("n", "priority", "namespace") if k in fields}
+    own = {k: fields.pop(k) for k in ("n", "priority", "namespace", "dp_rank", "bootstrap_room") if k in fields}
     return Submit(name, tokens, SamplingParams(max_new_tokens=max_new, **fields), **own)

@@ -11,10 +11,10 @@ import pytest
 
 from plan import scenarios
 from plan.fake import World
+from tessera.plan.balance import BALANCES
 from tessera.plan.change import ChangeBuilder
 from tessera.plan.dp_rank import DpRank
 from tessera.plan.pages import PagePool
-from tessera.plan.policy import BALANCES
 from tessera.plan.prefix import PrefixTree
 from tessera.plan.slots import SlotPool
 from tessera.plan.state import RankState

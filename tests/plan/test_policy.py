@@ -6,6 +6,7 @@ import pytest
 
 from plan.fake import World, request
 from tessera.core.messages import Submit
+from tessera.plan.balance import BALANCES, FOLLOW
 from tessera.plan.policy import MOST_REORDERED
 from tessera.plan.scheduler import PlannerConfig
 
@@ -99,6 +100,41 @@ def test_requests_go_where_few_are() -> None:
         world.submit(request(name, [1, 2], 20, ignore_eos=True))
     world.finish()
     assert [entered(world, rank) for rank in (0, 1)] == [["long", "fourth"], ["short", "third"]]
+
+
+@pytest.mark.parametrize("balance", sorted(BALANCES))
+def test_the_rank_that_a_request_names_takes_it_whatever_the_method(balance: str) -> None:
+    world = World(PlannerConfig(8, 100, 4, 60, num_dp=3, load_balance=balance))
+    for i, rank in enumerate([2, 2, 0, 2, 1]):
+        world.submit(request(f"r{i}", [1, 2], 4, dp_rank=rank, bootstrap_room=1))
+    world.finish()
+    assert [entered(world, rank) for rank in range(3)] == [["r2"], ["r4"], ["r0", "r1", "r3"]]
+
+
+def test_a_request_follows_its_room() -> None:
+    world = World(PlannerConfig(8, 100, 4, 60, num_dp=3, load_balance=FOLLOW))
+    rooms = [7, 3, (1 << 62) + 1, 8]
+    for i, room in enumerate(rooms):
+        world.submit(request(f"r{i}", [1, 2], 4, bootstrap_room=room))
+    world.finish()
+    assert [entered(world, rank) for rank in range(3)] == [
+        [f"r{i}" for i, room in enumerate(rooms) if room % 3 == rank] for rank in range(3)
+    ]
+
+
+MISPLACED = {
+    "data-parallel rank 2 is asked for; there are 0 to 1": request("r", [1], 1, dp_rank=2),
+    "no bootstrap_room to follow": request("r", [1], 1),
+}
+
+
+@pytest.mark.parametrize("why", MISPLACED)
+def test_what_has_no_place_is_refused_and_needs_one_only_among_several(why: str) -> None:
+    for num_dp in (2, 1):
+        world = World(PlannerConfig(2, 5, 4, 24, num_dp=num_dp, load_balance=FOLLOW))
+        outputs = world.planner.apply([MISPLACED[why]])
+        assert [out.fault for out in outputs] == (["request"] if num_dp == 2 or "rank 2" in why else [])
+        assert all(why.replace("0 to 1", f"0 to {num_dp - 1}") in str(out.error) for out in outputs)
 
 
 BAD = {

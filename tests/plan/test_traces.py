@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from plan.fake import World, request
+from tessera.plan.balance import BALANCES
 from tessera.plan.scheduler import PlannerConfig
 
 EXAMPLES = int(os.environ.get("TESSERA_TEST_EXAMPLES", "150"))
@@ -31,7 +32,7 @@ def configs(draw: st.DrawFn) -> PlannerConfig:
         max_in_flight=draw(st.sampled_from([1, 2, 2, 3])),
         prefix_cache=not recurrent and draw(st.booleans()),
         policy=draw(st.sampled_from(["fcfs", "lpm", "priority"])),
-        load_balance=draw(st.sampled_from(["round_robin", "total_requests", "total_tokens"])),
+        load_balance=draw(st.sampled_from(sorted(BALANCES))),
         max_queued=draw(st.sampled_from([0, 0, 3])),
         split_from=draw(st.sampled_from([0, 1, 6])),
         split_grain=draw(st.sampled_from([1, 3])),
@@ -61,6 +62,8 @@ def actions(draw: st.DrawFn) -> list[tuple]:
                     n=draw(st.sampled_from([1, 1, 1, 2, 4])),
                     priority=draw(st.integers(0, 2)),
                     namespace=draw(st.sampled_from(["", "", "b"])),
+                    dp_rank=draw(st.sampled_from([None, None, 0, 1, 3])),
+                    bootstrap_room=draw(st.sampled_from([None, 5, 1 << 62])),
                 ),
             )
         )

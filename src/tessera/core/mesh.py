@@ -112,4 +112,9 @@ def ranks_of(ranks: int, hosts: int, host: int) -> range:
     return range(each * host, each * (host + 1))
 
 
+def dealt(number: int, ranks: int) -> int:
+    """Which of `ranks` has `number`, when numbers are dealt out in turn."""
+    return number % ranks
+
+
 SINGLE = instance_mesh()

@@ -48,6 +48,8 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     priority: int = 0  # larger goes first
     namespace: str = ""  # keys of the prefix cache are chained over it
     received: float = 0.0  # wall clock, seconds
+    dp_rank: int | None = None  # of the attention's groups or of the replicas; None: as --load-balance-method says
+    bootstrap_room: int | None = None  # number of its hand-over; follow_bootstrap_room: DP rank room % dp takes it
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tessera.core.errors import ConfigError, Conflict
-from tessera.plan.policy import BALANCES, POLICIES
+from tessera.plan.balance import BALANCES
+from tessera.plan.policy import POLICIES
 
 
 @dataclass(frozen=True, slots=True)

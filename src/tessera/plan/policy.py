@@ -1,4 +1,4 @@
-"""Who goes first, who waits, and which DP rank takes a request. Choices are rows of tables."""
+"""Who goes first and who waits. Choices are rows of a table."""
 
 from __future__ import annotations
 
@@ -86,20 +86,3 @@ class Queue:
     def waiting(self) -> list[Sequence]:
         """Live members, best first."""
         return [s for _, s in self._entries if s.live]
-
-
-@dataclass(slots=True)
-class Load:
-    """What a DP rank has taken on: requests, and the positions they compute at most."""
-
-    dp_rank: int
-    num_requests: int = 0
-    num_tokens: int = 0
-    num_taken: int = 0
-
-
-BALANCES: dict[str, Callable[[Load], Key]] = {
-    "round_robin": lambda load: (load.num_taken, load.dp_rank),
-    "total_requests": lambda load: (load.num_requests, load.num_taken, load.dp_rank),
-    "total_tokens": lambda load: (load.num_tokens, load.num_taken, load.dp_rank),
-}

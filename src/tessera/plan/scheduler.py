@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Iterable
 
 from tessera.core.messages import Abort, Fault, FinishReason, Flush, Output, Stop, Submit
+from tessera.plan.balance import misplaced, place
 from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
 from tessera.plan.halves import cut
-from tessera.plan.policy import BALANCES
 from tessera.plan.request import Sequence, choices
 from tessera.plan.step import Clock, Event, Part, Step, StepDone
 
@@ -123,9 +123,8 @@ class Planner:
             return [s.end("error", *refusal) for s in sequences]
         self._arrivals += submit.n
         self._requests[submit.request_id] = sequences
-        balance = BALANCES[self.config.load_balance]
-        rank = self.ranks[0] if len(self.ranks) == 1 else min(self.ranks, key=lambda r: balance(r.state.load))
-        rank.add(sequences)
+        chosen = place(self.config.load_balance, submit, [rank.state.load for rank in self.ranks])
+        self.ranks[chosen].add(sequences)
         return []
 
     def _refusal(self, submit: Submit, sequences: list[Sequence]) -> tuple[str, Fault] | None:
@@ -151,6 +150,8 @@ class Planner:
                 f"the prompt has {num_prompt} tokens; at most {config.max_context - 1} are allowed, so that one more "
                 f"fits in the context of {config.max_context}"
             )
+        if (why := misplaced(config.load_balance, submit, config.num_dp)) is not None:
+            return why
         needed, allowed = config.pages_for(sequences[0].goal), config.num_pages - 1
         if needed > allowed:
             return (

@@ -13,10 +13,11 @@ from itertools import accumulate
 
 import numpy as np
 
+from tessera.plan.balance import Load
 from tessera.plan.change import ChangeBuilder
 from tessera.plan.config import PlannerConfig
 from tessera.plan.pages import PagePool
-from tessera.plan.policy import Load, Queue
+from tessera.plan.policy import Queue
 from tessera.plan.prefix import Node, PrefixTree
 from tessera.plan.request import Sequence, grouped
 from tessera.plan.slots import SlotPool

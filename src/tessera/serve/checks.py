@@ -133,6 +133,15 @@ def each(item: Check, most: int) -> Check:
     return check
 
 
+def pick(value: Any, index: int, count: int, field: str) -> Any:
+    """A value for one prompt of a batch: its own of a list (`each`), or the one for all."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != count:
+        raise RequestError(f"{field}: found {len(value)} values, allowed are one or {count} (one per prompt)", field)
+    return value[index]
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
     """A field that is known and not done. `neutral`: values that ask for nothing; `remedy`: what to do instead."""

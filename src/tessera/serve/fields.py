@@ -48,6 +48,14 @@ SAMPLING = {
     "no_stop_trim": boolean,
 }
 SEED = integer(-(1 << 63), (1 << 64) - 1)
+PLACE = {  # where a request runs; for a list of prompts one for all, or one each
+    name: each(integer(0, most), MAX_BATCH)
+    for name, most in (
+        ("data_parallel_rank", MAX_TOKENS),
+        ("routed_dp_rank", MAX_TOKENS),  # SGLang's other name of it
+        ("bootstrap_room", (1 << 63) - 1),
+    )
+}
 
 NO_GRAMMAR = Refused("answers cannot be constrained to a grammar yet; check the answer yourself", ({"type": "text"},))
 NO_TOOLS = Refused("answers come as text; describe the tools in the prompt", ([],))
@@ -69,7 +77,7 @@ PASSED = {
     **dict.fromkeys(
         ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"), "prefixes are cached anyway"
     ),
-    **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "routing_key"), ROUTING),
+    **dict.fromkeys(("disagg_prefill_dp_rank", "routing_key"), ROUTING),
     **dict.fromkeys(("ngram_corpus_id", "prediction"), SPECULATION),
     **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "media_io_kwargs"), "there are no images"),
     "routed_experts_start_len": "only read with return_routed_experts, which is refused",
@@ -81,7 +89,7 @@ REFUSED = {
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), NO_GRAMMAR),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), NO_GRAMMAR),
     **dict.fromkeys(("lora_path", "lora_id"), NO_LORA),
-    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"), NO_HANDOVER),
+    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_pair_key"), NO_HANDOVER),
     **dict.fromkeys(("kv_transfer_params", "ec_transfer_params", "decode_tp_size"), NO_HANDOVER),
     **dict.fromkeys(("custom_logit_processor", "custom_params", "logits_processors", "vllm_xargs"), NO_PROCESSOR),
     **dict.fromkeys(("session_params",), NO_SESSION),
@@ -113,6 +121,7 @@ def stream_options(value: object, field: str) -> dict[str, bool]:
 
 OPENAI = {
     **SAMPLING,
+    **PLACE,
     "model": string,
     "seed": SEED,
     "max_tokens": integer(0, MAX_TOKENS),
@@ -223,6 +232,7 @@ GENERATE = Fields(
         "return_text_in_logprobs": boolean,
         "stream": boolean,
         "rid": each(string, MAX_BATCH),
+        **PLACE,
         "priority": OPENAI["priority"],
         "extra_key": each(string, MAX_BATCH),
         "cache_salt": each(string, MAX_BATCH),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tessera.core.errors import RequestError
 from tessera.core.messages import SamplingParams, Submit, choice_seed
 from tessera.serve.chat import ChatTemplate, read_messages, template_values
-from tessera.serve.checks import bad, shown
+from tessera.serve.checks import bad, pick, shown
 from tessera.serve.fields import CHAT, COMPLETION, GENERATE, MAX_BATCH
+from tessera.serve.places import place_of
 from tessera.serve.text import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of `max_tokens` for completions
@@ -23,11 +24,14 @@ SPACE = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model allows. `vocab_size`: ids of the embedding, padding not counted."""
+    """What the model and the server allow. `vocab_size`: ids of the embedding, padding not counted. `num_dp`:
+    data-parallel ranks, of which a request may name one. `rooms`: a request that names none must have a room."""
 
     context_length: int
     vocab_size: int
     max_body: int = 32 << 20
+    num_dp: int = 1
+    rooms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,22 @@ class Item:
     priority: int = 0
     namespace: str = ""
     text: str | None = None
+    dp_rank: int | None = None
+    bootstrap_room: int | None = None
 
     def submit(self, request_id: str, received: float) -> Submit:
         """The message to the engine."""
-        return Submit(request_id, self.tokens, self.params, self.num_choices, self.priority, self.namespace, received)
+        return Submit(
+            request_id,
+            self.tokens,
+            self.params,
+            self.num_choices,
+            self.priority,
+            self.namespace,
+            received,
+            self.dp_rank,
+            self.bootstrap_room,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +171,10 @@ class Reader:
         prompts = self._prompts(values[name], name, True, name == "text")
         requests = []
         for i, (tokens, text) in enumerate(prompts):
-            own = {k: _pick(v, i, len(prompts), k) for k, v in values.items() if k not in ("text", "input_ids")}
+            own = {k: pick(v, i, len(prompts), k) for k, v in values.items() if k not in ("text", "input_ids")}
             rid = own.get("rid")
             own["rid"] = f"{rid}-{i}" if batch and rid is not None and rid == values["rid"] else rid
+            own |= {"bootstrap_room": room + i} if isinstance(room := values.get("bootstrap_room"), int) else {}
             requests.append(self._native(own, tokens, text))
         return requests if batch else requests[0]
 
@@ -185,8 +202,10 @@ class Reader:
         options = values.get("stream_options", {})
         if options and not values.get("stream"):
             raise RequestError("stream_options needs stream: true", "stream_options")
+        limits = self.limits
+        places = [place_of(values, i, len(items), limits.num_dp, limits.rooms) for i in range(len(items))]
         return Request(
-            items,
+            [replace(item, **place) for item, place in zip(items, places, strict=True)],
             values.get("model"),
             values.get("rid", values.get("request_id")),
             values.get("stream", False),
@@ -318,15 +337,6 @@ class Reader:
 def _is_batch(value: Any) -> bool:
     """A list of prompts, not one list of token ids."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
-
-
-def _pick(value: Any, index: int, count: int, field: str) -> Any:
-    """A value for one prompt of a batch: its own of a list, or the one for all."""
-    if not isinstance(value, tuple):
-        return value
-    if len(value) != count:
-        raise RequestError(f"{field}: found {len(value)} values, allowed are one or {count} (one per prompt)", field)
-    return value[index]
 
 
 def _namespace(values: Mapping[str, Any]) -> str:

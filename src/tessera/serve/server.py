@@ -131,7 +131,7 @@ class Server:
     async def probe(self) -> float:
         """One real generation of one token; returns its seconds. Raises what went wrong."""
         began = time.monotonic()
-        item = Item([0], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True))
+        item = Item([0], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True), dp_rank=0)
         with Answering(self.client, None, [item]) as answering:
             ((answer,),) = await answering.collect()
         if not answer.tokens:

@@ -139,12 +139,6 @@ def _is_address(text: str) -> bool:
 
 def _balance(values: Asked, notes: Notes) -> str:
     asked = values.word("load_balance_method")
-    if asked == "follow_bootstrap_room" and values.word("disaggregation_mode") == "null":
-        notes.refuse(
-            ("--load-balance-method follow_bootstrap_room", "--disaggregation-mode null"),
-            "without hand-over there is no room to follow",
-            "Use round_robin, total_requests or total_tokens.",
-        )
     method = BALANCE.get(asked, asked)
     if values.gave("load_balance_method") and asked != "auto" and values.number("dp_size") == 1:
         notes.decide(f"--load-balance-method {asked}", "ignored", "there is one data-parallel group")

@@ -84,6 +84,16 @@ class MeshConfig:
         return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp, self.dp_lm_head, self.all_to_all)
 
     @property
+    def num_dp(self) -> int:
+        """Data-parallel ranks that a request may name: groups of the attention, or replicas."""
+        return self.dp * self.replicas
+
+    @property
+    def follows_rooms(self) -> bool:
+        """A request goes where its room says, so it must have one."""
+        return self.num_dp > 1 and self.balance == "follow_bootstrap_room"
+
+    @property
     def ranks_here(self) -> int:
         """Ranks on this host, those of all replicas."""
         return max(share(self.tp * self.replicas, self.num_nodes), 1)

@@ -1,0 +1,75 @@
+"""A request runs where it asks to: its data-parallel rank, and the room that it follows, reach the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from serve.support import World, in_loop, refusal, world
+from serve.test_fields import ENDPOINTS
+from tessera.core.messages import Submit
+
+
+def places(made: World) -> list[tuple[int | None, int | None]]:
+    """Rank and room of every request that the engine has seen."""
+    return [(m.dp_rank, m.bootstrap_room) for m in made.engine.seen if isinstance(m, Submit)]
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+@in_loop
+async def test_a_request_names_its_rank_and_its_room(name: str) -> None:
+    path, _, good = ENDPOINTS[name]
+    asked: list[dict[str, Any]] = [
+        {"data_parallel_rank": 2},
+        {"routed_dp_rank": 1, "bootstrap_room": 1 << 62},
+        {"data_parallel_rank": 0, "routed_dp_rank": 0},
+        {},
+    ]
+    async with world(num_dp=3) as (made, http):
+        for fields in asked:
+            assert (await http.post(path, json={**good, **fields})).status_code == 200, fields
+        assert places(made) == [(2, None), (1, 1 << 62), (0, None), (None, None)]
+
+
+@pytest.mark.parametrize(("path", "key"), [("/v1/completions", "prompt"), ("/generate", "input_ids")])
+@in_loop
+async def test_each_prompt_of_a_batch_has_its_own_place(path: str, key: str) -> None:
+    async with world(num_dp=3) as (made, http):
+        batch: dict[str, Any] = {key: [[7], [8], [9]]}
+        each = {"data_parallel_rank": [2, 0, 1], "bootstrap_room": [5, 9, 7]}
+        assert (await http.post(path, json={**batch, **each})).status_code == 200
+        together = {"data_parallel_rank": 1, "bootstrap_room": 40}
+        assert (await http.post(path, json={**batch, **together})).status_code == 200
+        assert places(made) == [(2, 5), (0, 9), (1, 7), (1, 40), (1, 41), (1, 42)]
+        few = refusal(await http.post(path, json={**batch, "data_parallel_rank": [0, 1]}))
+        assert few["param"] == "data_parallel_rank"
+        assert "found 2 values, allowed are one or 3" in few["message"]
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+@in_loop
+async def test_a_rank_that_is_not_there_is_refused_by_name(name: str) -> None:
+    path, _, good = ENDPOINTS[name]
+    for num_dp in (1, 2):
+        async with world(num_dp=num_dp) as (made, http):
+            for field in ("data_parallel_rank", "routed_dp_rank"):
+                error = refusal(await http.post(path, json={**good, field: num_dp}))
+                assert error["param"] == field
+                assert f"found {num_dp}, allowed is an integer from 0 to {num_dp - 1}" in error["message"]
+            both = {"data_parallel_rank": 0, "routed_dp_rank": num_dp - 1}
+            assert (await http.post(path, json={**good, **both})).status_code == (200 if num_dp == 1 else 400)
+            assert places(made) == [(0, None)] * (num_dp == 1)
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+@in_loop
+async def test_where_requests_follow_rooms_one_without_is_refused(name: str) -> None:
+    path, _, good = ENDPOINTS[name]
+    async with world(num_dp=2, rooms=True) as (made, http):
+        error = refusal(await http.post(path, json=good))
+        assert (error["param"], "follow_bootstrap_room" in error["message"]) == ("bootstrap_room", True)
+        for fields in ({"bootstrap_room": 3}, {"data_parallel_rank": 1}):
+            assert (await http.post(path, json={**good, **fields})).status_code == 200
+        assert (await http.get("/health_generate")).status_code == 200
+        assert places(made) == [(None, 3), (1, None), (0, None)]
