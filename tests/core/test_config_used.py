@@ -55,8 +55,8 @@ def test_every_choice_of_kernels_is_what_runs() -> None:
             attention.mla_absorbed,
             attention.pack,
         )
-        assert (backend.causal_conv, backend.gated_delta_rule) == (delta.causal_conv, delta.gated_delta_rule)
-        assert (backend.experts, backend.draw) == (moe.experts, sampling.draw)
+        assert (backend.delta_net, backend.draw) == (delta.delta_net, sampling.draw)
+        assert (backend.route, backend.experts) == (moe.route, moe.experts)
 
 
 def test_kernels_that_nobody_chose_follow_the_attention_and_are_told() -> None:

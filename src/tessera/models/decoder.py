@@ -19,13 +19,12 @@ from tessera.models.forms import choose_forms
 from tessera.models.layers import MLA, Attention, DeltaNet, DenseMLP
 from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.linear import PackedLinear, linear
-from tessera.ops.norm import add_rmsnorm, rmsnorm
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
 
 class Layer:
-    """x += mixer(norm(x)); x += mlp(norm(x))."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). The last sum is left to who norms x next: one kernel may do both."""
 
     def __init__(self, spec: LayerSpec, weights: Weights, tools: Tools, name: str) -> None:
         self.tools = tools
@@ -41,12 +40,12 @@ class Layer:
         mlp = weights.at("mlp")
         self.mlp = DenseMLP(mlp, tools) if isinstance(spec.mlp, DenseSpec) else MoE(spec.mlp, mlp, tools)
 
-    def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
-        """x [T, hidden] -> [T, hidden]."""
-        eps, zero_centred = self.tools.eps, self.tools.zero_centred
-        mixed = yield from self.mixer(rmsnorm(x, self.mixer_norm, eps, zero_centred), batch)
-        normed, x = add_rmsnorm(mixed, x, self.mlp_norm, eps, zero_centred)
-        return x + (yield from self.mlp(normed, batch))
+    def __call__(self, x: Tensor, added: Tensor | None, batch: Batch) -> Waits[tuple[Tensor, Tensor]]:
+        """x [T, hidden], and what is still to be added to it -> the same of what comes out."""
+        normed, x = self.tools.added_norm(x, added, self.mixer_norm)
+        mixed = yield from self.mixer(normed, batch)
+        normed, x = self.tools.added_norm(x, mixed, self.mlp_norm)
+        return x, (yield from self.mlp(normed, batch))
 
 
 class Embedding:
@@ -104,10 +103,11 @@ class Decoder:
     ) -> Waits[Tensor]:
         """tokens [T] of the step's ranges -> [T, hidden] after the final norm. Writes keys, values and states."""
         batch = Batch(segments, caches, choose_forms(segments), self._counts(counts, len(tokens)))
-        x = yield from self.embed(tokens, batch.counts)
+        x, added = (yield from self.embed(tokens, batch.counts)), None
         for layer in self.layers:
-            x = yield from layer(x, batch)
-        return rmsnorm(x, self.norm, self.tools.eps, self.tools.zero_centred)
+            x, added = yield from layer(x, added, batch)
+        normed, _ = self.tools.added_norm(x, added, self.norm)
+        return normed
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
         """hidden [N, hidden] -> [N, V] in fp32 or wider. The padding of the vocabulary is cut off."""

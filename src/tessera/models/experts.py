@@ -14,7 +14,6 @@ from tessera.core.spec import MoESpec
 from tessera.models.layers import GatedMLP
 from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.linear import linear
-from tessera.ops.moe import route
 from tessera.ops.precision import wide
 
 
@@ -27,7 +26,7 @@ class MoE:
         self.bias = weights.tensor("router_bias") if spec.router.bias else None
         self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
         self.local = self._local_ids(weights.held("experts_in"))
-        self.shared = GatedMLP(weights.at("shared")) if spec.shared else None
+        self.shared = GatedMLP(weights.at("shared"), tools) if spec.shared else None
         self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
         holders = weights.holders("experts_in")
         self.dispatch = dispatch(tools.comm, holders, spec.router.num_experts, self.w_in.device)
@@ -47,14 +46,14 @@ class MoE:
             return part
         shared = self.shared.part(x)
         if self.shared_gate is not None:
-            shared = linear(x, self.shared_gate).sigmoid() * shared
+            shared = self.tools.backend.sigmoid_mul(shared, linear(x, self.shared_gate))
         return part + shared
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Experts`."""
         r = self.spec.router
         logits = linear(x.to(wide(x.dtype)) if r.wide else x, self.router)
-        return route(
+        ids, scores = self.tools.backend.route(
             logits,
             r.top_k,
             scoring=r.score,
@@ -65,6 +64,7 @@ class MoE:
             normalize=r.normalise,
             scale=r.scale,
         )
+        return ids, scores
 
     def _local_ids(self, held: list[int]) -> Tensor:
         """[E]: where this rank keeps each expert, -1 for those held elsewhere."""

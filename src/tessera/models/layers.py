@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
 
 from tessera.comm.together import together
 from tessera.comm.waits import Waits
 from tessera.core.spec import AttentionSpec, DeltaSpec, MLASpec
 from tessera.models.parts import Batch, Tools, Weights
-from tessera.ops.attention import write_kv
+from tessera.ops.fused import DeltaInputs, HeadInputs, LatentInputs
 from tessera.ops.linear import linear
-from tessera.ops.mla import write_latent
-from tessera.ops.norm import gated_rmsnorm, rmsnorm
-from tessera.ops.precision import wide
-from tessera.ops.rope import rotate
 from tessera.ops.segments import Segments
 
 
@@ -28,30 +23,21 @@ class Attention:
     def __init__(self, spec: AttentionSpec, weights: Weights, tools: Tools, name: str) -> None:
         self.spec, self.tools, self.pool = spec, tools, f"{name}.kv"
         self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
-        self.cut, self.heads = weights.slices("in"), weights.units("in")
-        self.norms = {s: weights.tensor(f"{s}_norm") for s in ("q", "k")} if spec.qk_norm else {}
+        self.cut = cut = weights.slices("in")
+        q_norm, k_norm = (weights.tensor(f"{s}_norm") if spec.qk_norm else None for s in ("q", "k"))
+        tables, interleaved = tools.ropes[spec.rope], spec.rope.interleaved
+        norms = (q_norm, k_norm, tools.eps, tools.zero_centred)
+        self.inputs = HeadInputs(cut["q"], cut["k"], cut["v"], spec.head_dim, tables, interleaved, *norms)
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
-        tools, pool = self.tools, batch.caches[self.pool]
+        backend, pool = self.tools.backend, batch.caches[self.pool]
         y = linear(x, self.w_in)
-        cos_sin = batch.rotation(self.spec.rope, tools.ropes[self.spec.rope])
-        q, k, v = (self._heads(y, s) for s in ("q", "k", "v"))
-        q, k = (rotate(self._normed(h, s), *cos_sin, self.spec.rope.interleaved) for h, s in ((q, "q"), (k, "k")))
-        write_kv(pool, k, v, batch.segments)
-        o = tools.backend.paged_attention(q, pool, batch.segments, self.spec.scale).flatten(1)
+        q = backend.write_heads(y, self.inputs, pool, batch.segments)
+        o = backend.paged_attention(q, pool, batch.segments, self.spec.scale).flatten(1)
         if self.spec.gated:
-            o = o * y[:, self.cut["gate"]].sigmoid()
-        return (yield tools.comm.sum([linear(o, self.w_out)], "attn"))
-
-    def _heads(self, y: Tensor, section: str) -> Tensor:
-        """[T, H, D] of one section."""
-        return y[:, self.cut[section]].unflatten(1, (self.heads[section], self.spec.head_dim))
-
-    def _normed(self, h: Tensor, section: str) -> Tensor:
-        if not self.spec.qk_norm:
-            return h
-        return rmsnorm(h, self.norms[section], self.tools.eps, self.tools.zero_centred)
+            o = backend.sigmoid_mul(o, y[:, self.cut["gate"]])
+        return (yield self.tools.comm.sum([linear(o, self.w_out)], "attn"))
 
 
 class MLA:
@@ -61,23 +47,20 @@ class MLA:
         self.spec, self.tools, self.pool = spec, tools, f"{name}.latent"
         self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
         self.cut, self.heads = weights.slices("in"), weights.units("kv_up")["kv"]
-        self.kv_norm = weights.tensor("kv_norm")
         kv_up = weights.tensor("kv_up")
         self.kv_up = kv_up.view(self.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
         self.q_norm = weights.tensor("q_norm") if spec.q_rank is not None else None
         self.q_up = weights.linear("q_up") if spec.q_rank is not None else None
+        tables, interleaved = tools.ropes[spec.rope], spec.rope.interleaved
+        self.inputs = LatentInputs(self.cut["kv"], tables, interleaved, weights.tensor("kv_norm"), spec.norm_eps)
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
         spec, pool = self.spec, batch.caches[self.pool]
         y = linear(x, self.w_in)
-        cos_sin = batch.rotation(spec.rope, self.tools.ropes[spec.rope])
-        latent, key = y[:, self.cut["kv"]].split((spec.latent_dim, spec.rope.dim), -1)
-        key = rotate(key[:, None], *cos_sin, spec.rope.interleaved)[:, 0]
-        write_latent(pool, rmsnorm(latent, self.kv_norm, spec.norm_eps), key, batch.segments)
         q = self._queries(y).unflatten(1, (self.heads, spec.query_dim))
-        q_nope, q_rope = q.split((spec.nope_dim, spec.rope.dim), -1)
-        q_rope = rotate(q_rope, *cos_sin, spec.rope.interleaved)
+        q_rope = self.tools.backend.write_latents(y, q, self.inputs, pool, batch.segments)
+        q_nope = q[..., : spec.nope_dim]
         o = self._attend(q_nope, q_rope, pool, batch).flatten(1)
         return (yield self.tools.comm.sum([linear(o, self.w_out)], "attn"))
 
@@ -85,7 +68,7 @@ class MLA:
         q = y[:, self.cut["q"]]
         if self.q_norm is None or self.q_up is None:
             return q
-        return linear(rmsnorm(q, self.q_norm, self.spec.norm_eps), self.q_up)
+        return linear(self.tools.backend.rmsnorm(q, self.q_norm, self.spec.norm_eps), self.q_up)
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, pool: Tensor, batch: Batch) -> Tensor:
         """[T, H, value]: each run of segments in its form."""
@@ -111,52 +94,48 @@ class DeltaNet:
     """Gated delta net: a short causal convolution, then a state per value head (arXiv:2412.06464)."""
 
     def __init__(self, spec: DeltaSpec, weights: Weights, tools: Tools, name: str) -> None:
-        self.spec, self.tools, self.name = spec, tools, name
+        self.tools, self.name = tools, name
         self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
-        self.cut, self.heads = weights.slices("in"), weights.units("in")
-        self.channels = slice(self.cut["q"].start, self.cut["v"].stop)
-        self.conv = weights.tensor("conv").squeeze(1)
-        self.channel_cut = weights.slices("conv")
-        self.decay, self.dt_bias = -weights.tensor("A_log").exp(), weights.tensor("dt_bias")
-        self.norm = weights.tensor("norm")
+        cut, heads, channels = weights.slices("in"), weights.units("in"), weights.slices("conv")
+        self.inputs = DeltaInputs(
+            mixed=slice(cut["q"].start, cut["v"].stop),
+            z=cut["z"],
+            b=cut["b"],
+            a=cut["a"],
+            channels=(channels["q"], channels["k"], channels["v"]),
+            key_heads=heads["k"],
+            value_heads=heads["v"],
+            conv=weights.tensor("conv").squeeze(1),
+            decay=-weights.tensor("A_log").exp(),
+            dt_bias=weights.tensor("dt_bias"),
+            norm=weights.tensor("norm"),
+            eps=tools.eps,
+        )
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
-        backend, segments = self.tools.backend, batch.segments
-        conv_state, state = batch.caches[f"{self.name}.conv"], batch.caches[f"{self.name}.state"]
+        states = batch.caches[f"{self.name}.conv"], batch.caches[f"{self.name}.state"]
         y = linear(x, self.w_in)
-        mixed = backend.causal_conv(y[:, self.channels], self.conv, conv_state, segments)
-        q, k, v = (self._heads(mixed[:, self.channel_cut[s]], s) for s in ("q", "k", "v"))
-        beta = y[:, self.cut["b"]].sigmoid()
-        a = y[:, self.cut["a"]]
-        g = self.decay * softplus(a.to(wide(a.dtype)) + self.dt_bias)
-        o = backend.gated_delta_rule(q, k, v, g, beta, state, segments, batch.forms.delta)
-        o = gated_rmsnorm(o, self._heads(y[:, self.cut["z"]], "z"), self.norm, self.tools.eps)
-        return (yield self.tools.comm.sum([linear(o.flatten(1), self.w_out)], "attn"))
-
-    def _heads(self, y: Tensor, section: str) -> Tensor:
-        """[T, H, D] of the columns of one section."""
-        return y.unflatten(1, (self.heads[section], -1))
+        o = self.tools.backend.delta_net(y, self.inputs, *states, batch.segments, batch.forms.delta)
+        return (yield self.tools.comm.sum([linear(o, self.w_out)], "attn"))
 
 
 class GatedMLP:
     """silu(gate(x)) * up(x), then down: this rank's part of the sum."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
-        self.cut = weights.slices("in")
+    def __init__(self, weights: Weights, tools: Tools) -> None:
+        self.w_in, self.w_out, self.silu_mul = weights.linear("in"), weights.linear("out"), tools.backend.silu_mul
 
     def part(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> the rank's part of [T, hidden]."""
-        y = linear(x, self.w_in)
-        return linear(silu(y[:, self.cut["gate"]]) * y[:, self.cut["up"]], self.w_out)
+        return linear(self.silu_mul(linear(x, self.w_in)), self.w_out)
 
 
 class DenseMLP:
     """A gated MLP cut over the ranks of the dense axis."""
 
     def __init__(self, weights: Weights, tools: Tools) -> None:
-        self.mlp, self.together = GatedMLP(weights), together(tools.comm, "dense")
+        self.mlp, self.together = GatedMLP(weights, tools), together(tools.comm, "dense")
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""

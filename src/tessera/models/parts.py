@@ -80,6 +80,12 @@ class Tools:
     eps: float
     zero_centred: bool
 
+    def added_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + added), x + added), all [T, hidden]."""
+        if added is None:
+            return self.backend.rmsnorm(x, weight, self.eps, self.zero_centred), x
+        return self.backend.add_rmsnorm(added, x, weight, self.eps, self.zero_centred)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -92,8 +98,3 @@ class Batch:
     caches: Mapping[str, Tensor]
     forms: Forms
     counts: tuple[int, ...]
-
-    def rotation(self, rope: RopeSpec, tables: RopeTables) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, dim / 2] of the step's tokens, looked up once for all layers."""
-        at = self.segments.positions
-        return self.segments.once(("rope", rope), lambda: (tables.cos[at][:, None], tables.sin[at][:, None]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
-from tessera.ops import attention, delta, draw, linear, mla, moe, sample
+from tessera.ops import attention, delta, draw, fused, linear, mla, moe, norm, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +20,15 @@ class Backend:
     paged_attention: Callable[..., Tensor]
     mla_absorbed: Callable[..., Tensor]
     mla_expanded: Callable[..., Tensor]
-    causal_conv: Callable[..., Tensor]
-    gated_delta_rule: Callable[..., Tensor]
+    delta_net: fused.DeltaNet
+    route: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
+    rmsnorm: Callable[..., Tensor]
+    add_rmsnorm: Callable[..., tuple[Tensor, Tensor]]
+    write_heads: Callable[..., Tensor]
+    write_latents: Callable[..., Tensor]
+    silu_mul: Callable[..., Tensor]
+    sigmoid_mul: Callable[..., Tensor]
     draw: Callable[..., Tensor]
 
 
@@ -32,9 +38,15 @@ REFERENCE = Backend(
     paged_attention=attention.paged_attention_reference,
     mla_absorbed=mla.mla_absorbed_reference,
     mla_expanded=mla.mla_expanded_reference,
-    causal_conv=delta.causal_conv_reference,
-    gated_delta_rule=delta.gated_delta_rule_reference,
+    delta_net=fused.delta_net_of(delta.causal_conv_reference, delta.gated_delta_rule_reference),
+    route=moe.route,
     experts=moe.experts_reference,
+    rmsnorm=norm.rmsnorm,
+    add_rmsnorm=norm.add_rmsnorm,
+    write_heads=fused.write_heads,
+    write_latents=fused.write_latents,
+    silu_mul=fused.silu_mul,
+    sigmoid_mul=fused.sigmoid_mul,
     draw=sample.draw_reference,
 )
 
@@ -44,9 +56,15 @@ TORCH = Backend(
     paged_attention=attention.paged_attention,
     mla_absorbed=mla.mla_absorbed,
     mla_expanded=mla.mla_expanded,
-    causal_conv=delta.causal_conv,
-    gated_delta_rule=delta.gated_delta_rule,
+    delta_net=fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule),
+    route=moe.route,
     experts=moe.experts,
+    rmsnorm=norm.rmsnorm,
+    add_rmsnorm=norm.add_rmsnorm,
+    write_heads=fused.write_heads,
+    write_latents=fused.write_latents,
+    silu_mul=fused.silu_mul,
+    sigmoid_mul=fused.sigmoid_mul,
     draw=draw.draw,
 )
 
@@ -54,12 +72,12 @@ BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
 
 
 def chosen(kernels: KernelConfig) -> Backend:
-    """The versions that a configuration names; linear maps are those of the attention's."""
-    delta_rule = BACKENDS[kernels.delta]
+    """The versions that a configuration names; linear maps and what is between are those of the attention's."""
+    moe_runner = BACKENDS[kernels.moe]
     return replace(
         BACKENDS[kernels.attention],
-        causal_conv=delta_rule.causal_conv,
-        gated_delta_rule=delta_rule.gated_delta_rule,
-        experts=BACKENDS[kernels.moe].experts,
+        delta_net=BACKENDS[kernels.delta].delta_net,
+        route=moe_runner.route,
+        experts=moe_runner.experts,
         draw=BACKENDS[kernels.sampling].draw,
     )
