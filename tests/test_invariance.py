@@ -211,7 +211,7 @@ def test_the_varied_requests_get_what_they_ask_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_teacher_forced_logprobs_agree_in_float32(name: str) -> None:
-    # Not seed 0: its hybrid model is off by 0.7e-4 in float32 by itself, so two runs of it may differ by more than 1e-4.
+    # Not seed 0: its hybrid is off by 0.7e-4 in float32 by itself, so two runs of it may differ by more than 1e-4.
     tiny = tiny_model(name, seed=1)
     answers = serve(tiny, requests("greedy"), together=False, dtype="float32", **PLAIN).tokens()
     texts = [prompt + answers[f"r{i}", 0] for i, prompt in enumerate(prompts())]
