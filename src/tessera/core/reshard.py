@@ -7,14 +7,17 @@ are replicated on either side and where a part packs several sections, the same 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
+from typing import TypeVar
 
 from tessera.core.errors import LayoutError
 from tessera.core.layout import Dim, Layout, Run
 from tessera.core.mesh import Mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +38,34 @@ class Copy:
     box: tuple[Span, ...]
 
 
-def reshard(src: Layout, src_mesh: Mesh, dst: Layout, dst_mesh: Mesh) -> list[Copy]:
+def reshard(src: Layout, src_mesh: Mesh, dst: Layout, dst_mesh: Mesh, turn: int = 0) -> list[Copy]:
     """Copies that fill every tile of `dst` from the tiles of `src`: each destination element once.
 
-    Both describe the same whole tensor, perhaps on meshes of different sizes. Where several source ranks hold an
-    element, destinations take turns among them. Raises `LayoutError` when the two are not the same tensor.
+    Both describe the same whole tensor, perhaps on meshes of different sizes. Where several source ranks hold what
+    several destinations need, neighbours serve neighbours; where there are more sources than that, tensors of one
+    kind, counted by `turn`, use them all. Raises `LayoutError` when the two are not the same tensor.
     """
-    _same_tensor(src, dst)
+    same_tensor(src, dst)
     src.check(src_mesh)
     dst.check(dst_mesh)
-    holders = [_holders(dim, src_mesh.size_of(dim.axis)) for dim in src.dims]
+    sources = [
+        _sources(_holders(a, src_mesh.size_of(a.axis)), b, dst_mesh.size_of(b.axis), turn)
+        for a, b in zip(src.dims, dst.dims, strict=True)
+    ]
     copies = []
     for rank in range(dst_mesh.size):
-        tile = dst.runs(dst_mesh, rank)
-        choices = [_sources(pieces, runs, rank) for pieces, runs in zip(holders, tile, strict=True)]
-        for picks in product(*choices):
-            holder = _holder(src, src_mesh, [coordinate for coordinate, _ in picks], rank)
+        at = [dst_mesh.coordinate(rank, dim.axis) for dim in dst.dims]
+        twins = _ranks_at(dst, dst_mesh, at)
+        for picks in product(*(found[c] for found, c in zip(sources, at, strict=True))):
+            ranks = _ranks_at(src, src_mesh, [coordinate for coordinate, _ in picks])
+            holder = _share(ranks, twins.index(rank), len(twins), turn)
             copies.append(Copy(holder, rank, tuple(span for _, span in picks)))
     return copies
 
 
-def _same_tensor(src: Layout, dst: Layout) -> None:
+def same_tensor(src: Layout, dst: Layout) -> None:
+    """Raises `LayoutError` when the two are not layouts of one whole tensor."""
+
     def real(layout: Layout) -> list[list[tuple[str, int, int]]]:
         return [[(s.name, s.units - s.padding, s.width) for s in d.sections] for d in layout.dims]
 
@@ -86,16 +96,30 @@ def _holders(dim: Dim, size: int) -> list[_Piece]:
     return [_Piece(low, high - low, tuple(places[low, high])) for low, high in sorted(places)]
 
 
-def _sources(pieces: list[_Piece], runs: tuple[Run, ...], taker: int) -> list[tuple[int, Span]]:
-    """(coordinate of the source, span) pairs that cover once whatever of `runs` the source has."""
-    spans: list[tuple[int, Span]] = []
+def _sources(pieces: list[_Piece], dim: Dim, size: int, turn: int) -> list[list[tuple[int, Span]]]:
+    """For each coordinate of the destination: (coordinate of the source, span) pairs that cover its part once."""
+    held = [dim.held(size, coordinate) for coordinate in range(size)]
+    spans: list[list[tuple[int, Span]]] = [[] for _ in held]
     for piece in pieces:
-        coordinate, local = piece.holders[taker % len(piece.holders)]
-        for run in runs:
-            low, high = max(piece.start, run.start), min(piece.start + piece.length, run.start + run.length)
-            if low < high:
-                spans.append((coordinate, Span(local + low - piece.start, run.local + low - run.start, high - low)))
-    return _joined_spans(spans)
+        met = {taker: [span for run in runs if (span := _common(piece, run))] for taker, runs in enumerate(held)}
+        takers = [taker for taker, found in met.items() if found]
+        for place, taker in enumerate(takers):
+            coordinate, local = _share(piece.holders, place, len(takers), turn)
+            spans[taker] += [(coordinate, Span(local + s.src, s.dst, s.length)) for s in met[taker]]
+    return [_joined_spans(found) for found in spans]
+
+
+def _common(piece: _Piece, run: Run) -> Span | None:
+    """What a run has of a piece; the source counts from the start of the piece."""
+    low, high = max(piece.start, run.start), min(piece.start + piece.length, run.start + run.length)
+    return Span(low - piece.start, run.local + low - run.start, high - low) if low < high else None
+
+
+def _share(holders: Sequence[T], place: int, takers: int, turn: int) -> T:
+    """Who serves the taker at `place` among `takers`: neighbours serve neighbours, several of them take turns."""
+    first = place * len(holders) // takers
+    end = max((place + 1) * len(holders) // takers, first + 1)
+    return holders[first + turn % (end - first)]
 
 
 def _joined_spans(spans: list[tuple[int, Span]]) -> list[tuple[int, Span]]:
@@ -105,11 +129,10 @@ def _joined_spans(spans: list[tuple[int, Span]]) -> list[tuple[int, Span]]:
     return joined
 
 
-def _holder(layout: Layout, mesh: Mesh, coordinates: list[int], taker: int) -> int:
-    """A rank with these coordinates; takers of the same tile take turns among the replicas."""
+def _ranks_at(layout: Layout, mesh: Mesh, coordinates: list[int]) -> list[int]:
+    """The ranks at these coordinates of the axes along which the dims are cut."""
     wanted = [(d.axis, c) for d, c in zip(layout.dims, coordinates, strict=True) if d.axis is not None]
-    ranks = [r for r in range(mesh.size) if all(mesh.coordinate(r, axis) == c for axis, c in wanted)]
-    return ranks[taker % len(ranks)]
+    return [r for r in range(mesh.size) if all(mesh.coordinate(r, axis) == c for axis, c in wanted)]
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
@@ -127,6 +150,11 @@ def flat(box: tuple[Span, ...], src_shape: tuple[int, ...], dst_shape: tuple[int
     """The box as runs of elements of two row-major tiles, merged."""
     if not box:
         return [Span(0, 0, 1)]
+    while len(box) > 1 and (box[-1].length == src_shape[-1] == dst_shape[-1]):  # whole rows are runs themselves
+        *outer, last, row = box
+        box = (*outer, Span(last.src * row.length, last.dst * row.length, last.length * row.length))
+        src_shape = (*src_shape[:-2], src_shape[-2] * src_shape[-1])
+        dst_shape = (*dst_shape[:-2], dst_shape[-2] * dst_shape[-1])
     src_strides = [prod(src_shape[i + 1 :]) for i in range(len(box))]
     dst_strides = [prod(dst_shape[i + 1 :]) for i in range(len(box))]
     spans = []

@@ -1,1 +1,1 @@
-"""Moving state between servers: engines that write bytes into a peer's memory."""
+"""Moving state between servers: what fits, which bytes go where, and the engines that move them."""
