@@ -11,7 +11,7 @@ endif
 BIN := .venv/bin
 TYPED := $(wildcard src/tessera/core src/tessera/plan src/tessera/transfer)
 
-.PHONY: venv serve test lint format bench clean distclean
+.PHONY: venv serve test lint format matrix bench clean distclean
 
 venv:
 	@exec $(PYTHON) tools/make_venv.py
@@ -27,6 +27,10 @@ lint: venv
 
 format: venv
 	@$(BIN)/ruff check --fix-only --exit-zero . && $(BIN)/ruff format .
+
+# ARGS="--minutes 60": how long it may take; what has passed at this commit is not run again.
+matrix: venv
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 exec $(BIN)/python -m matrix $(ARGS)
 
 bench: venv
 	@exec $(BIN)/tessera bench --model-path abacus-hybrid $(ARGS)

@@ -146,6 +146,7 @@ class Run:
     reports: list[StepReport] = field(default_factory=list)
     others: list[Outbound] = field(default_factory=list)
     most_in_flight: int = 0
+    num_outputs: int = 0
     num_overshoot: int = 0  # tokens drawn past the end of their sequence
 
     def ends(self) -> dict[tuple[str, int], tuple[list[int], str | None]]:
@@ -174,10 +175,15 @@ def serve(
     requests: Sequence[Submit],
     together: bool = True,
     also: Callable[[EngineCore, Output], None] | None = None,
+    arrivals: Sequence[int] = (),
     **flags: Any,
 ) -> Run:
-    """Runs an engine over requests, all at once or one after the other, with every check. `also`: sees outputs."""
+    """Runs an engine over requests, all at once or one after the other, with every check. `also`: sees outputs.
+
+    `arrivals`: each comes when so many outputs have come, or when there is nothing else to wait for.
+    """
     run, waiting = Run(), list(requests)
+    together = together and not arrivals
 
     def sink(message: Outbound) -> None:
         if isinstance(message, StepReport):
@@ -188,26 +194,28 @@ def serve(
         else:
             for output in message.items:
                 run.note(output)
+                run.num_outputs += 1
                 if also is not None:
                     also(core, output)
         _go_on()
 
     def _go_on() -> None:
-        open_ones = any(answer.finish is None for answer in run.answers.values())
-        begun = {request_id for request_id, _ in run.answers}
-        if not together and waiting and not open_ones and not (posted - begun):
+        while waiting and (together or _due() or _nothing_open()):
             posted.add(waiting[0].request_id)
             core.post(waiting.pop(0))
         if not waiting:
             core.post(Stop(60.0))
 
+    def _due() -> bool:
+        return bool(arrivals) and run.num_outputs >= arrivals[len(posted)]
+
+    def _nothing_open() -> bool:
+        open_ones = any(answer.finish is None for answer in run.answers.values())
+        return not open_ones and not posted - {request_id for request_id, _ in run.answers}
+
     posted: set[str] = set()
     core = EngineCore(resolved(model.spec, **flags), model.spec, model.source, sink)
     _watch(core, run)
-    if together:
-        for request in waiting:
-            core.post(request)
-        waiting.clear()
     _go_on()
     core.run()
     if core.resolved.config.logging.checks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
 from random import Random
 from typing import Any
 
@@ -85,17 +84,6 @@ def spec_and_noise(family: str, seed: int) -> tuple[ModelSpec, Noise]:
     """The model and its random weights."""
     spec = read_spec(random_config(family, seed))
     return spec, Noise(stored_shapes(weight_table(spec, SINGLE)), spec.zero_centred, seed)
-
-
-def pairwise(rows: Sequence[tuple[object, ...]]) -> list[int]:
-    """Places of few rows that together show every pair of values of two columns that some row shows."""
-    pairs = [frozenset(combinations(enumerate(row), 2)) for row in rows]
-    left, chosen = frozenset().union(*pairs), []
-    while left:
-        best = max(range(len(rows)), key=lambda i: len(pairs[i] & left))
-        chosen.append(best)
-        left -= pairs[best]
-    return chosen
 
 
 def tokens_of(spec: ModelSpec, steps: Sequence[Step]) -> list[list[tuple[int, list[int]]]]:

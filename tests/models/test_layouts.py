@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 
 from comm.ranks import as_processes, as_threads, free_port, raise_first, run_program
-from models.layouts import FAMILIES, alone, compare, compute, differences, pairwise
+from matrix.points import cover
+from models.layouts import FAMILIES, alone, compare, compute, differences
 from tessera.comm.single import SingleComm
 from tessera.core.errors import LayoutError
 from tessera.core.mesh import SINGLE, instance_mesh
@@ -46,7 +47,7 @@ def judge(results: list[dict[str, float]], what: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_on_some_layouts(family: str) -> None:
     """All pairs of settings, each layout with two families; two models of each."""
-    covering = [LAYOUTS[i] for i in pairwise(LAYOUTS)]
+    covering = [LAYOUTS[i] for i in cover(LAYOUTS, 2)]
     nth = FAMILIES.index(family) % 4
     for i, layout in enumerate(covering[nth::4]):
         check(family, 4 * (i % 2), layout)
@@ -82,6 +83,8 @@ POINTS: list[tuple[str, Layout]] = [
     ("qwen3_5_moe_text", (4, 2, 4, 4, True, True)),
     ("deepseek_v2", (4, 4, 2, 1, True, False)),
     ("deepseek_v2", (4, 1, 4, 2, False, True)),
+    ("qwen3_moe", (4, 4, 4, 1, True, False)),
+    ("qwen3_next", (4, 2, 1, 2, False, False)),
 ]
 
 

@@ -98,7 +98,9 @@ def _pack(*columns: Tensor) -> Tensor:
 def _unpack(rows: Tensor, *like: Tensor) -> list[Tensor]:
     """What `_pack` joined, with the widths and dtypes of `like`."""
     widths = [column.shape[1] * column.element_size() for column in like]
-    return [part.contiguous().view(column.dtype) for part, column in zip(rows.split(widths, 1), like, strict=True)]
+    # Copied, for the alignment: of a single row a slice calls itself contiguous, whatever its stride and its offset.
+    parts = [part.clone(memory_format=torch.contiguous_format) for part in rows.split(widths, 1)]
+    return [part.view(column.dtype) for part, column in zip(parts, like, strict=True)]
 
 
 def _sum_by_token(rows: Tensor, tokens: Tensor, count: int, most: int) -> Tensor:
