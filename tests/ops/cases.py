@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Case:
     unused_slots: Tensor
 
 
-def case(ranges: list[tuple[int, int]], page_size: int, seed: int = 0) -> Case:
+def case(ranges: list[tuple[int, int]], page_size: int, seed: int = 0, device: str = "cpu") -> Case:
     """Scatters the ranges' pages and slots over pools that are a third larger than needed."""
     rng = np.random.default_rng(seed)
     needed = [-(-(start + length) // page_size) for start, length in ranges]
@@ -41,20 +41,43 @@ def case(ranges: list[tuple[int, int]], page_size: int, seed: int = 0) -> Case:
         tables[row, :count] = pages[at : at + count]
         at += count
     starts, lengths = np.array(ranges, np.int32).T
-    segments = make_segments(starts, lengths, tables, slots[: len(ranges)], page_size)
+    segments = make_segments(starts, lengths, tables, slots[: len(ranges)], page_size, device)
     unused_pages = torch.from_numpy(np.append(pages[at:], 0))
     return Case(segments, num_pages, num_slots, unused_pages, torch.from_numpy(np.append(slots[len(ranges) :], 0)))
 
 
 def paged(case: Case, *middle: int, tokens: Tensor) -> Tensor:
     """A pool [page, *middle, token, dim] with `tokens[s]` [L, *middle, dim] in the pages of segment s, else NaN."""
-    size = case.segments.page_size
-    pool = torch.full((case.num_pages, *middle, size, tokens[0].shape[-1]), float("nan"), dtype=tokens[0].dtype)
+    size, like = case.segments.page_size, tokens[0]
+    shape = (case.num_pages, *middle, size, like.shape[-1])
+    pool = torch.full(shape, float("nan"), dtype=like.dtype, device=like.device)
     by_token = pool.movedim(-2, 1)
     for s, values in enumerate(tokens):
-        at = torch.arange(len(values))
+        at = torch.arange(len(values), device=like.device)
         by_token[case.segments.page_table[s, at // size], at % size] = values
     return pool
+
+
+def for_a_graph(segments: Segments, pages: int, padding: int = 0, longest: int | None = None) -> Segments:
+    """The segments as a graph sees them: padded, tables `pages` wide, and nothing of the batch known on the host.
+
+    `padding` ranges of one token on page 0 follow; what lies behind a sequence's pages is garbage. `longest`: the bound
+    of a range's length.
+    """
+    lengths = np.append(segments.host_lengths, np.ones(padding, np.int32))
+    starts = np.append(segments.host_starts, np.zeros(padding, np.int32))
+    tables = np.full((len(lengths), pages), 2**30, np.int32)
+    own = segments.page_table.cpu().numpy()
+    for row, end in enumerate((segments.host_starts + segments.host_lengths).tolist()):
+        needed = -(-end // segments.page_size)
+        tables[row, :needed] = own[row, :needed]
+    tables[len(own) :, :1] = 0
+    slots = np.append(segments.slots.cpu().numpy(), np.zeros(padding, np.int32))
+    made = make_segments(starts, lengths, tables, slots, segments.page_size, segments.device)
+    unknown = np.full_like(lengths, -1)
+    wide = torch.from_numpy(tables).to(segments.device)
+    longest = longest or made.max_length
+    return replace(made, page_table=wide, host_starts=unknown, host_lengths=unknown, max_length=longest, max_end=-1)
 
 
 def ends(case: Case) -> list[int]:

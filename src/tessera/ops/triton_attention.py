@@ -1,0 +1,224 @@
+"""Paged attention in Triton; see `paged_attention_reference` for what it computes.
+
+Two kernels serve a step, each leaving the ranges of the other alone. Ranges of up to `SHORT` tokens (decode, verify)
+are bound by memory: their keys are cut into splits, so that few sequences keep a whole chip busy (Flash-Decoding, Dao
+et al. 2023). Longer ranges are bound by arithmetic: FlashAttention-2 (arXiv 2307.08691) over tiles of queries. In both
+the query heads of a key head are rows of one tile, so that a key is read once for all of them: row r of a range is
+query r // G, head r % G. M rows of a tile, N keys of a tile, G query heads of a key head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera.ops.segments import Segments
+from tessera.ops.triton_common import LOG2E, dot, num_processors
+from tessera.ops.triton_softmax import NEVER, combine, fold, normalised, split_of, token_offsets
+
+SHORT = (
+    8  # tokens of the longest range that the split kernel takes: by a range's own length, so that others don't matter
+)
+WAVES = 4  # programs per multiprocessor that the splits aim at
+MAX_SPLITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and keys of a tile, and how a program runs: warps, and loads that are under way at once (stages)."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# By element size and head dim (0: any other), on one H200; `bench/kernels.py attention --sweep` tries others.
+DECODE = {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 3)}
+PREFILL = {(2, 64): Tile(128, 128, 8, 2), (2, 128): Tile(128, 64, 8, 3), (2, 256): Tile(128, 64, 8, 2)}
+WIDE = Tile(16, 32, 4, 2)  # fp32, on the plain units
+
+
+@triton.jit
+def _tile(
+    q, acc, m, total, k_base, v_base, table, n, end, position, scale, page_stride, token_stride,
+    MASKED: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The sums of M rows after the keys n .. n + N - 1."""
+    at = token_offsets(table, n, end, page_stride, token_stride, PAGE, N)[:, None] + tl.arange(0, D)
+    if MASKED:
+        inside = (n + tl.arange(0, N) < end)[:, None]
+        k = tl.load(k_base + at, mask=inside, other=0.0)
+        v = tl.load(v_base + at, mask=inside, other=0.0)  # what lies behind the end may be NaN, and 0 * NaN is NaN
+    else:
+        k = tl.load(k_base + at)
+        v = tl.load(v_base + at)
+    scores = dot(q, tl.trans(k.to(q.dtype)), None) * scale
+    if MASKED:
+        key = n + tl.arange(0, N)
+        scores = tl.where((key <= position[:, None]) & (key < end), scores, float("-inf"))
+    weights, shrink, m, total = fold(scores, m, total)
+    acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
+    return acc, m, total
+
+
+@triton.jit
+def _decode(
+    q, pool, out, partial, lse, cu_lengths, starts, lengths, page_table, scale, kv_scale,
+    q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr,
+    SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (segment, key head, split and block of rows) of ranges of up to SHORT tokens."""
+    s, head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
+    length = tl.load(lengths + s)
+    if length > SHORT or block * M >= length * G:
+        return
+    start = tl.load(starts + s)
+    end = start + length
+    first, last = split_of(end, split, SPLITS, N)
+    if first >= end:
+        return
+    row = block * M + tl.arange(0, M)
+    i, h = row // G, head * G + row % G
+    live, dims = (i < length)[:, None], tl.arange(0, D)
+    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
+    x = tl.load(q + (token * q_token + h * q_head)[:, None] + dims, mask=live, other=0.0)
+    k_base = pool + head * head_stride
+    v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
+    for n in range(first, last, N):
+        acc, m, total = _tile(
+            x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
+            True, D, PAGE, N,
+        )  # fmt: skip
+    acc, sums = normalised(acc, m, total)
+    acc *= kv_scale
+    if SPLITS == 1:
+        tl.store(out + (token * out_token + h * out_head)[:, None] + dims, acc.to(out.dtype.element_ty), mask=live)
+    else:
+        at = (((s * Q + i) * (tl.num_programs(1) * G) + h) * SPLITS + split).to(tl.int64)
+        tl.store(partial + at[:, None] * D + dims, acc, mask=live)
+        tl.store(lse + at, sums, mask=i < length)
+
+
+@triton.jit
+def _prefill(
+    q, pool, out, tiles, cu_lengths, starts, lengths, page_table, scale, kv_scale,
+    q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (key head, tile) of the longer ranges; `tiles` [number, 2]: segment (-1: none) and block of each tile."""
+    head, tile = tl.program_id(0), tl.program_id(1)
+    s = tl.load(tiles + 2 * tile)
+    if s < 0:
+        return
+    block = tl.load(tiles + 2 * tile + 1)
+    start, length = tl.load(starts + s), tl.load(lengths + s)
+    row = block * M + tl.arange(0, M)
+    i, h = row // G, head * G + row % G
+    live, dims = (i < length)[:, None], tl.arange(0, D)
+    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
+    x = tl.load(q + (token * q_token + h * q_head)[:, None] + dims, mask=live, other=0.0)
+    k_base = pool + head * head_stride
+    v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
+    seen_by_all = (start + block * M // G + 1) // N * N
+    end = start + tl.minimum(length, (block * M + M - 1) // G + 1)
+    for n in range(0, seen_by_all, N):
+        acc, m, total = _tile(
+            x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
+            False, D, PAGE, N,
+        )  # fmt: skip
+    for n in range(seen_by_all, end, N):
+        acc, m, total = _tile(
+            x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
+            True, D, PAGE, N,
+        )  # fmt: skip
+    acc, _ = normalised(acc, m, total)
+    acc *= kv_scale
+    tl.store(out + (token * out_token + h * out_head)[:, None] + dims, acc.to(out.dtype.element_ty), mask=live)
+
+
+def tiles_of(segments: Segments, group: int, m: int, above: int) -> Tensor:
+    """[number, 2] int32: segment and block of each tile of `m` rows of the ranges longer than `above`; -1: no tile.
+
+    `group` rows a token. Their number is a bound that follows from S and T; those that begin late in a sequence, the
+    longest, come first. Made on the device, once per step.
+    """
+    return segments.once(("tiles", group, m, above), lambda: _tiles(segments, group, m, above))
+
+
+def _tiles(segments: Segments, group: int, m: int, above: int) -> Tensor:
+    num_tokens = segments.num_tokens
+    bound = num_tokens * group // m + min(segments.num_segments, num_tokens // (above + 1))
+    lengths = segments.lengths
+    counts = torch.where(lengths > above, (lengths * group + m - 1) // m, 0)
+    ends = counts.cumsum(0)
+    tile = ends[-1] - 1 - torch.arange(bound, device=segments.device)
+    segment = torch.searchsorted(ends, tile, right=True).clamp_(max=segments.num_segments - 1)
+    block = tile - (ends - counts)[segment]
+    return torch.stack((torch.where(tile < 0, -1, segment), block), 1).int()
+
+
+def splits_of(segments: Segments, programs: int, n: int, waves: int) -> int:
+    """Splits of a sequence's keys, from static sizes: `programs` without splits, tiles of n keys."""
+    wanted = waves * num_processors(segments.device) // max(programs, 1)
+    most = triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)
+    return max(1, min(wanted, most, MAX_SPLITS))
+
+
+def paged_attention(
+    q: Tensor, pool: Tensor, segments: Segments, scale: float, kv_scale: float = 1.0, *,
+    decode: Tile | None = None, prefill: Tile | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """See `paged_attention_reference`. D is a power of two, 16 at least; only the last dims must be dense.
+
+    The pool has q's dtype, or is fp8_e4m3 with values that are to be multiplied by `kv_scale`. `decode`, `prefill` and
+    `splits` override what the tables say.
+    """
+    (num_tokens, num_q, dim), num_kv = q.shape, pool.shape[2]
+    assert dim >= 16 and dim & (dim - 1) == 0, f"the Triton kernels want a head dim of 16, 32, 64, ..., not {dim}"
+    assert q.stride(2) == pool.stride(4) == 1, "the elements of a head must be neighbours"
+    group, out = num_q // num_kv, q.new_empty(q.shape)
+    if num_tokens == 0:
+        return out
+    key = (q.element_size(), dim)
+    ranges = (segments.cu_lengths, segments.starts, segments.lengths, segments.page_table)
+    strides = (
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        *pool.stride()[:4],
+        segments.page_table.stride(0),
+    )
+    numbers = (scale * LOG2E.value, kv_scale)
+    shape = {"G": group, "D": dim, "PAGE": segments.page_size}
+    t = decode or DECODE.get(key, WIDE)
+    queries = min(SHORT, segments.max_length)
+    blocks = triton.cdiv(queries * group, t.m)
+    splits = splits or splits_of(segments, segments.num_segments * num_kv * blocks, t.n, WAVES)
+    rows = segments.num_segments * queries * num_q if splits > 1 else 0
+    partial, lse = (q.new_empty(rows * splits * n, dtype=torch.float32) for n in (dim, 1))
+    _decode[(segments.num_segments, num_kv, splits * blocks)](
+        q, pool, out, partial, lse, *ranges, *numbers, *strides, **shape, SHORT=SHORT, Q=queries, SPLITS=splits,
+        M=t.m, N=t.n, num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    if splits > 1:
+        combine[(segments.num_segments * queries, num_q)](
+            partial, lse, out, None, *ranges[:3], out.stride(0), out.stride(1), D=dim, Q=queries, SHORT=SHORT,
+            PREFIX=False, HAS_LSE=False, SPLITS=splits, N=t.n, B=min(16, triton.next_power_of_2(splits)), num_warps=2,
+        )  # fmt: skip
+    if segments.max_length > SHORT:
+        t = prefill or PREFILL.get(key, WIDE)
+        tiles = tiles_of(segments, group, t.m, SHORT)
+        _prefill[(num_kv, len(tiles))](
+            q, pool, out, tiles, *ranges, *numbers, *strides, **shape,
+            M=t.m, N=t.n, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,84 @@
+"""Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over paged keys, and the sum of its splits.
+
+M rows of queries, N keys of a tile, D dims. Scores are in base 2: `scale` carries log2(e).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tessera.ops.triton_common import dot
+
+NEVER = tl.constexpr(-1.0e30)  # the maximum of nothing: finite, so that a row that sees no key of a tile makes no NaN
+
+
+@triton.jit
+def token_offsets(table, n, end, page_stride, token_stride, PAGE: tl.constexpr, N: tl.constexpr):
+    """[N] offsets in the pool of the tokens n .. n + N - 1 of a sequence; the table is not read behind `end`."""
+    if PAGE % N == 0:  # a tile lies in one page
+        page = tl.load(table + n // PAGE).to(tl.int64)
+        return page * page_stride + (n % PAGE + tl.arange(0, N)) * token_stride
+    else:
+        token = n + tl.arange(0, N)
+        page = tl.load(table + token // PAGE, mask=token < end, other=0).to(tl.int64)
+        return page * page_stride + (token % PAGE) * token_stride
+
+
+@triton.jit
+def fold(scores, m, total):
+    """One tile of scores [M, N] (-inf where hidden): weights [M, N], what the sums so far shrink by, new m and total."""
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    weights = tl.exp2(scores - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    return weights, shrink, m_new, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def normalised(acc, m, total):
+    """The mean of values [M, D] and log2 of the sum of exponentials [M]; 0 and -inf for a row that saw no key."""
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    return acc, m + tl.log2(total)
+
+
+@triton.jit
+def split_of(end, split, SPLITS: tl.constexpr, N: tl.constexpr):
+    """(first, last) key of a split: whole tiles, and a function of the sequence's own length."""
+    size = tl.cdiv(tl.cdiv(end, SPLITS), N) * N
+    return split * size, tl.minimum((split + 1) * size, end)
+
+
+@triton.jit
+def combine(
+    partial, lse, out, out_lse, cu_lengths, starts, lengths, out_token, out_head,
+    D: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, PREFIX: tl.constexpr, HAS_LSE: tl.constexpr,
+    SPLITS: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program (segment * Q + query, head): joins partial [S * Q, H, SPLITS, D] and lse [S * Q, H, SPLITS] into out."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    s, i = row // Q, row % Q
+    length = tl.load(lengths + s)
+    if i >= length or length > SHORT:
+        return
+    end = tl.load(starts + s)
+    if not PREFIX:
+        end += length
+    num = tl.cdiv(end, tl.cdiv(tl.cdiv(end, SPLITS), N) * N)
+    base = (row * tl.num_programs(1) + head).to(tl.int64) * SPLITS
+    dims = tl.arange(0, D)
+    m, total, acc = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([D], tl.float32)
+    for first in range(0, num, B):
+        split = first + tl.arange(0, B)
+        part = tl.load(lse + base + split, mask=split < num, other=float("-inf"))
+        m_new = tl.maximum(m, tl.max(part, 0))
+        weights = tl.exp2(part - m_new)
+        values = tl.load(partial + (base + split)[:, None] * D + dims, mask=(split < num)[:, None], other=0.0)
+        shrink = tl.exp2(m - m_new)
+        acc = acc * shrink + tl.sum(values * weights[:, None], 0)
+        total = total * shrink + tl.sum(weights, 0)
+        m = m_new
+    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + token * out_token + head * out_head + dims, acc.to(out.dtype.element_ty))
+    if HAS_LSE:
+        tl.store(out_lse + token * tl.num_programs(1) + head, m + tl.log2(total))
