@@ -176,13 +176,13 @@ def paged_attention(
     q: Tensor, pool: Tensor, segments: Segments, scale: float, kv_scale: float = 1.0, *,
     decode: Tile | None = None, prefill: Tile | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `paged_attention_reference`. D is a power of two, 16 at least; only the last dims must be dense.
+    """See `paged_attention_reference`. D is a power of two from 16 to 256; only the last dims must be dense.
 
     The pool has q's dtype, or is fp8_e4m3 with values that are to be multiplied by `kv_scale`. `decode`, `prefill` and
     `splits` override what the tables say.
     """
     (num_tokens, num_q, dim), num_kv = q.shape, pool.shape[2]
-    assert dim >= 16 and dim & (dim - 1) == 0, f"the Triton kernels want a head dim of 16, 32, 64, ..., not {dim}"
+    assert dim in (16, 32, 64, 128, 256), f"the Triton kernels want a head dim of 16, 32, 64, 128 or 256, not {dim}"
     assert q.stride(2) == pool.stride(4) == 1, "the elements of a head must be neighbours"
     group, out = num_q // num_kv, q.new_empty(q.shape)
     if num_tokens == 0:

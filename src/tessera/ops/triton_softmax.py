@@ -8,8 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tessera.ops.triton_common import dot
-
 NEVER = tl.constexpr(-1.0e30)  # the maximum of nothing: finite, so that a row that sees no key of a tile makes no NaN
 
 
@@ -27,7 +25,7 @@ def token_offsets(table, n, end, page_stride, token_stride, PAGE: tl.constexpr, 
 
 @triton.jit
 def fold(scores, m, total):
-    """One tile of scores [M, N] (-inf where hidden): weights [M, N], what the sums so far shrink by, new m and total."""
+    """A tile of scores [M, N], -inf where hidden: its weights, what the sums so far shrink by, the new m and total."""
     m_new = tl.maximum(m, tl.max(scores, 1))
     weights = tl.exp2(scores - m_new[:, None])
     shrink = tl.exp2(m - m_new)

@@ -1,0 +1,188 @@
+"""Norm, rope and cache write of a step's tokens as one kernel each; the plain twins are in `fused.py`.
+
+A program takes one token and a block of heads, in fp32 from the projection to the cache: nothing is rounded between.
+T tokens, H heads, D head dim, R latent rank, Dr rope dim; B heads of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera.ops.fused import HeadInputs, LatentInputs
+from tessera.ops.rope import RopeTables
+from tessera.ops.segments import Segments
+
+BLOCK = 8  # heads of a program: with D = 128, eight elements a thread
+
+
+@triton.jit
+def _columns(half, P: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """[P] where the first and the second of each pair lie."""
+    i = tl.arange(0, P)
+    if INTERLEAVED:
+        return 2 * i, 2 * i + 1
+    else:
+        return i, half + i
+
+
+@triton.jit
+def _rotated(a, b, cos, sin, position, half, P: tl.constexpr):
+    """Pairs [B, P] turned by the angles of a position."""
+    i = tl.arange(0, P)
+    c = tl.load(cos + position * half + i, mask=i < half, other=1.0)
+    s = tl.load(sin + position * half + i, mask=i < half, other=0.0)
+    return a * c - b * s, b * c + a * s
+
+
+@triton.jit
+def _weight(norm, at, mask, ZERO_CENTRED: tl.constexpr):
+    w = tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)
+    if ZERO_CENTRED:
+        w += 1.0
+    return w
+
+
+@triton.jit
+def _normed_rotated(
+    x, norm, to, head, cos, sin, position, half, eps, to_head, HEADS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    P: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Heads [B] of x [H, D], normed and their first 2 * half dims rotated, to `to` [H, D] with its own head stride."""
+    live, i = (head < HEADS)[:, None], tl.arange(0, P)
+    first, second = _columns(half, P, INTERLEAVED)
+    inside = live & (i < half)
+    at = head[:, None] * D
+    a = tl.load(x + at + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + at + second, mask=inside, other=0.0).to(tl.float32)
+    dims = 2 * half + tl.arange(0, REST)
+    outside = live & (dims < D)
+    rest = tl.load(x + at + dims, mask=outside, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(rest * rest, 1)
+        factor = tl.rsqrt(squares / D + eps)[:, None]
+        a *= factor * _weight(norm, first, i < half, ZERO_CENTRED)
+        b *= factor * _weight(norm, second, i < half, ZERO_CENTRED)
+        rest *= factor * _weight(norm, dims, dims < D, ZERO_CENTRED)
+    a, b = _rotated(a, b, cos, sin, position, half, P)
+    at = head[:, None] * to_head
+    tl.store(to + at + first, a.to(to.dtype.element_ty), mask=inside)
+    tl.store(to + at + second, b.to(to.dtype.element_ty), mask=inside)
+    tl.store(to + at + dims, rest.to(to.dtype.element_ty), mask=outside)
+
+
+@triton.jit
+def _write_heads(
+    y, q_norm, k_norm, q_out, pool, cos, sin, positions, write_page, write_offset, half, eps,
+    q_column, k_column, v_column, y_row, page_stride, plane_stride, head_stride, token_stride,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block of heads): first the blocks of queries, then of keys, then of values."""
+    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(positions + t).to(tl.int64)
+    row = y + t * y_row
+    q_blocks: tl.constexpr = (HQ + B - 1) // B
+    k_blocks: tl.constexpr = (HK + B - 1) // B
+    if block < q_blocks:
+        _normed_rotated(
+            row + q_column, q_norm, q_out + t * HQ * D, block * B + tl.arange(0, B), cos, sin, position, half, eps, D,
+            HQ, D, B, P, REST, INTERLEAVED, NORM, ZERO_CENTRED,
+        )  # fmt: skip
+        return
+    to = pool + tl.load(write_page + t).to(tl.int64) * page_stride + tl.load(write_offset + t) * token_stride
+    if block < q_blocks + k_blocks:
+        head = (block - q_blocks) * B + tl.arange(0, B)
+        _normed_rotated(
+            row + k_column, k_norm, to, head, cos, sin, position, half, eps, head_stride,
+            HK, D, B, P, REST, INTERLEAVED, NORM, ZERO_CENTRED,
+        )  # fmt: skip
+    else:
+        head, dims = (block - q_blocks - k_blocks) * B + tl.arange(0, B), tl.arange(0, DP)
+        live = (head < HK)[:, None] & (dims < D)
+        v = tl.load(row + v_column + head[:, None] * D + dims, mask=live, other=0.0)
+        tl.store(to + plane_stride + head[:, None] * head_stride + dims, v.to(pool.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _cache_latent(
+    x, norm, to, cos, sin, position, half, eps,
+    R: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """One token's latent and key, x [R + 2 * half], normed and rotated to `to`."""
+    r, i = tl.arange(0, RP), tl.arange(0, P)
+    first, second = _columns(half, P, INTERLEAVED)
+    latent = tl.load(x + r, mask=r < R, other=0.0).to(tl.float32)
+    latent *= tl.rsqrt(tl.sum(latent * latent, 0) / R + eps) * _weight(norm, r, r < R, False)
+    tl.store(to + r, latent.to(to.dtype.element_ty), mask=r < R)
+    a = tl.load(x + R + first, mask=i < half, other=0.0).to(tl.float32)
+    b = tl.load(x + R + second, mask=i < half, other=0.0).to(tl.float32)
+    a, b = _rotated(a, b, cos, sin, position, half, P)
+    tl.store(to + R + first, a.to(to.dtype.element_ty), mask=i < half)
+    tl.store(to + R + second, b.to(to.dtype.element_ty), mask=i < half)
+
+
+@triton.jit
+def _write_latents(
+    y, q, norm, q_out, pool, cos, sin, positions, write_page, write_offset, half, eps,
+    column, y_row, q_row, q_head, page_stride, token_stride,
+    H: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block of heads): block 0 writes the cache, the others rotate queries. q begins at its Dr dims."""
+    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(positions + t).to(tl.int64)
+    i = tl.arange(0, P)
+    first, second = _columns(half, P, INTERLEAVED)
+    if block == 0:
+        to = pool + tl.load(write_page + t).to(tl.int64) * page_stride + tl.load(write_offset + t) * token_stride
+        _cache_latent(y + t * y_row + column, norm, to, cos, sin, position, half, eps, R, P, RP, INTERLEAVED)
+        return
+    head = (block - 1) * B + tl.arange(0, B)
+    inside = (head < H)[:, None] & (i < half)
+    at = q + t * q_row + head[:, None] * q_head
+    a = tl.load(at + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + second, mask=inside, other=0.0).to(tl.float32)
+    a, b = _rotated(a, b, cos, sin, position, half, P)
+    to = q_out + (t * H + head[:, None]) * (2 * half)
+    tl.store(to + first, a.to(q_out.dtype.element_ty), mask=inside)
+    tl.store(to + second, b.to(q_out.dtype.element_ty), mask=inside)
+
+
+def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments) -> Tensor:
+    """See `fused.write_heads`. Columns of y and dims of the pool are dense."""
+    dim, half = inputs.dim, inputs.tables.dim // 2
+    num_q, num_kv = ((at.stop - at.start) // dim for at in (inputs.q, inputs.k))
+    q = y.new_empty(len(y), num_q, dim)
+    if len(y) == 0:
+        return q
+    assert y.stride(1) == pool.stride(4) == 1, "neighbours in a head must be neighbours in memory"
+    blocks = triton.cdiv(num_q, BLOCK) + 2 * triton.cdiv(num_kv, BLOCK)
+    _write_heads[(len(y), blocks)](
+        y, inputs.q_norm, inputs.k_norm, q, pool, *_rope(inputs.tables, segments), half, inputs.eps,
+        inputs.q.start, inputs.k.start, inputs.v.start, y.stride(0), *pool.stride()[:4],
+        HQ=num_q, HK=num_kv, D=dim, DP=triton.next_power_of_2(dim), B=BLOCK, P=triton.next_power_of_2(half),
+        REST=triton.next_power_of_2(max(dim - 2 * half, 1)), INTERLEAVED=inputs.interleaved,
+        NORM=inputs.q_norm is not None, ZERO_CENTRED=inputs.zero_centred,
+    )  # fmt: skip
+    return q
+
+
+def write_latents(y: Tensor, q: Tensor, inputs: LatentInputs, pool: Tensor, segments: Segments) -> Tensor:
+    """See `fused.write_latents`. Columns of y, dims of q and of the pool are dense."""
+    num_heads, dim, rank = q.shape[1], inputs.tables.dim, len(inputs.norm)
+    q_rope = q.new_empty(len(q), num_heads, dim)
+    if len(y) == 0:
+        return q_rope
+    assert y.stride(1) == q.stride(2) == pool.stride(2) == 1, "neighbours in a head must be neighbours in memory"
+    _write_latents[(len(y), 1 + triton.cdiv(num_heads, BLOCK))](
+        y, q[..., q.shape[-1] - dim :], inputs.norm, q_rope, pool, *_rope(inputs.tables, segments), dim // 2,
+        inputs.eps, inputs.kv.start, y.stride(0), *q.stride()[:2], *pool.stride()[:2], H=num_heads, R=rank, B=BLOCK,
+        P=triton.next_power_of_2(dim // 2), RP=triton.next_power_of_2(rank), INTERLEAVED=inputs.interleaved,
+    )  # fmt: skip
+    return q_rope
+
+
+def _rope(tables: RopeTables, segments: Segments) -> tuple[Tensor, ...]:
+    """The angles by position, and where each token is and goes."""
+    return tables.cos, tables.sin, segments.positions, segments.write_page, segments.write_offset
