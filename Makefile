@@ -11,7 +11,7 @@ endif
 BIN := .venv/bin
 TYPED := $(wildcard src/tessera/core src/tessera/plan src/tessera/transfer)
 
-.PHONY: venv serve test lint format matrix bench clean distclean
+.PHONY: venv serve test test-faults lint format matrix bench clean distclean
 
 venv:
 	@exec $(PYTHON) tools/make_venv.py
@@ -21,6 +21,9 @@ serve: venv
 
 test: venv
 	@exec $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-faults: venv
+	@HYPOTHESIS_PROFILE=faults exec $(BIN)/python -m pytest tests/plan/test_handoff_model.py tests/plan/test_handoff_faults.py --timeout 7200 $(ARGS)
 
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy $(TYPED) tools

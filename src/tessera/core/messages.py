@@ -38,6 +38,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     token_ids_logprob: tuple[int, ...] = ()  # further tokens whose logprob is wanted at each position
 
 
+class Address(msgspec.Struct, frozen=True):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
 class Submit(msgspec.Struct, tag=True, frozen=True):
     """A new request. `n` choices share the prompt; they are forked when it is computed."""
 
@@ -50,6 +60,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     received: float = 0.0  # wall clock, seconds
     dp_rank: int | None = None  # of the attention's groups or of the replicas; None: as --load-balance-method says
     bootstrap_room: int | None = None  # number of its hand-over; follow_bootstrap_room: DP rank room % dp takes it
+    bootstrap: Address | None = None  # where its prefill server is met; read at decode
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tessera.core.errors import ConfigError, Conflict
 from tessera.plan.balance import BALANCES
+from tessera.plan.handoff import HandoffConfig
 from tessera.plan.policy import POLICIES
 
 
@@ -21,7 +22,8 @@ class PlannerConfig:
     `max_context`: most tokens of a sequence, prompt and answer. `max_in_flight`: steps planned and not yet done.
     `max_queued`: most requests waiting (<= 0: no limit).
     `split_from`: a step whose largest part has at least this many tokens is run as two halves, on all ranks (0: none
-    is); `split_share`, `split_grain`: where each part is cut, see `halves.cut`.
+    is); `split_share`, `split_grain`: where each part is cut, see `halves.cut`. `handoff`: prompts are computed on one
+    server and answered on another, of which this is one.
     """
 
     max_running: int
@@ -42,6 +44,7 @@ class PlannerConfig:
     split_from: int = 0
     split_share: float = 0.48
     split_grain: int = 64
+    handoff: HandoffConfig | None = None
 
     def __post_init__(self) -> None:
         conflicts = [

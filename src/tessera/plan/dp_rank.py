@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,7 @@ from tessera.plan.config import PlannerConfig
 from tessera.plan.request import Sequence, grouped
 from tessera.plan.slots import UNLIMITED
 from tessera.plan.state import RankState
-from tessera.plan.step import NO_INTS, Bools, Ints, Part, PartDone, empty_part, ints
+from tessera.plan.step import NO_INTS, Bools, Ints, Part, PartDone, Send, empty_part, ints
 
 
 @dataclass(slots=True)
@@ -36,9 +37,10 @@ class InFlight:
 class DpRank:
     """Plans the part of one DP rank in each step, and hears how it went."""
 
-    def __init__(self, config: PlannerConfig, dp_rank: int) -> None:
+    def __init__(self, config: PlannerConfig, dp_rank: int, tickets: Iterator[int]) -> None:
         self.config = config
         self.state = RankState(config, dp_rank)
+        self._tickets = tickets
         self._rows = NO_INTS
         self._draws = np.zeros(0, np.bool_)
         self._slack = 0
@@ -53,6 +55,8 @@ class DpRank:
         Where decodes do not ride along, `prompts_first` says whose turn it is; the others run if those have nothing.
         """
         ranges = _Ranges()
+        if self.state.arrived and self.state.seat_arrived(index):
+            self._dirty = True
         if self._rides():
             if self._decode(ranges, index):
                 self._prefill(ranges, index)
@@ -102,8 +106,27 @@ class DpRank:
             np.concatenate([np.clip(ends - logits_from, 0, lengths), ones]),
             table.draws[np.concatenate([first, ranges.rows])] & np.concatenate([ends == known, ones == 1]),
             state.change.take(),
+            self._sends(ranges),
         )
         return part, InFlight(index, part.rows, part.starts + part.lengths, part.samples, tuple(sequences))
+
+    def _sends(self, ranges: _Ranges) -> tuple[Send, ...]:
+        """What these ranges complete of prompts that go elsewhere: full pages, and with the last all the rest."""
+        sends = []
+        for sequence, start, length in ranges.prefill:
+            if (route := sequence.route) is None:
+                continue
+            end, first = start + length, sequence.num_sent
+            last = end == sequence.goal
+            upto = self.config.pages_for(end) if last else end // self.config.page_size
+            if upto == first and not last:
+                continue
+            sequence.num_sent = upto
+            reserve, slots = route.reserve, (sequence.slot, route.reserve.slot) if last else (-1, -1)
+            pages = self.state.table.pages[sequence.row, first:upto].copy(), reserve.pages[first:upto]
+            ticket = next(self._tickets)
+            sends.append(Send(sequence.key, ticket, route.peer, reserve.dp_rank, *pages, *slots, last))
+        return tuple(sends)
 
     def _ready(self) -> Ints:
         """Rows that have one token to compute."""
@@ -168,6 +191,7 @@ class DpRank:
         """
         state, table = self.state, self.state.table
         order = table.standing()
+        order = order[[table.occupant(row).route is None for row in order.tolist()]]  # others may be read by writers
         needy, going = np.zeros((2, len(table.ready)), np.bool_)
         needy[rows[need]] = going[rows] = True
         short = int(np.count_nonzero(need)) - state.pages.available
@@ -256,26 +280,70 @@ class DpRank:
         if len(drawn) < len(rows):
             scored = rows[~(samples | table.draws[rows])]
             ended += scored[table.done[scored] == table.goal[scored]].tolist()
-        return self._leave([table.occupant(row) for row in ended])
+        return self._leave([s for s in map(table.occupant, ended) if not self._sent_off(s)])
 
-    def add(self, sequences: list[Sequence]) -> None:
-        """The choices of a request wait for a row."""
+    def _sent_off(self, sequence: Sequence) -> bool:
+        """A prompt that another server takes over is computed: its row is free, its pages are when they are written."""
+        if sequence.route is None:
+            return False
+        self.state.detach(sequence)
+        self.state.away[sequence] = None
+        self._dirty = True
+        return True
+
+    def add(self, sequences: list[Sequence], away: bool = False) -> Sequence:
+        """The choices of a request wait for a row, or while `away` for their hand-over. Returns the first."""
         load = self.state.load
         load.num_taken += 1
         load.num_requests += len(sequences)
         for sequence in sequences:
             sequence.dp_rank = load.dp_rank
             load.num_tokens += sequence.goal
-        for leader in grouped(sequences) if len(sequences) > 1 else sequences:
-            self.state.queue.push(leader)
+        leaders = grouped(sequences) if len(sequences) > 1 else sequences
+        for leader in leaders:
+            if away:
+                self.state.away[leader] = None
+            else:
+                self.state.queue.push(leader)
+        return leaders[0]
+
+    def release_away(self, sequence: Sequence) -> None:
+        """Its hand-over is so far that it may be computed."""
+        del self.state.away[sequence]
+        self.state.queue.push(sequence)
+
+    def free(self, key: int, sequence: Sequence | None) -> None:
+        """Nobody writes or reads for hand-over `key` any more; `sequence`: whose it is, if that is still live."""
+        if sequence is not None and sequence.row >= 0:  # its writes were told before its step
+            self._sent_off(sequence)
+        self.state.lapse(key)
+
+    def hand_on(self, leader: Sequence) -> Sequence:
+        """The first of several choices ends while their prompt is on its way: the next one waits in its place."""
+        first, *rest = leader.forks
+        leader.forks, first.forks, first.leader, first.key = (), tuple(rest), None, leader.key
+        for other in rest:
+            other.leader = first
+        self.state.away[first] = None
+        return first
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ends, wherever it is."""
+        if sequence.row >= 0 and sequence.route is not None:
+            self.state.detach(sequence)
+            self._dirty = True
+            self._end(sequence)
+            return
         if sequence.row >= 0:
             self._leave([sequence])
             return
         self._end(sequence)
-        if sequence.leader is not None:
+        if sequence in self.state.away:
+            del self.state.away[sequence]
+            if sequence in self.state.arrived:
+                self.state.arrived.remove(sequence)
+                self.state.lapse(sequence.key)
+        elif sequence.leader is not None:
             sequence.leader.forks = tuple(s for s in sequence.leader.forks if s is not sequence)
         else:
             self.state.queue.discard(sequence)

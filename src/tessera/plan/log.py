@@ -22,8 +22,10 @@ import numpy as np
 from tessera.core.errors import LogError
 from tessera.core.messages import Output
 from tessera.plan.config import PlannerConfig
+from tessera.plan.events import Event
+from tessera.plan.handoff import Errand
 from tessera.plan.scheduler import Planner
-from tessera.plan.step import Event, Step
+from tessera.plan.step import Step
 
 
 class Began(msgspec.Struct, tag=True, frozen=True):
@@ -105,6 +107,10 @@ class Recorder:
         """See `Planner.apply`."""
         self._write(encode(Applied(list(events))))
         return self.planner.apply(events)
+
+    def errands(self) -> list[Errand]:
+        """See `Planner.errands`."""
+        return self.planner.errands()
 
     def next_step(self) -> Step | None:
         """See `Planner.next_step`."""

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from tessera.core.messages import Fault, FinishReason, Output, SamplingParams, Submit, choice_seed
+from tessera.plan.handoff import Start
 from tessera.plan.prefix import Node
 from tessera.plan.step import Ints
 
@@ -21,6 +22,8 @@ class Sequence(msgspec.Struct, eq=False):
     then computes that token itself. `leader` is who they wait for. `num_computed` is kept while a prompt is being
     computed; the row table has it later.
     `node`: deepest node of the prefix tree whose page it holds, `num_published` pages deep.
+    `key`: its hand-over, -1 when there is none or it is past (see `handoff.py`). `route`: at prefill, where it goes;
+    `num_sent` of its pages are on their way; those of them that the prefix tree had too are kept in `swapped`.
     """
 
     request_id: str
@@ -44,6 +47,10 @@ class Sequence(msgspec.Struct, eq=False):
     dp_rank: int = 0
     entered: bool = False
     live: bool = True
+    key: int = -1
+    route: Start | None = None
+    num_sent: int = 0
+    swapped: tuple[int, ...] = ()
 
     @property
     def draws(self) -> bool:
@@ -57,8 +64,14 @@ class Sequence(msgspec.Struct, eq=False):
 
     @property
     def target(self) -> int:
-        """Position that the computation of its prompt runs to: one short of the known tokens while forks wait."""
-        return len(self.tokens) - bool(self.forks)
+        """Position that the computation of its prompt runs to: one short of the known tokens where whoever forks from
+        it, or takes it over, computes the last one."""
+        return len(self.tokens) - (bool(self.forks) or self.route is not None)
+
+    @property
+    def reusable(self) -> int:
+        """Most tokens whose pages may come from the prefix cache. What is sent is sent by the step that computes it."""
+        return min(self.logits_from, self.target - (self.route is not None))
 
     @property
     def logits_from(self) -> int:
@@ -80,6 +93,14 @@ class Sequence(msgspec.Struct, eq=False):
             error=error,
             fault=fault,
         )
+
+
+def given(submit: Submit, max_context: int, arrival: int) -> Sequence:
+    """The sequence of a request whose prompt another server will have: all choices go on from there."""
+    (sequence, *_) = choices(submit, max_context, arrival)
+    sequence.params = msgspec.structs.replace(submit.params, max_new_tokens=0)
+    sequence.goal = sequence.num_prompt - 1
+    return sequence
 
 
 def choices(submit: Submit, max_context: int, arrival: int) -> list[Sequence]:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import count
 
 from tessera.core.messages import Abort, Fault, FinishReason, Flush, Output, Stop, Submit
 from tessera.plan.balance import misplaced, place
 from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
+from tessera.plan.events import Event
 from tessera.plan.halves import cut
-from tessera.plan.request import Sequence, choices
-from tessera.plan.step import Clock, Event, Part, Step, StepDone
+from tessera.plan.handoff import Errand, Fenced, Gone, Heard, Joined, Met, Unmet, Why, Wire, Written
+from tessera.plan.handoff_desk import Desk
+from tessera.plan.request import Sequence, choices, given
+from tessera.plan.step import Clock, Part, Step, StepDone
 
 __all__ = ["Planner", "PlannerConfig"]
 
@@ -26,7 +30,9 @@ class Planner:
 
     def __init__(self, config: PlannerConfig) -> None:
         self.config = config
-        self.ranks = [DpRank(config, i) for i in range(config.num_dp)]
+        tickets = count()
+        self.ranks = [DpRank(config, i, tickets) for i in range(config.num_dp)]
+        self.desk = Desk(config.handoff) if config.handoff is not None else None
         self.now = 0.0
         self._stop_at: float | None = None
         self._requests: dict[str, list[Sequence]] = {}
@@ -43,7 +49,7 @@ class Planner:
     @property
     def idle(self) -> bool:
         """No request is here and no step is in flight."""
-        return not self._requests and not self._in_flight
+        return not self._requests and not self._in_flight and (self.desk is None or self.desk.idle)
 
     @property
     def stopping(self) -> bool:
@@ -52,8 +58,8 @@ class Planner:
 
     @property
     def num_waiting(self) -> int:
-        """Requests and forked-off choices that wait for a row."""
-        return sum(rank.state.queue.num_waiting for rank in self.ranks)
+        """Requests and forked-off choices that wait for a row, or for their hand-over."""
+        return sum(rank.state.queue.num_waiting + len(rank.state.away) for rank in self.ranks)
 
     def apply(self, events: Iterable[Event]) -> list[Output]:
         """Takes events in order; returns the outputs of sequences that end here and not on a rank (refused, aborted,
@@ -70,6 +76,9 @@ class Planner:
                 case Clock():
                     assert event.now >= self.now, f"the clock went back from {self.now} to {event.now}"
                     self.now = event.now
+                    outputs += self._handoff(event)
+                case Heard() | Met() | Unmet() | Joined() | Gone() | Fenced() | Written():
+                    outputs += self._handoff(event)
                 case Flush():
                     for rank in self.ranks:
                         rank.state.prefix.flush()
@@ -78,7 +87,16 @@ class Planner:
                     self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
             if self._stop_at is not None and self.now >= self._stop_at:
                 outputs += self._abort_all()
+        if self.desk is not None:
+            self.desk.settle(self._index, self._in_flight[0][0].index if self._in_flight else self._index)
         return outputs
+
+    def errands(self) -> list[Errand]:
+        """What is to be told to other servers, or done about them, since it was asked last."""
+        if self.desk is None:
+            return []
+        errands, self.desk.errands = self.desk.errands, []
+        return errands
 
     def next_step(self) -> Step | None:
         """The next step; None when `max_in_flight` steps are, or nothing can be computed now."""
@@ -91,6 +109,8 @@ class Planner:
         parts = tuple(part for part, _ in planned)
         step = Step(self._index, parts, self._cuts(parts))
         self._in_flight.append([record for _, record in planned])
+        if self.desk is not None:
+            self.desk.sends([send for part in parts for send in part.sends])
         self._index += 1
         return step
 
@@ -106,7 +126,7 @@ class Planner:
         found: list[Sequence] = []
         for rank in self.ranks:
             rank.state.check()
-            members = [*rank.state.queue.waiting(), *rank.state.table.running()]
+            members = [*rank.state.queue.waiting(), *rank.state.table.running(), *rank.state.away]
             members += [fork for s in members for fork in s.forks]
             assert len(members) == rank.state.load.num_requests
             assert sum(s.goal for s in members) == rank.state.load.num_tokens
@@ -118,14 +138,38 @@ class Planner:
 
     def _submit(self, submit: Submit) -> list[Output]:
         sequences = choices(submit, self.config.max_context, self._arrivals)
+        desk = self.desk if self.desk is not None and self.desk.concerns(submit) else None
         refusal = self._refusal(submit, sequences)
         if refusal is not None:
-            return [s.end("error", *refusal) for s in sequences]
+            if desk is not None:
+                desk.refuse(submit, Why(*refusal))
+            return [s.end("error", *refusal) for s in sequences] + self._handed()
+        if self.desk is not None and self.desk.done(submit):
+            return [s.end("length") for s in sequences]
+        if desk is not None and desk.gives:
+            sequences = [given(submit, self.config.max_context, self._arrivals)]
         self._arrivals += submit.n
         self._requests[submit.request_id] = sequences
-        chosen = place(self.config.load_balance, submit, [rank.state.load for rank in self.ranks])
-        self.ranks[chosen].add(sequences)
-        return []
+        rank = self.ranks[place(self.config.load_balance, submit, [rank.state.load for rank in self.ranks])]
+        if desk is None:
+            rank.add(sequences)
+            return []
+        desk.open(submit, list(sequences), rank)
+        return self._handed()
+
+    def _handoff(self, event: Wire | Clock) -> list[Output]:
+        if self.desk is None:
+            return []
+        self.desk.hear(event)
+        return self._handed()
+
+    def _handed(self) -> list[Output]:
+        """Outputs of requests whose hand-over ended them."""
+        outputs: list[Output] = []
+        for request_id, said in self.desk.ends() if self.desk is not None else ():
+            del self._requests[request_id]
+            outputs += said
+        return outputs
 
     def _refusal(self, submit: Submit, sequences: list[Sequence]) -> tuple[str, Fault] | None:
         """Why a request cannot be served here, ever or now."""
@@ -143,6 +187,8 @@ class Planner:
         config, num_prompt = self.config, len(submit.tokens)
         if submit.request_id in self._requests:
             return f"request id '{submit.request_id}' is in use; ids must be unique among requests under way"
+        if self.desk is not None and (why := self.desk.misfit(submit)) is not None:
+            return why
         if not num_prompt:
             return "the prompt has 0 tokens; at least 1 is needed"
         if num_prompt + 1 > config.max_context:
@@ -164,7 +210,11 @@ class Planner:
         sequences = self._requests.get(abort.request_id, [])
         outputs = []
         for sequence in list(sequences):
-            if abort.choice is None or sequence.choice == abort.choice:
+            if not sequence.live or (abort.choice is not None and sequence.choice != abort.choice):
+                continue
+            if self.desk is not None and self.desk.holds(sequence) and self.desk.cancel(sequence):
+                outputs += self._handed()
+            else:
                 self.ranks[sequence.dp_rank].remove(sequence)
                 outputs.append(self._ended(sequence, abort.reason))
         return outputs

@@ -9,7 +9,9 @@ occupant entered, and a result of an older step is dropped.
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,13 @@ from tessera.plan.request import Sequence, grouped
 from tessera.plan.slots import SlotPool
 from tessera.plan.step import NO_INTS, Enter, Ints, ints
 from tessera.plan.table import RowTable
+
+
+class Lease(NamedTuple):
+    """Pages and slot that another server reads from or writes to; nobody's row holds them."""
+
+    pages: Ints
+    slot: int
 
 
 class RankState:
@@ -39,6 +48,9 @@ class RankState:
         self.change = ChangeBuilder()
         self.prefilling: dict[Sequence, None] = {}  # prompts under way, in the order in which they were admitted
         self.leaders: dict[Sequence, None] = {}  # computed but for the last token, with choices that wait to fork
+        self.leases: dict[int, Lease] = {}  # by key of the hand-over
+        self.away: dict[Sequence, None] = {}  # neither queued nor in a row: their hand-over is not that far
+        self.arrived: deque[Sequence] = deque()  # prompts that are there; they wait for a row
         self.num_preempted = 0
         self._admitted: list[tuple[Sequence, Ints, int, int]] = []  # sequence, cached pages, start, pages promised
         self._num_promised = 0
@@ -51,9 +63,9 @@ class RankState:
 
     @property
     def num_spare(self) -> int:
-        """Pages that are spoken for by nobody: one is left for every row, which may need its next one."""
+        """Pages that are spoken for by nobody: one is left for every row and every lease, which may need its next."""
         pages = self.pages
-        return pages.num_free + pages.num_idle - self.table.num_running - self._num_promised
+        return pages.num_free + pages.num_idle - self.table.num_running - self._num_promised - len(self.leases)
 
     # -- into a row ------------------------------------------------------------------------------------------------
 
@@ -62,7 +74,7 @@ class RankState:
         admitted = self._admitted
         if len(admitted) >= len(self.table.free) or len(admitted) >= self.slots.room:
             return False
-        num_known, size = len(sequence.tokens), self.config.page_size
+        num_known, size = min(len(sequence.tokens), sequence.goal), self.config.page_size
         sequence.node, cached = self.match(sequence) if self.prefix.enabled else (None, NO_INTS)
         num_cached = len(cached)
         if num_cached:
@@ -94,12 +106,12 @@ class RankState:
             np.concatenate([shared, fresh[end - count : end]]) if len(shared) else fresh[end - count : end]
             for shared, count, end in zip(cached, counts, ends, strict=True)
         ]
-        self._enter(sequences, starts, pages, index)
+        self._enter(sequences, starts, pages, self.slots.take(len(sequences)), index)
         self._admitted, self._num_promised = [], 0
 
     def match(self, sequence: Sequence) -> tuple[Node, Ints]:
         """Deepest node of the tree for a waiting sequence, and its pages; positions that need logits are computed."""
-        return self.prefix.match(sequence.namespace, sequence.tokens, sequence.logits_from)
+        return self.prefix.match(sequence.namespace, sequence.tokens, sequence.reusable)
 
     def fork(self, parent: Sequence, index: int, most: int) -> tuple[Sequence, ...]:
         """Choices that wait for `parent`, all of whose prompt but the last token is computed, enter beside it.
@@ -120,7 +132,7 @@ class RankState:
                 child.leader, child.num_computed, child.num_cached = None, position, parent.num_cached
                 child.node, child.num_published = parent.node, parent.num_published
             pages = [np.append(held[:at], page) for page in own]
-            self._enter(children, (position,) * len(children), pages, index)
+            self._enter(children, (position,) * len(children), pages, self.slots.take(len(children)), index)
         for child in children:
             copied = (int(held[at]), int(self.table.pages[child.row, at])) if inside else None
             self.change.copy(copied, (parent.slot, child.slot) if parent.slot >= 0 else None)
@@ -128,9 +140,10 @@ class RankState:
             self.queue.push(leader)
         return children
 
-    def _enter(self, sequences: tuple[Sequence, ...], starts: tuple[int, ...], pages: list[Ints], index: int) -> None:
+    def _enter(
+        self, sequences: tuple[Sequence, ...], starts: tuple[int, ...], pages: list[Ints], slots: list[int], index: int
+    ) -> None:
         rows = self.table.enter(sequences, starts, pages, index)
-        slots = self.slots.take(len(sequences))
         enters = []
         for s, row, slot, start, held in zip(sequences, rows, slots, starts, pages, strict=True):
             s.slot, s.entered = slot, True
@@ -147,9 +160,54 @@ class RankState:
                     s.params,
                     s.seed,
                     s.num_cached,
+                    s.key >= 0 and s.route is None,
                 )
             )
         self.change.enter(enters)
+
+    # -- for other servers -----------------------------------------------------------------------------------------
+
+    def lease(self, sequence: Sequence) -> Lease | None:
+        """Sets pages and a slot aside for a prompt that another server writes; None: no room now.
+
+        Not before those who wait in the queue, and no more than there are rows for.
+        """
+        num_known, config = len(sequence.tokens), self.config
+        if self.queue.num_waiting or len(self.leases) >= len(self.table.free) or not self.slots.room:
+            return None
+        if config.pages_for(min(num_known + 1, sequence.goal)) > self.num_spare:
+            return None
+        lease = self.leases[sequence.key] = Lease(self.take_pages(config.pages_for(num_known)), *self.slots.take(1))
+        return lease
+
+    def detach(self, sequence: Sequence) -> None:
+        """A sequence leaves its row, but its pages and slot stay as they are until `lapse`."""
+        if self.prefix.enabled:
+            self.publish(sequence)
+        pages = np.concatenate([self.table.held(sequence.row), ints(sequence.swapped)])
+        self.leases[sequence.key] = Lease(pages, sequence.slot)
+        self._vacate([sequence])
+
+    def lapse(self, key: int) -> None:
+        """Pages and slot of a lease, if there is one, are free."""
+        lease = self.leases.pop(key, None)
+        if lease is not None:
+            self.pages.drop(lease.pages)
+            self.slots.drop([lease.slot])
+
+    def seat_arrived(self, index: int) -> bool:
+        """Who was handed over enters a row at step `index`, all of its prompt but the last token computed."""
+        seated = False
+        while self.arrived and self.table.free:
+            sequence, seated = self.arrived.popleft(), True
+            lease, start = self.leases.pop(sequence.key), sequence.num_prompt - 1
+            del self.away[sequence]
+            self._enter((sequence,), (start,), [lease.pages], [lease.slot], index)
+            sequence.num_computed, sequence.key = start, -1
+            self.table.ready[sequence.row] = True
+            if sequence.forks:
+                self.leaders[sequence] = None
+        return seated
 
     # -- out of a row ----------------------------------------------------------------------------------------------
 
@@ -166,6 +224,9 @@ class RankState:
         sequence.node, swaps = self.prefix.publish(node, tokens, table.pages[row, depth:upto])
         sequence.num_published = upto
         for i, page in swaps:
+            if sequence.route is not None:  # its own page may be read by a writer still
+                sequence.swapped += (int(table.pages[row, depth + i]),)
+                self.pages.share(table.pages[row, depth + i : depth + i + 1])
             self._swap(row, depth + i, page)
         self.prefix.touch(table.pages[row, :upto])
 
@@ -188,6 +249,10 @@ class RankState:
         rows = [sequence.row for sequence in sequences]
         self.pages.drop(self.table.held(*rows))
         self.slots.drop([sequence.slot for sequence in sequences])
+        self._vacate(sequences)
+
+    def _vacate(self, sequences: list[Sequence]) -> None:
+        rows = [sequence.row for sequence in sequences]
         self.change.leave(rows)
         self.table.leave(rows)
         for sequence in sequences:
@@ -221,11 +286,16 @@ class RankState:
             assert table.computed[row] <= table.capacity[row]
             pages = table.held(row)
             held[pages] += 1
+            held[ints(sequence.swapped)] += 1
             writable = pages[int(table.computed[row]) // size :]
             assert (self.pages.refs[writable] == 1).all(), f"row {row} would write a page that others hold"
             assert not (sequence in self.prefilling and table.ready[row])
+        for lease in self.leases.values():
+            held[lease.pages] += 1
         self.pages.check(held)
-        self.slots.check([s.slot for s in running])
+        self.slots.check([*(s.slot for s in running), *(lease.slot for lease in self.leases.values())])
+        assert all(s.row == -1 and s.slot == -1 and s.live for s in self.away)
+        assert all(s in self.away and s.key in self.leases for s in self.arrived)
         self.prefix.check()
         free = set(table.free)
         assert len(free) == len(table.free)

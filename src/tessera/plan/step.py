@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.core.messages import Inbound, SamplingParams
+from tessera.core.messages import SamplingParams
 
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
@@ -34,7 +34,7 @@ class Enter(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     `start`: position that its first range starts at; what lies before is in the pages (and in the slot) already.
     `slot` is -1 for models without recurrent state. `num_prompt` of the tokens are the prompt, `num_cached` of those
-    came from the prefix cache when the sequence first entered.
+    came from the prefix cache when the sequence first entered. `arrived`: a prefill server computed it up to `start`.
     """
 
     row: int
@@ -48,6 +48,7 @@ class Enter(msgspec.Struct, frozen=True, eq=False, gc=False):
     params: SamplingParams
     seed: int
     num_cached: int = 0
+    arrived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,32 @@ class Change:
 NO_CHANGE = Change()
 
 
+class Send(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """Pages, and perhaps a slot (else -1), of a prompt that a decode server is to have once the step has computed them.
+
+    Written by every rank of the DP rank to DP rank `dp_rank` of `peer`: `pages` to `to_pages`, `slot` to `to_slot`.
+    `key`: whose (see `handoff.py`). `last`: nothing follows. What it names stays as it is until all have reported.
+    """
+
+    key: int
+    ticket: int
+    peer: str
+    dp_rank: int
+    pages: Ints
+    to_pages: Ints
+    slot: int = -1
+    to_slot: int = -1
+    last: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One DP rank's share of a step: parallel columns, one entry per range.
 
     Range i computes tokens `starts[i] .. starts[i] + lengths[i] - 1` of the sequence in `rows[i]`. The last
     `num_logits[i]` of them need logits. `samples[i]`: the range ends at the last known token, so a token is drawn.
-    Longer ranges come first, ranges of one token last, so prefill rows precede riding decodes.
+    Longer ranges come first, ranges of one token last, so prefill rows precede riding decodes. `sends` belong to the
+    step as a whole: they are not in its halves.
     """
 
     rows: Ints
@@ -97,6 +117,7 @@ class Part:
     num_logits: Ints
     samples: Bools
     change: Change = NO_CHANGE
+    sends: tuple[Send, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -184,6 +205,3 @@ class Clock(msgspec.Struct, tag=True, frozen=True):
     """The time is `now` (seconds, any origin, never backwards): the only way time reaches the planner."""
 
     now: float
-
-
-Event = Inbound | StepDone | Clock

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from tessera.core.messages import Fatal, Fault, Inbound, Outbound, Output, Outputs, StepReport, Submit, Tick
-from tessera.plan.step import Clock, Event, Step, StepDone
+from tessera.plan.events import Event
+from tessera.plan.step import Clock, Step, StepDone
 from tessera.run.inbox import Inbox
 from tessera.run.report import Tally
 

@@ -1,0 +1,9 @@
+"""All that a planner hears: what the front says, what ranks bring back, what becomes of hand-overs, and the time."""
+
+from __future__ import annotations
+
+from tessera.core.messages import Inbound
+from tessera.plan.handoff import Wire
+from tessera.plan.step import Clock, StepDone
+
+Event = Inbound | StepDone | Wire | Clock

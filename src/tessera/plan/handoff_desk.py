@@ -1,0 +1,202 @@
+"""Where a planner and the machine of its hand-overs meet: requests become rooms, orders become queues and leases.
+
+At decode, pages of a lease may have been held before by a sequence of which a step is in flight (an overshoot range,
+or one that was aborted). Other ranks of this instance would write them in order; a prefill server would not. So a lease
+is told to nobody before the steps that were planned by then are done.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import msgspec
+
+from tessera.core.messages import FinishReason, Output, Submit
+from tessera.plan.dp_rank import DpRank
+from tessera.plan.handoff import (
+    ABORTED,
+    Action,
+    Arrive,
+    Cancelled,
+    End,
+    Errand,
+    Fence,
+    Free,
+    HandoffConfig,
+    Inner,
+    Leased,
+    Machine,
+    Meet,
+    Opened,
+    Refused,
+    Start,
+    Tell,
+    Ticketed,
+    Want,
+    Why,
+    Wire,
+    prompt_of,
+)
+from tessera.plan.handoff_giver import Giver
+from tessera.plan.handoff_taker import Taker
+from tessera.plan.request import Sequence
+from tessera.plan.state import Lease
+from tessera.plan.step import Send
+
+PREFILL, DECODE = "prefill", "decode"
+MACHINES: dict[str, type[Giver] | type[Taker]] = {PREFILL: Giver, DECODE: Taker}
+
+
+@dataclass(slots=True)
+class Case:
+    """A request with a room, on a DP rank. `leader`: its first live sequence, with the others as forks."""
+
+    key: int
+    submit: Submit
+    rank: DpRank
+    leader: Sequence
+
+
+class Desk:
+    """All hand-overs of one planner. `errands`: for the outside."""
+
+    def __init__(self, config: HandoffConfig) -> None:
+        self.config = config
+        self.machine: Machine = MACHINES[config.role](config)
+        self.cases: dict[int, Case] = {}
+        self.errands: list[Errand] = []
+        self._homes: dict[int, DpRank] = {}  # where pages may be held, until they are free
+        self._ended: list[tuple[str, list[Output]]] = []
+        self._wanting: deque[int] = deque()
+        self._settling: deque[tuple[int, int, Lease]] = deque()  # first step after it, key, lease
+        self._num_opened = 0
+
+    @property
+    def idle(self) -> bool:
+        """No memory is waiting for a writer, and nobody for an answer."""
+        return self.machine.idle
+
+    def concerns(self, submit: Submit) -> bool:
+        """The request is one half of a pair, with something to hand over."""
+        if submit.bootstrap_room is None or len(submit.tokens) < 2:
+            return False
+        return self.config.role == PREFILL or submit.bootstrap is not None
+
+    def done(self, submit: Submit) -> bool:
+        """A prompt of one token has nothing to hand over: decode computes it, and it is done at prefill."""
+        return self.gives and submit.bootstrap_room is not None and len(submit.tokens) == 1
+
+    @property
+    def gives(self) -> bool:
+        """This side computes prompts that others take."""
+        return self.config.role == PREFILL
+
+    def misfit(self, submit: Submit) -> str | None:
+        """Why a request cannot be served by a server of this role."""
+        if self.concerns(submit) and submit.params.prompt_logprobs >= 0:
+            return (
+                "logprobs of the prompt are not handed over from prefill to decode; ask a server that does both, or "
+                "leave them out"
+            )
+        if self.gives and submit.bootstrap_room is None and submit.params.max_new_tokens > 1:
+            return (
+                "this is a prefill server (--disaggregation-mode prefill): a request needs a bootstrap_room, and a "
+                "decode server that is sent the same request. Ask the router"
+            )
+        return None
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def open(self, submit: Submit, sequences: list[Sequence], rank: DpRank) -> None:
+        """A request with a room is here."""
+        key, self._num_opened = self._num_opened, self._num_opened + 1
+        leader = rank.add(sequences, away=True)
+        leader.key = key
+        self.cases[key] = Case(key, submit, rank, leader)
+        self._homes[key] = rank
+        assert submit.bootstrap_room is not None
+        self.hear(Opened(key, submit.bootstrap_room, prompt_of(leader.tokens), submit.bootstrap))
+
+    def refuse(self, submit: Submit, why: Why) -> None:
+        """A request with a room cannot be served here: whoever waits for it is told."""
+        assert submit.bootstrap_room is not None
+        if self.gives:
+            self.hear(Refused(submit.bootstrap_room, why))
+
+    def hear(self, event: Wire | Inner) -> None:
+        """Something happened."""
+        for action in self.machine.apply(event):
+            self._do(action)
+
+    def sends(self, sends: Seq[Send]) -> None:
+        """A step was planned that writes."""
+        for send in sends:
+            self.hear(Ticketed(send.key, send.ticket, send.last))
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """One choice of a request ends. True: it was the last, or the request has only one here, and it ends."""
+        case = self.cases[sequence.key if sequence.leader is None else sequence.leader.key]
+        if self.gives or not (case.leader.forks or sequence is not case.leader):
+            self.hear(Cancelled(case.key, ABORTED))
+            return True
+        if sequence is case.leader:
+            case.leader = case.rank.hand_on(sequence)
+        return False
+
+    def holds(self, sequence: Sequence) -> bool:
+        """The sequence is not past its hand-over."""
+        return (sequence if sequence.leader is None else sequence.leader).key in self.cases
+
+    def settle(self, index: int, oldest: int) -> None:
+        """Sets pages aside for who wants some, at step `index`; all steps before `oldest` are done."""
+        for key in list(self._wanting):
+            case = self.cases[key]
+            lease = case.rank.state.lease(case.leader)
+            if lease is not None:
+                self._wanting.remove(key)
+                self._settling.append((index, key, lease))
+        while self._settling and self._settling[0][0] <= oldest:
+            _, key, lease = self._settling.popleft()
+            if key in self.cases:
+                case = self.cases[key]
+                pages = lease.pages[: case.rank.config.pages_for(case.leader.num_prompt - 1)]
+                self.hear(Leased(key, case.rank.state.load.dp_rank, pages, lease.slot))
+
+    # -- orders ----------------------------------------------------------------------------------------------------
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Tell() | Meet() | Fence():
+                self.errands.append(action)
+            case Want(key):
+                self._wanting.append(key)
+            case Start(key):
+                case = self.cases[key]
+                case.leader.route = action
+                case.rank.release_away(case.leader)
+            case Arrive(key):
+                self._homes.pop(key).state.arrived.append(self.cases.pop(key).leader)
+            case End(key, why):
+                if key in self._wanting:
+                    self._wanting.remove(key)
+                case = self.cases.pop(key)
+                self._ended.append((case.submit.request_id, self._outputs(case, why)))
+                for sequence in (case.leader, *case.leader.forks):
+                    case.rank.remove(sequence)
+            case Free(key):
+                self._homes.pop(key).free(key, self.cases[key].leader if key in self.cases else None)
+
+    def ends(self) -> list[tuple[str, list[Output]]]:
+        """Requests that ended since it was asked last, and what is said of their choices."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _outputs(self, case: Case, why: Why | None) -> list[Output]:
+        reason: FinishReason = "length" if why is None else "abort" if why.fault is None else "error"
+        error, fault = (why.text, why.fault) if why is not None and why.fault is not None else (None, None)
+        if not self.gives:
+            return [s.end(reason, error, fault) for s in (case.leader, *case.leader.forks)]
+        of_first = case.leader.end(reason, error, fault)
+        return [msgspec.structs.replace(of_first, choice=i) for i in range(case.submit.n)]

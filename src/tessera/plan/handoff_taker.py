@@ -1,0 +1,230 @@
+"""The decode side of every room; see `handoff.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tessera.core.messages import Address
+from tessera.plan.handoff import (
+    ABORTED,
+    Action,
+    Arrive,
+    Cancelled,
+    Closed,
+    End,
+    Fence,
+    Fenced,
+    Free,
+    Gone,
+    HandoffConfig,
+    Heard,
+    Inner,
+    Leased,
+    Meet,
+    Met,
+    Opened,
+    Over,
+    Prompt,
+    Reserve,
+    Sent,
+    Tell,
+    Unmet,
+    Want,
+    Why,
+    Wire,
+)
+from tessera.plan.step import Clock
+
+# Stages of a room, in order. From `ASKED` on a writer may know of its pages.
+MEETING, WANTING, ASKED, LEAVING = "meeting", "wanting", "asked", "leaving"
+WAITED_FOR = {
+    MEETING: "prefill server {address} to answer",
+    WANTING: "free pages and a slot",
+    ASKED: "the prompt from prefill server {address}",
+}
+
+
+@dataclass(slots=True)
+class Taking:
+    """A room at decode. `deadline` is that of its stage; `retry_at`: when `Over` is said again."""
+
+    key: int
+    room: int
+    prompt: Prompt
+    address: Address
+    deadline: float
+    stage: str = MEETING
+    peer: str = ""
+    retry_at: float = 0.0
+
+
+class Taker:
+    """All rooms of a decode server. Their keys are their generations."""
+
+    def __init__(self, config: HandoffConfig) -> None:
+        self.config = config
+        self.now = 0.0
+        self.rooms: dict[int, Taking] = {}
+        self.peers: dict[Address, str] = {}
+        self.meeting: set[Address] = set()
+        self.fencing: dict[str, tuple[Address, set[int]]] = {}  # and the ranks that have not fenced it yet
+
+    @property
+    def idle(self) -> bool:
+        """No memory is waiting for a writer, and nobody for an answer."""
+        return not self.rooms and not self.fencing
+
+    def apply(self, event: Wire | Inner) -> list[Action]:
+        """Takes what happened and says what is to be done, in order."""
+        match event:
+            case Opened(key, room, prompt, Address() as address):
+                return list(self._open(key, room, prompt, address))
+            case Met(address, peer):
+                return list(self._met(address, peer))
+            case Unmet(address, why):
+                return list(self._unmet(address, why))
+            case Leased():
+                return list(self._leased(event))
+            case Heard(peer, (Sent() | Closed()) as letter):
+                return list(self._heard(peer, letter))
+            case Cancelled(key, why):
+                return list(self._cancel(self.rooms[key], why)) if key in self.rooms else []
+            case Gone(peer, reason):
+                return list(self._gone(peer, reason))
+            case Fenced(peer, rank):
+                return list(self._fenced(peer, rank))
+            case Clock(now):
+                self.now = now
+                return [action for room in list(self.rooms.values()) for action in self._tick(room)]
+        return []
+
+    # -- until it is asked for -------------------------------------------------------------------------------------
+
+    def _open(self, key: int, number: int, prompt: Prompt, address: Address) -> Iterator[Action]:
+        room = self.rooms[key] = Taking(key, number, prompt, address, self.now + self.config.meet_s)
+        if address in self.peers:
+            yield from self._want(room)
+        elif address not in self.meeting:
+            yield from self._meet(address)
+
+    def _meet(self, address: Address) -> Iterator[Action]:
+        """Not while its last session is being fenced: to connect anew lifts the fence."""
+        if all(address != at for at, _ in self.fencing.values()):
+            self.meeting.add(address)
+            yield Meet(address)
+
+    def _met(self, address: Address, peer: str) -> Iterator[Action]:
+        self.meeting.discard(address)
+        self.peers[address] = peer
+        for room in self._at(address, MEETING):
+            yield from self._want(room)
+
+    def _unmet(self, address: Address, why: Why) -> Iterator[Action]:
+        self.meeting.discard(address)
+        for room in self._at(address, MEETING):
+            yield from self._cancel(room, why)
+
+    def _at(self, address: Address, stage: str) -> list[Taking]:
+        return [room for room in self.rooms.values() if room.address == address and room.stage == stage]
+
+    def _want(self, room: Taking) -> Iterator[Action]:
+        room.stage, room.peer = WANTING, self.peers[room.address]
+        room.deadline = self.now + self.config.waiting_s
+        yield Want(room.key)
+
+    def _leased(self, leased: Leased) -> Iterator[Action]:
+        room = self.rooms[leased.key]
+        room.stage, room.deadline = ASKED, self.now + self.config.waiting_s
+        floor = min(self.rooms)
+        yield Tell(
+            room.peer,
+            Reserve(room.room, room.key, floor, room.prompt, leased.dp_rank, leased.pages, leased.slot),
+        )
+
+    # -- how it ends -----------------------------------------------------------------------------------------------
+
+    def _heard(self, peer: str, letter: Sent | Closed) -> Iterator[Action]:
+        room = self.rooms.get(letter.generation)
+        if room is None or room.peer != peer or room.stage not in (ASKED, LEAVING):
+            return  # of another time
+        del self.rooms[room.key]
+        if room.stage == LEAVING:
+            yield Free(room.key)
+        elif isinstance(letter, Closed):
+            yield Free(room.key)
+            yield End(room.key, letter.why)
+        elif letter.prompt != room.prompt:
+            why = Why(
+                f"the two servers were sent different prompts for room {room.room}: prefill has {letter.prompt}, "
+                f"decode {room.prompt}. Send both the same request",
+                "request",
+            )
+            yield Free(room.key)
+            yield End(room.key, why)
+            yield Tell(peer, Over(room.key, why))
+        else:
+            yield Arrive(room.key)
+            yield Tell(peer, Over(room.key))
+
+    def _cancel(self, room: Taking, why: Why) -> Iterator[Action]:
+        """Ends a room before its time. What a writer may know of stays until the writer says that it is through."""
+        if room.stage == LEAVING:
+            return
+        yield End(room.key, why)
+        if room.stage != ASKED:
+            del self.rooms[room.key]
+            yield Free(room.key)
+            return
+        room.stage, room.deadline = LEAVING, self.now + self.config.reply_s
+        yield from self._over(room, why)
+
+    def _over(self, room: Taking, why: Why) -> Iterator[Action]:
+        room.retry_at = self.now + self.config.retry_s
+        yield Tell(room.peer, Over(room.key, why))
+
+    def _tick(self, room: Taking) -> Iterator[Action]:
+        if room.key not in self.rooms or room.peer in self.fencing:
+            return
+        if self.now >= room.deadline:
+            if room.stage == LEAVING:
+                reason = f"it has not said for {self.config.reply_s:g} s that it has stopped writing"
+                yield from self._gone(room.peer, reason)
+                return
+            waited = self.config.meet_s if room.stage == MEETING else self.config.waiting_s
+            what = WAITED_FOR[room.stage].format(address=room.address)
+            yield from self._cancel(room, Why(f"waited {waited:g} s for {what}; nothing came"))
+        elif room.stage == LEAVING and self.now >= room.retry_at:
+            yield from self._over(room, ABORTED)
+
+    def _gone(self, peer: str, reason: str) -> Iterator[Action]:
+        """All that was agreed with a peer is void. Its pages are free when no rank can be written by it any more."""
+        address = next((at for at, name in self.peers.items() if name == peer), None)
+        if address is None:
+            return
+        del self.peers[address]
+        self.fencing[peer] = (address, set(range(self.config.num_ranks)))
+        for room in [room for room in self.rooms.values() if room.peer == peer]:
+            if room.stage == LEAVING:
+                continue
+            yield End(room.key, Why(f"prefill server {address} has gone: {reason}"))
+            if room.stage == ASKED:
+                room.stage = LEAVING
+            else:
+                del self.rooms[room.key]
+                yield Free(room.key)
+        yield Fence(peer)
+
+    def _fenced(self, peer: str, rank: int) -> Iterator[Action]:
+        if peer not in self.fencing:
+            return
+        address, missing = self.fencing[peer]
+        missing.discard(rank)
+        if missing:
+            return
+        del self.fencing[peer]
+        for room in [room for room in self.rooms.values() if room.peer == peer]:
+            del self.rooms[room.key]
+            yield Free(room.key)
+        if self._at(address, MEETING):
+            yield from self._meet(address)
