@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.authentication import AuthenticationBackend, AuthenticationError
@@ -48,19 +49,28 @@ OPEN = frozenset({"/health"})  # answered without an API key
 
 def make_app(server: Server) -> Starlette:
     """The application over one `Server`."""
-    key = server.options.api_key
     app = Starlette(
         routes=[Route(path, partial(one, server), methods=methods) for path, (one, methods) in ROUTES.items()],
-        middleware=[] if key is None else [Middleware(AuthenticationMiddleware, Key(key), _no_key)],
-        exception_handlers={
-            **dict.fromkeys((RequestError, *UNAVAILABLE, Exception), _failed),
-            404: _not_found,
-            405: _not_allowed,
-            ClientDisconnect: _left,
-        },
+        middleware=key_middleware(server.options.api_key),
+        exception_handlers=handlers(ROUTES),
     )
     app.router.redirect_slashes = False
     return app
+
+
+def key_middleware(key: str | None) -> list[Middleware]:
+    """What asks for the API key, if there is one."""
+    return [] if key is None else [Middleware(AuthenticationMiddleware, Key(key), _no_key)]
+
+
+def handlers(paths: Iterable[str]) -> dict[Any, Callable[[Any, Any], Awaitable[Response]]]:
+    """What becomes of errors. `paths`: what is served."""
+    return {
+        **dict.fromkeys((RequestError, *UNAVAILABLE, Exception), _failed),
+        404: partial(_not_found, sorted(paths)),
+        405: _not_allowed,
+        ClientDisconnect: _left,
+    }
 
 
 class Key(AuthenticationBackend):
@@ -85,8 +95,8 @@ async def _failed(call: Call, error: Exception) -> Response:
     return failure(error)
 
 
-async def _not_found(call: Call, error: Exception) -> Response:
-    return refusal(404, f"{call.scope['path'][:100]} is not served; there are: {', '.join(sorted(ROUTES))}")
+async def _not_found(paths: Sequence[str], call: Call, error: Exception) -> Response:
+    return refusal(404, f"{call.scope['path'][:100]} is not served; there are: {', '.join(paths)}")
 
 
 async def _not_allowed(call: Call, error: Exception) -> Response:

@@ -1,0 +1,212 @@
+"""Servers that the router is tried against: real sockets on loopback, SGLang's contract, and every way to misbehave.
+
+A prefill server answers once the decode server has come to the same room; the decode server once prefill has answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tessera.serve.listener import Listener, bind, url
+from tessera.serve.router.app import make_app
+from tessera.serve.router.router import Options, Router
+from tessera.serve.router.servers import Address, Role
+from tessera.serve.trace import Tracing
+
+PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
+
+
+class Rooms:
+    """Where a fake prefill and a fake decode server meet."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[str, int], asyncio.Event] = {}
+
+    def event(self, what: str, room: int) -> asyncio.Event:
+        return self._events.setdefault((what, room), asyncio.Event())
+
+
+class Fake:
+    """One server. Set `status`, `health`, `hang`, `break_after`, `gap` to misbehave; `seen`: the calls for tokens."""
+
+    def __init__(self, role: Role, rooms: Rooms, dp: int = 1) -> None:
+        self.role, self.rooms, self.dp = role, rooms, dp
+        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.aborted: list[str] = []
+        self.left: list[tuple[str, float]] = []  # rid, when its client left
+        self.others: list[tuple[str, str]] = []
+        self.status, self.health, self.mode = 200, 200, None
+        self.hang = False  # never answer
+        self.break_after: int | None = None  # chunks, then the connection breaks
+        self.gap = 0.0  # seconds between chunks
+        self.refusal = {"error": {"message": "no", "type": "x", "param": None, "code": None}}
+        self.chunks = [
+            b'data: {"text": "a"}\n\n',
+            b': a comment\n\ndata: {"te',
+            b'xt": "\xc3\xa4"}\n\n',
+            b"data: [DONE]\n\n",
+        ]
+        routes = [Route(path, self._tokens, methods=["POST"]) for path in PATHS]
+        routes += [
+            Route("/health", self._health),
+            Route("/server_info", self._info),
+            Route("/abort_request", self._abort, methods=["POST"]),
+            Route("/v1/models", self._other),
+            Route("/flush_cache", self._other, methods=["GET", "POST"]),
+        ]
+        self.app = Starlette(routes=routes)
+        self.listening = bind("127.0.0.1", 0)
+        self.url = url(self.listening)
+        self.listener: Listener | None = None
+        self.start()
+
+    def start(self) -> None:
+        if self.listening.fileno() < 0:
+            self.listening = bind("127.0.0.1", int(self.url.rpartition(":")[2]))
+        self.listener = Listener(self.app, self.listening, access_log=False)
+
+    async def stop(self) -> None:
+        """Away, as if killed: open connections break."""
+        assert self.listener is not None
+        self.listener.force_exit = True
+        await self.listener.close()
+        self.listening.close()
+
+    @property
+    def address(self) -> Address:
+        return Address(self.url, self.role, 8998 if self.role == "prefill" else None)
+
+    def room_of(self, body: dict[str, Any]) -> list[int]:
+        rooms = body.get("bootstrap_room", [])
+        return rooms if isinstance(rooms, list) else [rooms]
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({}, self.health)
+
+    async def _info(self, request: Request) -> Response:
+        return JSONResponse({"dp_size": self.dp, **({"disaggregation_mode": self.mode} if self.mode else {})})
+
+    async def _abort(self, request: Request) -> Response:
+        self.aborted.append((await request.json())["rid"])
+        return JSONResponse({"aborted": 1})
+
+    async def _other(self, request: Request) -> Response:
+        self.others.append((request.method, request.url.path))
+        return JSONResponse({"from": self.url})
+
+    async def _tokens(self, request: Request) -> Response:
+        body = await request.json()
+        self.seen.append((request.url.path, body, dict(request.headers)))
+        work = asyncio.create_task(self._meet(body))
+        gone = asyncio.create_task(self._gone(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.left.append((body["rid"], time.monotonic()))
+                return Response(status_code=499)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+        if self.status != 200:
+            return JSONResponse(self.refusal, self.status)
+        if body.get("stream"):
+            return StreamingResponse(self._stream(body), media_type="text/event-stream", headers={"x-fake": self.role})
+        if self.break_after is not None:
+            raise ConnectionError("broken on purpose")
+        return JSONResponse({"role": self.role, "rooms": self.room_of(body)}, headers={"x-fake": self.role})
+
+    async def _meet(self, body: dict[str, Any]) -> None:
+        if self.status != 200:
+            return
+        if self.hang:
+            await asyncio.Event().wait()
+        mine, other = ("prefill", "decode") if self.role == "prefill" else ("decode", "prefill")
+        for room in self.room_of(body):
+            self.rooms.event(mine, room).set()
+            await self.rooms.event(other, room).wait()
+
+    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        try:
+            for i, chunk in enumerate(self.chunks):
+                if i == self.break_after:
+                    raise ConnectionError("broken on purpose")
+                yield chunk
+                await asyncio.sleep(self.gap)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.left.append((body["rid"], time.monotonic()))
+            raise
+
+    async def _gone(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+class World:
+    """A router before fake servers, all in one event loop, over sockets."""
+
+    def __init__(self, router: Router, fakes: list[Fake], http: httpx.AsyncClient) -> None:
+        self.router, self.fakes, self.http = router, fakes, http
+
+    def of(self, role: Role) -> list[Fake]:
+        return [fake for fake in self.fakes if fake.role == role]
+
+    async def up(self) -> None:
+        await until(lambda: self.router.trouble is None)
+
+    def idle(self) -> bool:
+        """Nothing is left of any request in the router's books."""
+        servers = self.router.fleet.servers
+        return not self.router.running and all(s.in_flight == 0 and sum(s.ranks) == 0 for s in servers)
+
+
+@contextlib.asynccontextmanager
+async def world(
+    prefill: int = 0, decode: int = 0, worker: int = 0, dp: int = 1, tracing: Tracing | None = None, **options: Any
+) -> AsyncIterator[World]:
+    """A router with so many servers of each role, once it takes requests."""
+    rooms = Rooms()
+    roles: list[Role] = ["prefill"] * prefill + ["decode"] * decode + ["worker"] * worker
+    fakes = [Fake(role, rooms, dp if role == "prefill" else 1) for role in roles]
+    given = {"policy": "round_robin", "interval": 0.05, "silence": 20.0, **options}
+    router = Router(Options(tuple(fake.address for fake in fakes), **given), tracing)
+    listening = bind("127.0.0.1", 0)
+    listener = Listener(make_app(router), listening, access_log=False)
+    watching = asyncio.create_task(router.watch())
+    try:
+        async with httpx.AsyncClient(base_url=url(listening), timeout=20, trust_env=False) as http:
+            made = World(router, fakes, http)
+            await made.up()
+            yield made
+            await until(made.idle)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await listener.close()
+        await router.close()
+        listening.close()
+        for fake in fakes:
+            await fake.stop()
+
+
+async def until(condition: Any, seconds: float = 10.0) -> None:
+    """Waits for a condition."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"not within {seconds} s"
+        await asyncio.sleep(0.005)
+
+
+def text(body: bytes) -> Any:
+    """JSON."""
+    return json.loads(body)

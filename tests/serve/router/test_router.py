@@ -1,0 +1,259 @@
+"""The router before fake servers: pairs whole or not at all, streams byte for byte, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import httpx
+import pytest
+
+from serve.router.fakes import PATHS, World, until, world
+from serve.support import in_loop, refusal
+
+PROMPTS = {"/generate": {"text": "hi"}, "/v1/completions": {"prompt": "hi"}, "/v1/chat/completions": {"messages": []}}
+
+
+async def bytes_of(made: World, path: str, body: dict[str, object]) -> tuple[httpx.Response, bytes]:
+    async with made.http.stream("POST", path, json=body) as response:
+        return response, b"".join([chunk async for chunk in response.aiter_raw()])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@in_loop
+async def test_a_pair_is_asked_and_the_decode_servers_stream_is_passed_byte_for_byte(path: str) -> None:
+    async with world(prefill=2, decode=2) as made:
+        for _ in range(4):
+            response, body = await bytes_of(made, path, {**PROMPTS[path], "stream": True, "seed": 1})
+            assert body == b"".join(made.of("decode")[0].chunks)
+            assert (response.status_code, response.headers["x-fake"]) == (200, "decode")
+        for fake in made.fakes:
+            assert [seen[0] for seen in fake.seen] == [path] * 2, "round robin"
+        sent = {body["bootstrap_room"]: body for fake in made.of("prefill") for _, body, _ in fake.seen}
+        got = {body["bootstrap_room"]: body for fake in made.of("decode") for _, body, _ in fake.seen}
+        assert sent.keys() == got.keys()
+        assert all(body["stream"] is False and body["seed"] == 1 for body in sent.values())
+        assert all(body["stream"] is True and body["seed"] == 1 for body in got.values())
+        assert {b["bootstrap_port"] for b in got.values()} == {8998}
+        assert [fake.aborted for fake in made.fakes] == [[]] * 4
+
+
+@in_loop
+async def test_a_batch_gets_a_room_for_each_prompt_and_the_whole_answer_comes_back() -> None:
+    async with world(prefill=1, decode=1, dp=2) as made:
+        answers = [(await made.http.post("/generate", json={"text": ["a", "b", "c"]})).json() for _ in range(2)]
+        assert [len(set(answer["rooms"])) for answer in answers] == [3, 3]
+        assert answers[0]["role"] == "decode"
+        (first, second) = [body for _, body, _ in made.of("decode")[0].seen]
+        assert [first["disagg_prefill_dp_rank"], second["disagg_prefill_dp_rank"]] == [0, 0], "one after another"
+        assert all(room % 2 == 0 for room in first["bootstrap_room"])
+
+
+@in_loop
+async def test_prompts_are_spread_over_the_ranks_of_a_prefill_server() -> None:
+    async with world(prefill=1, decode=1, dp=2) as made:
+        made.of("decode")[0].gap = 0.1
+        body = {"text": "a", "stream": True}
+        await asyncio.gather(*(bytes_of(made, "/generate", body) for _ in range(4)))
+        ranks = [body["routed_dp_rank"] for _, body, _ in made.of("prefill")[0].seen]
+        assert sorted(ranks) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("failing", ["prefill", "decode"])
+@pytest.mark.parametrize("status", [400, 503])
+@in_loop
+async def test_the_first_failing_leg_cancels_the_other_at_once(failing: str, status: int) -> None:
+    async with world(prefill=1, decode=1) as made:
+        bad, other = made.of(failing)[0], made.of("decode" if failing == "prefill" else "prefill")[0]  # type: ignore[arg-type]
+        bad.status = status
+        for stream in (False, True):
+            began = time.monotonic()
+            response = await made.http.post("/v1/completions", json={"prompt": "x", "stream": stream})
+            assert refusal(response, status)["message"] == "no"
+            await until(lambda: len(other.left) + len(other.aborted) >= 2 and made.idle(), 1.0)
+            assert time.monotonic() - began < 1.0
+            rid = bad.seen[-1][1]["rid"]
+            assert other.aborted == [rid], "asked by name, besides the closed connection"
+            other.left.clear(), other.aborted.clear()
+        counted = made.router.fleet.of(failing)[0].circuit._faults  # type: ignore[arg-type]
+        assert counted == (2 if status == 503 else 0), "only 5xx count"
+        assert made.router.fleet.of(other.role)[0].circuit._faults == 0
+
+
+@in_loop
+async def test_a_stream_ends_with_an_error_when_prefill_fails_behind_it() -> None:
+    async with world(prefill=1, decode=1, silence=0.3) as made:
+        made.of("prefill")[0].hang = True  # it never answers, though decode streams
+        decode = made.of("decode")[0]
+        decode.gap = 0.2
+        room = decode.rooms.event
+        body: dict[str, object] = {"text": "x", "stream": True}
+
+        async def open_room() -> None:
+            await until(lambda: bool(decode.seen))
+            room("prefill", decode.seen[0][1]["bootstrap_room"]).set()
+
+        opener = asyncio.create_task(open_room())
+        response, got = await bytes_of(made, "/generate", body)
+        await opener
+        assert response.status_code == 200
+        assert got.startswith(decode.chunks[0])
+        assert b"silent for too long" in got
+        assert got.endswith(b"data: [DONE]\n\n")
+        await until(lambda: bool(decode.left) and bool(decode.aborted), 1.0)
+
+
+@in_loop
+async def test_a_silent_server_is_a_504_and_counts() -> None:
+    async with world(worker=1, silence=0.2) as made:
+        made.fakes[0].hang = True
+        refusal(await made.http.post("/generate", json={"text": "x"}), 504)
+        assert made.router.fleet.servers[0].circuit._faults == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@in_loop
+async def test_a_client_that_leaves_cancels_both_legs(stream: bool) -> None:
+    async with world(prefill=1, decode=1) as made:
+        made.of("decode")[0].hang = True
+        with contextlib.suppress(httpx.ReadTimeout):
+            await made.http.post("/generate", json={"text": "x", "stream": stream}, timeout=0.3)
+        await until(lambda: all(fake.left and fake.aborted for fake in made.fakes), 1.0)
+        await until(made.idle, 1.0)
+        assert all(server.circuit._faults == 0 for server in made.router.fleet.servers)
+
+
+@in_loop
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it() -> None:
+    async with world(prefill=1, decode=1) as made:
+        decode = made.of("decode")[0]
+        decode.chunks, decode.gap = [b"data: {}\n\n"] * 1000, 0.02
+        async with made.http.stream("POST", "/generate", json={"text": "x", "stream": True}) as response:
+            await anext(response.aiter_raw())
+        await until(lambda: bool(decode.left and decode.aborted), 1.0)
+        assert made.of("prefill")[0].aborted == [], "it had done its part"
+
+
+@in_loop
+async def test_nothing_is_sent_to_one_half_when_the_other_is_missing() -> None:
+    async with world(prefill=1, decode=1, threshold=1) as made:
+        made.of("decode")[0].health = 503
+        await until(lambda: made.router.trouble is not None)
+        told = refusal(await made.http.post("/generate", json={"text": "x"}), 503)
+        assert "no decode server takes requests now" in told["message"]
+        assert (await made.http.get("/health")).status_code == 503
+        assert made.of("prefill")[0].seen == []
+        made.of("decode")[0].health = 200
+        await made.up()
+        assert (await made.http.post("/generate", json={"text": "x"})).status_code == 200
+
+
+@in_loop
+async def test_a_server_that_has_gone_is_passed_over_and_comes_back() -> None:
+    async with world(prefill=2, decode=1, threshold=2, interval=0.5) as made:
+        gone = made.of("prefill")[0]
+        await gone.stop()
+        for _ in range(4):
+            assert (await made.http.post("/generate", json={"text": "x"})).status_code == 200, "others are tried"
+        assert len(made.of("prefill")[1].seen) == 4
+        server = made.router.fleet.of("prefill")[0]
+        await until(lambda: not server.circuit.takes)
+        gone.start()
+        await until(lambda: server.circuit.takes)
+        for _ in range(2):
+            assert (await made.http.post("/generate", json={"text": "x"})).status_code == 200
+        assert len(gone.seen) == 1
+
+
+@in_loop
+async def test_a_broken_stream_is_told_and_counts() -> None:
+    async with world(worker=1) as made:
+        made.fakes[0].break_after = 2
+        _, got = await bytes_of(made, "/generate", {"text": "x", "stream": True})
+        assert got.startswith(b"".join(made.fakes[0].chunks[:2]))
+        assert b"broke off" in got
+        assert made.router.fleet.servers[0].circuit._faults == 1
+
+
+@in_loop
+async def test_a_server_of_another_role_is_never_used() -> None:
+    async with world(prefill=1, decode=2, threshold=1) as made:
+        wrong = made.of("decode")[0]
+        await wrong.stop()
+        await until(lambda: not made.router.fleet.of("decode")[0].circuit.takes)
+        wrong.mode = "prefill"
+        wrong.start()
+        await until(lambda: "--disaggregation-mode prefill" in made.router.fleet.of("decode")[0].circuit.reason)
+        assert (await made.http.get("/workers")).json()["workers"][1]["is_healthy"] is False
+
+
+@in_loop
+async def test_plain_servers_share_prefixes_and_what_any_or_all_answer() -> None:
+    async with world(worker=3, policy="cache_aware") as made:
+        talk = {"messages": [{"role": "system", "content": "Be kind. " * 40}, {"role": "user", "content": "1"}]}
+        for i in range(6):
+            talk["messages"][1]["content"] = str(i)
+            assert (await made.http.post("/v1/chat/completions", json=talk)).status_code == 200
+        assert sorted(len(fake.seen) for fake in made.fakes) == [0, 0, 6]
+        assert (await made.http.get("/v1/models")).json() == {"from": made.fakes[0].url}
+        assert set((await made.http.post("/flush_cache")).json()) == {fake.url for fake in made.fakes}
+        assert all(("POST", "/flush_cache") in fake.others for fake in made.fakes)
+        told = (await made.http.get("/metrics")).text
+        assert "tessera:router_server_in_flight" in told
+        assert 'tessera:router_requests_total{status="200"} 6.0' in told
+
+
+@in_loop
+async def test_bad_calls_reach_no_server() -> None:
+    async with world(worker=1, max_body_size=1000) as made:
+        refusal(await made.http.post("/generate", content=b"{"), 400)
+        refusal(await made.http.post("/generate", json=[1]), 400)
+        refusal(await made.http.post("/generate", json={"text": "x" * 2000}), 413)
+        refusal(await made.http.get("/generate"), 405)
+        refusal(await made.http.get("/nothing"), 404)
+        assert made.fakes[0].seen == []
+
+
+@in_loop
+async def test_the_key_is_asked_for_and_sent_on() -> None:
+    async with world(worker=1, api_key="secret") as made:
+        refusal(await made.http.post("/generate", json={"text": "x"}), 401)
+        headers = {"authorization": "Bearer secret"}
+        assert (await made.http.post("/generate", json={"text": "x"}, headers=headers)).status_code == 200
+        assert made.fakes[0].seen[0][2]["authorization"] == "Bearer secret"
+
+
+@in_loop
+async def test_one_trace_id_reaches_both_servers_and_the_client() -> None:
+    async with world(prefill=1, decode=1) as made:
+        headers = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "tracestate": "x=1"}
+        answer = await made.http.post("/generate", json={"text": "x"}, headers=headers)
+        got = [fake.seen[0][2]["traceparent"] for fake in made.fakes] + [answer.headers["traceparent"]]
+        assert {one.split("-")[1] for one in got} == {"ab" * 16}
+        assert len({one.split("-")[2] for one in got} | {"cd" * 8}) == 4
+        assert [fake.seen[0][2]["tracestate"] for fake in made.fakes] == ["x=1", "x=1"]
+        for bad in ("", "junk", f"00-{'0' * 32}-{'cd' * 8}-01", f"ff-{'ab' * 16}-{'cd' * 8}-01"):
+            await made.http.post("/generate", json={"text": "x"}, headers={"traceparent": bad})
+            pair = {fake.seen[-1][2]["traceparent"].split("-")[1] for fake in made.fakes}
+            assert len(pair) == 1
+            assert not pair & {"ab" * 16, "0" * 32}
+
+
+@in_loop
+async def test_draining_lets_what_runs_finish_and_then_ends_it() -> None:
+    async with world(worker=1, drain_timeout=0.3) as made:
+        fake = made.fakes[0]
+        fake.gap = 0.05
+        short = asyncio.create_task(bytes_of(made, "/generate", {"text": "x", "stream": True}))
+        await until(lambda: len(fake.seen) == 1)
+        fake.hang = True
+        hung = asyncio.create_task(made.http.post("/generate", json={"text": "x"}))
+        await until(lambda: len(fake.seen) == 2)
+        drain = asyncio.create_task(made.router.drain())
+        await asyncio.sleep(0)
+        refusal(await made.http.post("/generate", json={"text": "x"}), 503)
+        assert (await short)[1] == b"".join(fake.chunks)
+        await drain
+        assert "shut down" in refusal(await hung, 503)["message"]
+        await until(lambda: bool(fake.left and fake.aborted), 1.0)
