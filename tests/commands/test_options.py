@@ -18,6 +18,7 @@ from tessera.core.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "tokenizers", "numpy", "starlette", "uvicorn", "httpx", "zmq", "rich")
 BY_NAME = {command.name: command for command in COMMANDS}
+OF_ENGINE = [command for command in COMMANDS if command.engine]
 WORDS = {"eval": ["--task", "gsm8k"]}
 
 
@@ -27,7 +28,7 @@ def refused(name: str, *argv: str) -> list[str]:
     return [str(c) for c in caught.value.conflicts]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", OF_ENGINE, ids=lambda c: c.name)
 def test_every_engine_flag_is_known_in_every_spelling(command: Command) -> None:
     known = {s: a.dest for a in _parser(command)._actions for s in a.option_strings}
     for flag in FLAGS:
@@ -36,7 +37,7 @@ def test_every_engine_flag_is_known_in_every_spelling(command: Command) -> None:
             assert taken == (command.serves or flag.group != "serving"), spelling
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", OF_ENGINE, ids=lambda c: c.name)
 def test_a_wrong_flag_gets_a_hint_and_exit_code_2(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, command.name, *WORDS.get(command.name, []), "--page-sise", "16")
     assert (code, out) == (2, "")
@@ -44,7 +45,7 @@ def test_a_wrong_flag_gets_a_hint_and_exit_code_2(command: Command, capsys: pyte
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", OF_ENGINE, ids=lambda c: c.name)
 def test_what_is_not_built_is_refused_by_name(command: Command) -> None:
     text = refused(command.name, "--pp-size", "2", "--enable-lora", "--kv-cache-dtype=fp8_e4m3")
     assert {t.split(":")[0] for t in text} == {"--enable-lora", "--pp-size 2", "--kv-cache-dtype fp8_e4m3"}

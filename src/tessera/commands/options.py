@@ -12,12 +12,18 @@ from tessera.core.errors import ConfigError, Conflict
 
 TASKS = ("gsm8k", "gpqa", "recall")
 SERVING = "serving"  # the group of flags that concern a server's own front
+POLICIES = ("round_robin", "least_loaded", "cache_aware")  # those of the router; not imported, to load nothing heavy
+PLACES = ("here", "ray", "slurm")
+ENDINGS = ("stop", "keep", "restart")
+OTLP = "localhost:4317"  # as SGLang's
 PREFIX = "engine_"  # of the engine's flags among the options of a command
 USAGE = {
     "serve": "[MODEL] [FLAGS]",
     "plan": "[MODEL] [FLAGS]",
     "chat": "[MODEL] [FLAGS]",
     "generate": "[PROMPT ...] [FLAGS]",
+    "up": "RECIPE.yaml [FLAGS]",
+    "router": "--prefill URL [BOOTSTRAP_PORT] ... --decode URL ... | --worker URL ... [FLAGS]",
 }
 
 
@@ -29,11 +35,12 @@ class Command:
     help: str
     add: Callable[[argparse.ArgumentParser], None]
     serves: bool = False
+    engine: bool = True  # it takes flags of the engine at all
 
     @property
     def flags(self) -> tuple[Flag, ...]:
         """The engine's flags that it takes."""
-        return tuple(flag for flag in FLAGS if self.serves or flag.group != SERVING)
+        return tuple(flag for flag in FLAGS if self.engine and (self.serves or flag.group != SERVING))
 
 
 def _at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], int | float]:
@@ -146,8 +153,63 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _server(parser)
 
 
+def _router(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("servers").add_argument
+    add("--prefill", action="append", nargs="+", default=[], metavar=("URL", "PORT"),
+        help="A prefill server, and its bootstrap port; else the server tells it. Again for more.")  # fmt: skip
+    add("--decode", action="append", default=[], metavar="URL", help="A decode server. May be given again.")
+    add("--worker", "--worker-urls", action="append", nargs="+", default=[], metavar="URL",
+        help="Servers that do both, instead of pairs. May be given again.")  # fmt: skip
+    add = parser.add_argument_group("routing").add_argument
+    add("--policy", choices=POLICIES, default="cache_aware", help="Who gets a request. Default: cache_aware, which "
+        "for decode servers is least_loaded: they compute no prompts.")  # fmt: skip
+    add("--prefill-policy", choices=POLICIES, help="Another policy for prefill servers.")
+    add("--decode-policy", choices=POLICIES, help="Another policy for decode servers.")
+    add("--request-timeout-secs", type=_at_least(0.001, float), default=1800.0,
+        help="Seconds that a server may be silent on a request.")  # fmt: skip
+    add("--cb-failure-threshold", type=_at_least(1), default=3, help="Faults in a row that take a server down.")
+    add("--health-check-interval-secs", type=_at_least(0.001, float), default=5.0, help="Seconds between probes.")
+    add("--health-check-timeout-secs", type=_at_least(0.001, float), default=5.0, help="Seconds that a probe may take.")
+    add = parser.add_argument_group("serving").add_argument
+    add("--host", default="127.0.0.1", help="Address to listen on.")
+    add("--port", type=_at_least(0), default=30000, help="Port to listen on; 0: any free one.")
+    add("--api-key", help="Key that clients must send, and that servers are sent; without it the clients' own go on.")
+    add("--drain-timeout", type=_at_least(0, float), default=30.0, help="Seconds for running requests after SIGTERM.")
+    add("--max-body-size", default="32M", help="Largest request body, bytes (or like 64M).")
+    add("--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info")
+    add("--log-requests", action="store_true", help="Log every request, with its trace id.")
+    _trace(parser)
+
+
+def _trace(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tracing").add_argument
+    add("--enable-trace", action="store_true", help="Record spans with OpenTelemetry.")
+    add("--otlp-traces-endpoint", default=OTLP, help=f"Collector: HOST:PORT (gRPC) or a URL (HTTP). Default: {OTLP}.")
+
+
+def _up(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("recipe", type=Path, help="The recipe's YAML file.")
+    add("--set", action="append", default=[], metavar="ROLE.KEY=VALUE", dest="changes",
+        help="Change a flag of a role (or of '*', router, resources); an empty value removes it.")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), help="The same as --set '*.device=...'.")
+    add("--plan", action="store_true", help="Print what becomes of every key, and start nothing; needs no GPU.")
+    add("--json", action="store_true", help="With --plan: print JSON.")
+    add("--on", choices=PLACES, default="here", help="here: processes of this host. ray: a Ray cluster. slurm: write "
+        "a job file, and start nothing. Default: here.")  # fmt: skip
+    add("--job-dir", type=Path, default=Path("job"), help="Folder for --on slurm. Default: job.")
+    add("--host", help="Address that the router listens on. Default: the recipe's, else 127.0.0.1.")
+    add("--port", type=_at_least(0), help="Port of the router. Default: the recipe's, else 30000; 0: any free one.")
+    add("--when-one-ends", choices=ENDINGS, default="stop", help="What to do when a worker ends by itself: stop all, "
+        "keep the others, or restart it. Default: stop.")  # fmt: skip
+    add("--start-timeout", type=_at_least(0.1, float), default=1800.0, help="Seconds until all must be ready.")
+    add("--log-dir", type=Path, help="Folder to keep each process' lines in as well.")
+
+
 COMMANDS = (
     Command("serve", "Serve a model over HTTP.", _serve, serves=True),
+    Command("router", "Put one address before several servers.", _router, engine=False),
+    Command("up", "Bring up the workers and the router of a recipe.", _up, engine=False),
     Command("generate", "Complete prompts.", _generate),
     Command("chat", "Talk with a model.", _chat),
     Command("bench", "Measure latency and throughput, in this process or of a server.", _bench),
@@ -209,7 +271,8 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         formatter_class=_Form,
     )
     command.add(parser)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with flags; the command line wins.")
+    if command.engine:
+        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with flags; the command line wins.")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in command.flags:
         if flag.group not in groups:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -40,7 +41,7 @@ class Rooms:
 class Fake:
     """One server. Set `status`, `health`, `hang`, `break_after`, `gap` to misbehave; `seen`: the calls for tokens."""
 
-    def __init__(self, role: Role, rooms: Rooms, dp: int = 1) -> None:
+    def __init__(self, role: Role, rooms: Rooms, dp: int = 1, listening: socket.socket | None = None) -> None:
         self.role, self.rooms, self.dp = role, rooms, dp
         self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.aborted: list[str] = []
@@ -66,7 +67,7 @@ class Fake:
             Route("/flush_cache", self._other, methods=["GET", "POST"]),
         ]
         self.app = Starlette(routes=routes)
-        self.listening = bind("127.0.0.1", 0)
+        self.listening = listening or bind("127.0.0.1", 0)
         self.url = url(self.listening)
         self.listener: Listener | None = None
         self.start()
@@ -195,8 +196,7 @@ async def world(
         await listener.close()
         await router.close()
         listening.close()
-        for fake in fakes:
-            await fake.stop()
+        await asyncio.gather(*(fake.stop() for fake in fakes))
 
 
 async def until(condition: Any, seconds: float = 10.0) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.core.errors import RequestError
-from tessera.serve.router.rooms import Meeting, batch_size, legs, prompt_of
+from tessera.serve.router.rooms import ROOM_BITS, Meeting, batch_size, legs, prompt_of
 
 AT = Meeting("10.0.0.1", 8998)
 
@@ -41,7 +41,7 @@ def test_rooms_of_a_batch_are_distinct_and_name_the_rank(
     assert "routed_dp_rank" not in decode
 
 
-@given(st.integers(0, (1 << 63) - 1), st.integers(1, 64))
+@given(st.integers(0, (1 << ROOM_BITS) - 1), st.integers(1, 64))
 def test_a_room_fits_into_63_bits(bits: int, dp: int) -> None:
     _, decode = legs({"text": ""}, Meeting("h", 1, dp), dp - 1, lambda _: bits)
     assert 0 <= decode["bootstrap_room"] < 1 << 63

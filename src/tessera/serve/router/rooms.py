@@ -1,8 +1,8 @@
 """The fields by which a prefill and a decode server find each other for one request, as SGLang's PD routers send them.
 
 Sources: SGLang `sglang_router/mini_lb.py` and the gateway's `pd_router.rs`. Both servers get `bootstrap_host`,
-`bootstrap_port` (of the prefill server) and `bootstrap_room` (63 random bits): lists of them for a batch of prompts.
-The prefill server's data-parallel rank travels explicitly: to it as `routed_dp_rank`, to the decode server as
+`bootstrap_port` (of the prefill server) and `bootstrap_room` (a random number of 63 bits): lists of them for a batch of
+prompts. The prefill server's data-parallel rank travels explicitly: to it as `routed_dp_rank`, to the decode server as
 `disagg_prefill_dp_rank`; rooms are congruent to it modulo the number of ranks, for servers that go by the room. A
 request's own `routed_dp_rank` (or `data_parallel_rank`, its older name) is that of the decode server.
 """
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessera.core.errors import RequestError
+from tessera.core.mesh import dealt
 
-ROOM_BITS = 63
+ROOM_BITS = 62  # that are random: a room has 63, and is moved a little to name a rank
 Body = dict[str, Any]
 DECODE_RANK = ("routed_dp_rank", "data_parallel_rank")
 
@@ -85,8 +86,8 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[int] | None:
 
 
 def _room(bits: int, rank: int, dp: int) -> int:
-    """A room of `ROOM_BITS` bits that is `rank` modulo `dp`."""
-    return bits % ((1 << ROOM_BITS) // dp) * dp + rank
+    """A room that goes to `rank` where rooms are dealt out to `dp` ranks."""
+    return bits - dealt(bits, dp) + rank
 
 
 def _asked_rank(body: Mapping[str, Any], dp: int, rank: int) -> int:

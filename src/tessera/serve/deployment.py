@@ -1,0 +1,184 @@
+"""A recipe as processes: every worker with its address, devices and command line, and the router before them. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tessera.core.config import BY_KEY, Asked, Notes, read
+from tessera.core.errors import ConfigError, Conflict
+from tessera.core.mesh import divisors, share
+from tessera.serve.recipe import WORKER, Recipe, Role
+
+PYTHON = (sys.executable, "-m", "tessera.cli")
+LOCAL = "127.0.0.1"
+MEETING, BOOTSTRAP = "dist_init_addr", "disaggregation_bootstrap_port"
+DEVICES = "CUDA_VISIBLE_DEVICES"
+KEY = "TESSERA_API_KEY"  # not on a command line, which all of a host's users can read
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process to start. `url`: where it answers; empty for the further hosts of a worker, which hold only ranks.
+
+    `node`: on which of the deployment's hosts. `environment`: besides that of whoever starts it.
+    """
+
+    name: str
+    role: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    url: str = ""
+    node: int = 0
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """All processes: workers in their order, then the router. `hosts`: how many hosts they need."""
+
+    workers: tuple[Process, ...]
+    router: Process
+    hosts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where it runs. `host(node)`: the address of a host for the others. `port()`: a free one. `gpus`: of each host.
+
+    `listen`: the address that workers listen on. `packed`: all of it is one host, so its GPUs are counted out.
+    """
+
+    host: Callable[[int], str]
+    port: Callable[[], int]
+    gpus: int
+    listen: str = LOCAL
+    packed: bool = True
+    python: Sequence[str] = PYTHON
+
+
+def deploy(recipe: Recipe, site: Site, router: Mapping[str, Any]) -> Deployment:
+    """The processes of a recipe. `router`: options of the router beside the recipe's, which they overrule.
+
+    Raises `ConfigError` where a worker does not fit its hosts, or the recipe's hosts are not there.
+    """
+    plan = _Placing(recipe, site)
+    workers = [process for role in recipe.roles for process in plan.role(role)]
+    if plan.wrong:
+        raise ConfigError(plan.wrong)
+    options = {**recipe.router, **{key: value for key, value in router.items() if value is not None}}
+    keys = {worker.environment[KEY] for worker in workers if KEY in worker.environment}
+    keys |= {str(options.pop("api_key"))} if "api_key" in options else set()
+    if len(keys) > 1:
+        remedy = "Give all workers the one that the router has: --set '*.api-key=...'."
+        raise ConfigError([Conflict(("api-key",), "workers and router have different keys", remedy)])
+    port = int(options.pop("port", 30000)) or site.port()
+    host = str(options.pop("host", site.listen))
+    address = site.host(0) if host in (LOCAL, "0.0.0.0", "::") else host
+    named = [word for process in workers if process.url for word in _named(process)]
+    command = (*site.python, "router", *named, "--host", host, "--port", str(port), *words(options))
+    environment = {**recipe.router_environment, **({KEY: keys.pop()} if keys else {})}
+    front = Process("router", "router", command, environment, f"http://{address}:{port}")
+    return Deployment(tuple(workers), front, plan.hosts)
+
+
+class _Placing:
+    """Counts out hosts, GPUs and ports."""
+
+    def __init__(self, recipe: Recipe, site: Site) -> None:
+        self._recipe, self._site = recipe, site
+        self._first_host = 0
+        self._next_gpu: dict[int, int] = {}
+        self.hosts = 1
+        self.wrong: list[Conflict] = []
+
+    def role(self, role: Role) -> list[Process]:
+        """The workers of one role, spread over its hosts in order."""
+        values = read(role.flags, Notes())
+        ranks = ranks_of(values)
+        cpu = values.word("device") == "cpu" or self._site.gpus == 0
+        nodes = max(role.nodes, 1)
+        if role.nodes == 0 or self._site.packed:
+            first = 0
+        else:
+            first, self._first_host = self._first_host, self._first_host + nodes
+        self.hosts = max(self.hosts, first + nodes)
+        each = self._nodes_each(role, nodes, ranks)
+        return [
+            process
+            for index in range(role.workers)
+            for process in self._worker(role, index, ranks, cpu, first + index * each % nodes, each)
+        ]
+
+    def _nodes_each(self, role: Role, nodes: int, ranks: int) -> int:
+        """Hosts of one worker."""
+        each = max(share(nodes, role.workers) if nodes % role.workers == 0 else 1, 1)
+        if each > 1 and self._site.packed:
+            self._refuse(role, f"each worker spans {each} hosts, and this is one", "Use --on ray or --on slurm.")
+        elif each not in divisors(ranks):
+            self._refuse(role, f"{ranks} ranks cannot be spread over {each} hosts", "Change its nodes or --tp-size.")
+        return each
+
+    def _worker(self, role: Role, index: int, ranks: int, cpu: bool, node: int, each: int) -> list[Process]:
+        site, here = self._site, share(ranks, each)
+        name = f"{role.name}-{index}"
+        flags: dict[str, Any] = {"host": site.listen, **role.flags}
+        secret = {KEY: str(flags.pop("api_key"))} if "api_key" in flags else {}
+        for key in ("port", BOOTSTRAP) if role.name == "prefill" else ("port",):
+            flags[key] = int(flags[key]) + index if key in flags else site.port()
+        if each > 1:
+            flags |= {"nnodes": each, MEETING: f"{site.host(node)}:{site.port()}"}
+        url = f"http://{site.host(node)}:{flags['port']}"
+        made = []
+        for rank in range(each):
+            environment = {**role.environment, **secret, **({} if cpu else self._devices(role, node + rank, here))}
+            own = {**flags, "node_rank": rank} if each > 1 else flags
+            command = (*site.python, "serve", *words(own))
+            gpus = 0 if cpu else here
+            made.append(Process(name, role.name, command, environment, url, node + rank, gpus))
+        return [made[0], *(replace(one, name=f"{name}.{i}", url="") for i, one in enumerate(made[1:], 1))]
+
+    def _devices(self, role: Role, node: int, count: int) -> dict[str, str]:
+        """The GPUs of one worker on one host, in the order of its hosts' devices."""
+        first = self._next_gpu.get(node, 0)
+        self._next_gpu[node] = first + count
+        if first + count > self._site.gpus:
+            reason = f"its workers need {first + count} GPUs on a host that has {self._site.gpus}"
+            self._refuse(role, reason, "Use fewer workers or ranks, more nodes, or --device cpu.")
+        return {DEVICES: ",".join(str(first + i) for i in range(count))}
+
+    def _refuse(self, role: Role, reason: str, remedy: str) -> None:
+        self.wrong.append(Conflict((f"{role.name}: {role.workers} worker(s)",), reason, remedy))
+
+
+def ranks_of(values: Asked) -> int:
+    """Ranks of one worker, those of all its replicas."""
+    replicas = 1 if values.on("enable_dp_attention") else values.number("dp_size")
+    return values.number("tp_size") * replicas
+
+
+def _named(process: Process) -> list[str]:
+    """How the router is told of a worker."""
+    words = ["--prefill" if process.role == "prefill" else f"--{process.role}", process.url]
+    if process.role == "prefill":
+        flag = f"--{BOOTSTRAP.replace('_', '-')}"
+        words.append(process.command[process.command.index(flag) + 1])
+    assert process.role in ("prefill", "decode", WORKER), f"a {process.role} server"
+    return words
+
+
+def words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as words of a command line. A switch that is off is left out."""
+    made: list[str] = []
+    for name, value in flags.items():
+        spelling = f"--{name.replace('_', '-')}"
+        flag = BY_KEY.get(name)
+        if isinstance(value, bool) or (flag is not None and flag.is_switch):
+            made += [spelling] if value is True or (flag is not None and flag.parse(value) is True) else []
+        elif isinstance(value, list | tuple):
+            made += [spelling, *map(str, value)]
+        else:
+            made += [spelling, str(value)]
+    return made

@@ -1,0 +1,111 @@
+"""Processes of a deployment on this host: started, read, signalled, and gone when this process is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+from tessera.serve.deployment import Process
+
+TETHER = ("-P", "-m", "tessera.serve.tethered")
+CHUNK = 1 << 16
+
+
+class Child(Protocol):
+    """A process that was started, here or elsewhere."""
+
+    @property
+    def where(self) -> str:
+        """For people: its process id, or its host."""
+
+    def lines(self) -> AsyncIterator[str]:
+        """What it writes, until it ends."""
+
+    async def wait(self) -> int:
+        """Its exit code, once it has ended; negative: minus the signal."""
+
+    async def signal(self, number: int) -> None:
+        """Sends a signal; nothing happens when it has ended."""
+
+
+class Starter(Protocol):
+    """Starts processes."""
+
+    async def start(self, process: Process) -> Child:
+        """Starts one. Raises TesseraError."""
+
+    async def close(self) -> None:
+        """Gives back what it holds."""
+
+
+class Here:
+    """Starts processes on this host. Call it from a thread that lives as long as they shall (see `die_with`)."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    async def start(self, process: Process) -> LocalChild:
+        """See `Starter`. A session of its own keeps Ctrl-C in a terminal from it."""
+        command = (sys.executable, *TETHER, str(os.getpid()), *process.command)
+        started = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**self._environ, "PYTHONUNBUFFERED": "1", **process.environment},
+            start_new_session=True,
+        )
+        return LocalChild(started)
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+class LocalChild:
+    """A process of this host."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @property
+    def where(self) -> str:
+        """See `Child`."""
+        return f"process {self._process.pid}"
+
+    async def lines(self) -> AsyncIterator[str]:
+        """See `Child`."""
+        out, held = self._process.stdout, b""
+        assert out is not None, "it was started with a pipe"
+        while chunk := await out.read(CHUNK):
+            *whole, held = (held + chunk).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace").rstrip("\r")
+        if held:
+            yield held.decode(errors="replace")
+
+    async def wait(self) -> int:
+        """See `Child`."""
+        return await self._process.wait()
+
+    async def signal(self, number: int) -> None:
+        """See `Child`. The kernel keeps the group of a session's leader alive until its last process has ended."""
+        if self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
+
+
+def free_port() -> int:
+    """A port that is free on this host now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port

@@ -1,0 +1,129 @@
+"""What would become of a recipe: every key of every role honoured, refused or ignored, with the reason; no start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tessera.core.config import BY_KEY, Decision, Flag, Hardware, Notes, Resolved, read, read_environment
+from tessera.core.errors import ConfigError, Conflict, LayoutError, ModelError
+from tessera.run.startup import prepare
+from tessera.serve.recipe import Role
+
+Fate = Literal["honoured", "refused", "ignored", "passed on"]
+# Variables that are nobody's flag: who reads them.
+READERS = {
+    "NCCL_": "read by NCCL",
+    "CUDA_": "read by CUDA",
+    "UCX_": "read by UCX",
+    "PYTHON": "read by Python",
+    "OMP_": "read by OpenMP",
+    "HF_": "read by the Hugging Face hub",
+    "FLASHINFER_": "read by FlashInfer, where its kernels run",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One key, and what becomes of it."""
+
+    key: str
+    value: object
+    fate: Fate
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One role. `resolved`: where it can run. `conflicts`: why not; they are told of their keys, too."""
+
+    role: Role
+    verdicts: tuple[Verdict, ...]
+    conflicts: tuple[Conflict, ...]
+    resolved: Resolved | None = None
+
+
+def plan(role: Role, hardware: Hardware | None) -> Plan:
+    """Resolves a role's flags as `tessera serve` would. `hardware`: assumed; None: that of this host."""
+    conflicts: tuple[Conflict, ...] = ()
+    resolved: Resolved | None = None
+    try:
+        resolved = prepare(_in_its_folder(role.flags), role.environment, hardware, weights=False).resolved
+        decisions = resolved.decisions
+    except ConfigError as error:
+        conflicts, decisions = error.conflicts, _read_alone(role)
+    except (ModelError, LayoutError) as error:
+        remedy = f"Give a folder with a config.json: --set '{role.name}.model-path=...'."
+        conflicts, decisions = (Conflict(("--model-path",), str(error), remedy), *_conflicts(role)), _read_alone(role)
+    verdicts = [_flag(name, value, conflicts, decisions) for name, value in role.flags.items()]
+    verdicts += [_variable(name, value, decisions) for name, value in role.environment.items()]
+    return Plan(role, tuple(verdicts), conflicts, resolved)
+
+
+def _in_its_folder(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A path to a config.json itself names its folder."""
+    path = Path(str(flags.get("model_path", "")))
+    return {**flags, "model_path": str(path.parent)} if path.name == "config.json" else flags
+
+
+def _read_alone(role: Role) -> tuple[Decision, ...]:
+    """What is ignored whatever the model: it is known even where nothing can be resolved."""
+    notes = Notes()
+    read(role.flags, notes)
+    return (*notes.decisions, *read_environment(role.environment).ignored)
+
+
+def _conflicts(role: Role) -> list[Conflict]:
+    notes = Notes()
+    read(role.flags, notes)
+    return notes.conflicts
+
+
+def _flag(name: str, value: object, conflicts: tuple[Conflict, ...], decisions: tuple[Decision, ...]) -> Verdict:
+    flag = BY_KEY.get(name)
+    spelled = flag.spellings if flag is not None else (name,)
+    for conflict in conflicts:
+        if any(_names(one, spelled) for one in conflict.flags):
+            return Verdict(name, value, "refused", f"{conflict.reason}. {conflict.remedy}")
+    for decision in decisions:
+        if decision.value == "ignored" and _names(decision.what, spelled):
+            return Verdict(name, value, "ignored", decision.why)
+    return Verdict(name, value, "honoured", _note(flag, spelled, decisions))
+
+
+def _note(flag: Flag | None, spelled: tuple[str, ...], decisions: tuple[Decision, ...]) -> str:
+    """What was decided about an honoured flag."""
+    told = [f"{d.value}: {d.why}" for d in decisions if flag is not None and _names(d.what, spelled)]
+    return "; ".join(told)
+
+
+def _names(what: str, spelled: tuple[str, ...]) -> bool:
+    """Whether a conflict or decision (`--tp-size 4`, `chunked-prefill-size`) speaks of a flag."""
+    first = what.split(maxsplit=1)[0] if what.split() else ""
+    return any(first.removeprefix("--") == one.removeprefix("--") for one in spelled)
+
+
+def _variable(name: str, value: object, decisions: tuple[Decision, ...]) -> Verdict:
+    for decision in decisions:
+        if decision.what == name and decision.value == "ignored":
+            return Verdict(name, value, "ignored", decision.why)
+    if read_environment({name: str(value)}).asked:
+        return Verdict(name, value, "honoured")
+    reader = next((why for prefix, why in READERS.items() if name.startswith(prefix)), "nothing of ours reads it")
+    return Verdict(name, value, "passed on", f"set for the workers; {reader}")
+
+
+def as_data(found: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    rows: list[Mapping[str, object]] = [
+        {"key": v.key, "value": v.value, "fate": v.fate, "why": v.why} for v in found.verdicts
+    ]
+    return {
+        "role": found.role.name,
+        "workers": found.role.workers,
+        "can_run": found.resolved is not None,
+        "keys": rows,
+        "conflicts": [str(conflict) for conflict in found.conflicts],
+    }

@@ -1,0 +1,179 @@
+"""`tessera up`: the processes of a deployment from their start to their end. Every wait has a way out.
+
+States of a process: starting, ready (its /health says so), ended. What happens when one ends by itself is asked:
+"stop" everything, "keep" the others, or "restart" it at its old address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import httpx
+
+from tessera.core.errors import DeadlineError, PeerError
+from tessera.run.children import how_it_ended
+from tessera.serve.deployment import KEY, Deployment, Process
+from tessera.serve.here import Child, Starter
+from tessera.serve.signals import StopSignals
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.3  # between two looks at a process that starts
+PROBE_SECONDS = 5.0
+RESTART_SECONDS = 2.0  # before a process is started again
+KILLED_SECONDS = 10.0
+State = Literal["starting", "ready", "ended"]
+WhenOneEnds = Literal["stop", "keep", "restart"]
+
+
+@dataclass(slots=True)
+class Running:
+    """A process and how it does."""
+
+    process: Process
+    child: Child
+    state: State = "starting"
+    since: float = field(default_factory=time.monotonic)
+    code: int | None = None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+class View(Protocol):
+    """Shows people what happens."""
+
+    def line(self, name: str, text: str) -> None:
+        """A process wrote a line."""
+
+    def change(self, what: str, running: Iterable[Running]) -> None:
+        """Something became of a process."""
+
+
+class Supervisor:
+    """Runs one deployment. `patience`: seconds from the start until all are ready. `drain`: for an orderly end."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        starter: Starter,
+        view: View,
+        when_one_ends: WhenOneEnds = "stop",
+        patience: float = 1800.0,
+        drain: float = 35.0,
+    ) -> None:
+        self._deployment, self._starter, self._view = deployment, starter, view
+        self._when, self._patience, self._drain = when_one_ends, patience, drain
+        self._running: dict[str, Running] = {}
+        self._ended: asyncio.Queue[Running | None] = asyncio.Queue()  # None: the time to start is over
+        self._all_ready = False
+        self._stopping = False
+
+    async def run(self, signals: StopSignals) -> None:
+        """Until a signal. Raises PeerError when a process ended and all were to stop with it, DeadlineError."""
+        stop = asyncio.create_task(signals.first.wait())
+        watch = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({stop, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                await watch
+        finally:
+            self._stopping = True
+            for task in (stop, watch):
+                task.cancel()
+            await asyncio.gather(stop, watch, return_exceptions=True)
+            await self._stop_all()
+            await self._starter.close()
+
+    async def _watch(self) -> None:
+        asyncio.get_running_loop().call_later(self._patience, self._ended.put_nowait, None)
+        for process in (*self._deployment.workers, self._deployment.router):
+            await self._start(process)
+        while True:
+            ended = await self._ended.get()
+            if ended is not None:
+                await self._one_ended(ended)
+            elif not self._all_ready:
+                late = ", ".join(one.process.name for one in self._running.values() if one.state != "ready")
+                raise DeadlineError(f"not ready within {self._patience:g} s (--start-timeout): {late}")
+
+    async def _one_ended(self, one: Running) -> None:
+        how = f"{one.process.name} {how_it_ended(one.code or 0)}"
+        if self._when == "stop" or one.process.role == "router":
+            raise PeerError(f"{how}, so everything ends")
+        if self._when == "restart":
+            await asyncio.sleep(RESTART_SECONDS)
+            await self._start(one.process)
+
+    async def _start(self, process: Process) -> None:
+        child = await self._starter.start(process)
+        one = self._running[process.name] = Running(process, child)
+        one.tasks = [asyncio.create_task(work) for work in (self._read(one), self._until_ready(one))]
+        self._view.change(f"{process.name} starts ({child.where})", self._running.values())
+
+    async def _read(self, one: Running) -> None:
+        """Shows what it writes, and notices its end."""
+        async for line in one.child.lines():
+            self._view.line(one.process.name, line)
+        one.code = await one.child.wait()
+        one.state, one.since = "ended", time.monotonic()
+        self._view.change(f"{one.process.name} {how_it_ended(one.code)}", self._running.values())
+        if not self._stopping:
+            self._ended.put_nowait(one)
+
+    async def _until_ready(self, one: Running) -> None:
+        """Asks it until it is ready. One without an address is ready when the one that it belongs to is."""
+        key = one.process.environment.get(KEY)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        began = time.monotonic()
+        async with httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False, headers=headers) as http:
+            while one.process.url:
+                healthy = await _healthy(http, one.process.url)
+                if one.state != "starting":
+                    return
+                if healthy:
+                    break
+                await asyncio.sleep(POLL_SECONDS)
+        one.state, one.since = "ready", time.monotonic()
+        where = f" at {one.process.url}" if one.process.url else ""
+        self._view.change(f"{one.process.name} is ready{where} after {one.since - began:.1f} s", self._running.values())
+        count = len(self._deployment.workers) + 1
+        if len(self._running) == count and all(r.state == "ready" for r in self._running.values()):
+            self._all_ready = True
+            self._view.change(f"all {count} processes are ready: {self._deployment.router.url}", self._running.values())
+
+    async def _stop_all(self) -> None:
+        """The router first, so that what runs can finish; then the workers; whoever stays is killed."""
+        router = [one for one in self._running.values() if one.process.role == "router"]
+        workers = [one for one in self._running.values() if one.process.role != "router"]
+        try:
+            for some in (router, workers):
+                await self._stop(some)
+        finally:
+            for one in self._running.values():
+                for task in one.tasks:
+                    task.cancel()
+                await asyncio.gather(*one.tasks, return_exceptions=True)
+
+    async def _stop(self, some: list[Running]) -> None:
+        left = [one for one in some if one.code is None]
+        for number, seconds in ((signal.SIGTERM, self._drain), (signal.SIGKILL, KILLED_SECONDS)):
+            for one in left:
+                await one.child.signal(number)
+            ends = [one.tasks[0] for one in left]
+            if ends:
+                await asyncio.wait(ends, timeout=seconds)
+            left = [one for one in left if one.code is None]
+            if left and number == signal.SIGTERM:
+                names = ", ".join(one.process.name for one in left)
+                self._view.change(f"killed after {seconds:g} s: {names}", self._running.values())
+
+
+async def _healthy(http: httpx.AsyncClient, url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return (await http.get(f"{url}/health")).status_code == 200
+    return False

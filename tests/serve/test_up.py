@@ -1,0 +1,184 @@
+"""`tessera up` with fake workers and the real router: states, answers, Ctrl-C, a worker that ends, one that is deaf."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from serve.router.fakes import until
+from serve.support import in_loop
+from tessera.core.errors import DeadlineError, PeerError
+from tessera.serve.deployment import Site, deploy
+from tessera.serve.here import Here, free_port
+from tessera.serve.recipe import changed, load_recipe
+from tessera.serve.up import Running, Supervisor
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FAKE = (sys.executable, str(Path(__file__).parent / "router" / "fake_cli.py"))
+QUICK = ["router.drain-timeout=1"]
+
+
+class Signals:
+    """Signals by hand."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+
+
+class Seen:
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.changes: list[str] = []
+        self.running: dict[str, Running] = {}
+
+    def line(self, name: str, text: str) -> None:
+        self.lines.append((name, text))
+
+    def change(self, what: str, running: Iterable[Running]) -> None:
+        self.changes.append(what)
+        self.running = {one.process.name: one for one in running}
+
+    def told(self, text: str) -> bool:
+        return any(text in change for change in self.changes)
+
+    def pid(self, name: str) -> int:
+        return int(self.running[name].child.where.split()[-1])
+
+
+class Up:
+    """A deployment that runs."""
+
+    def __init__(self, changes: list[str], **options: Any) -> None:
+        recipe = changed(load_recipe(RECIPES / "abacus-cpu.yaml"), [*QUICK, *changes])
+        site = Site(lambda node: "127.0.0.1", free_port, 0, python=FAKE)
+        self.signals, self.view = Signals(), Seen()
+        self.deployment = deploy(recipe, site, {"port": 0})
+        supervisor = Supervisor(self.deployment, Here(dict(os.environ)), self.view, **{"drain": 5.0, **options})
+        self.task = asyncio.create_task(supervisor.run(self.signals))  # type: ignore[arg-type]
+
+    async def ready(self) -> None:
+        await until(lambda: self.view.told("processes are ready") or self.task.done(), 40)
+        assert not self.task.done(), self.task.exception()
+
+    async def stop(self) -> None:
+        self.signals.first.set()
+        await asyncio.wait_for(self.task, 20)
+
+
+@asynccontextmanager
+async def up(changes: list[str], **options: Any) -> AsyncIterator[Up]:
+    made = Up(changes, **options)
+    try:
+        yield made
+    finally:
+        made.signals.first.set()
+        await asyncio.gather(made.task, return_exceptions=True)
+        pids = [made.view.pid(name) for name in made.view.running]
+        assert not any(psutil.pid_exists(pid) for pid in pids), "nothing is left"
+
+
+@in_loop
+async def test_a_pair_comes_up_answers_and_goes_in_order() -> None:
+    async with up([]) as made:
+        await made.ready()
+        async with httpx.AsyncClient(base_url=made.deployment.router.url, timeout=20, trust_env=False) as http:
+            answer = (await http.post("/generate", json={"text": "hi"})).json()
+            workers = (await http.get("/workers")).json()["workers"]
+        assert answer["role"] == "decode"
+        bootstrap = made.deployment.workers[0].command
+        assert workers[0]["bootstrap_port"] == int(bootstrap[bootstrap.index("--disaggregation-bootstrap-port") + 1])
+        assert {name for name, _ in made.view.lines} == {"prefill-0", "decode-0", "router"}
+        assert any("--enable-dp-attention" in text for name, text in made.view.lines if name == "decode-0")
+        await made.stop()
+        ends = [change.split()[0] for change in made.view.changes if "ended" in change]
+        assert ends[0] == "router", "it goes first, so that what runs can finish"
+        assert sorted(ends) == ["decode-0", "prefill-0", "router"]
+
+
+@in_loop
+async def test_everything_ends_when_one_does() -> None:
+    async with up(["decode.env.DIE_AFTER=1"]) as made:
+        with pytest.raises(PeerError, match="decode-0 ended with exit code 3, so everything ends"):
+            await asyncio.wait_for(made.task, 40)
+
+
+@in_loop
+async def test_one_that_ends_is_started_again_at_its_address_where_that_was_asked() -> None:
+    async with up([], when_one_ends="restart") as made:
+        await made.ready()
+        old = made.view.pid("prefill-0")
+        os.kill(old, signal.SIGKILL)
+        await until(lambda: made.view.told("prefill-0 was ended by SIGKILL"))
+        await until(lambda: made.view.pid("prefill-0") != old and made.view.running["prefill-0"].state == "ready", 30)
+        async with httpx.AsyncClient(base_url=made.deployment.router.url, timeout=20, trust_env=False) as http:
+            until_ok = time.monotonic() + 15
+            while (await http.post("/generate", json={"text": "hi"})).status_code != 200:
+                assert time.monotonic() < until_ok
+                await asyncio.sleep(0.2)
+        assert not made.task.done()
+
+
+@in_loop
+async def test_the_others_are_kept_where_that_was_asked() -> None:
+    async with up([], when_one_ends="keep") as made:
+        await made.ready()
+        os.kill(made.view.pid("prefill-0"), signal.SIGKILL)
+        await until(lambda: made.view.told("prefill-0 was ended"))
+        await asyncio.sleep(0.5)
+        assert not made.task.done()
+        assert made.view.running["decode-0"].state == "ready"
+
+
+@in_loop
+async def test_one_that_never_gets_ready_is_named() -> None:
+    async with up(["prefill.env.SICK=1"], patience=6.0) as made:
+        with pytest.raises(DeadlineError, match=r"not ready within 6 s.*prefill-0"):
+            await asyncio.wait_for(made.task, 30)
+
+
+@in_loop
+async def test_one_that_does_not_listen_is_killed() -> None:
+    async with up(["decode.env.DEAF=1"], drain=1.0) as made:
+        await made.ready()
+        await made.stop()
+        assert made.view.told("killed after 1 s: decode-0")
+        assert made.view.told("decode-0 was ended by SIGKILL")
+
+
+def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(
+        "import asyncio, os, sys\n"
+        "from tessera.serve.here import Here\n"
+        "from tessera.serve.deployment import Process\n"
+        "async def main():\n"
+        "    child = await Here(dict(os.environ)).start(Process('a', 'worker', ('sleep', '60'), {}))\n"
+        "    print(child.where.split()[-1], flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    owner = psutil.Popen([sys.executable, str(script)], stdout=-1, text=True)
+    pid = int(owner.stdout.readline())
+    limit = time.monotonic() + 10
+    while psutil.Process(pid).cmdline()[0] != "sleep":
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    owner.kill()
+    owner.wait(5)
+    owner.stdout.close()
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < limit + 5
+        time.sleep(0.02)
