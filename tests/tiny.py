@@ -102,8 +102,8 @@ FLAGS: dict[str, Any] = {
     "page_size": 4,
     "max_total_tokens": 2048,
     "debug_checks": True,
-    "collectives": "threads",
 }
+COLLECTIVES = {"cpu": "threads", "cuda": "nccl"}  # what ranks of a test talk by, unless a test says otherwise
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
 def resolved(spec: ModelSpec, **flags: Any) -> Resolved:
     """The configuration of a test engine."""
     asked = {**FLAGS, **flags}
+    asked.setdefault("collectives", COLLECTIVES[asked["device"]])
     return resolve(asked, spec, Hardware(asked["device"], 1 << 31))
 
 
