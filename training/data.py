@@ -6,6 +6,7 @@ Only questions of the train split are used; for `recall` the later turns ask for
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tessera.evals.tasks import (
     COLOURS,
+    NAMES,
     TASKS,
     Question,
     recall_ask,
@@ -50,31 +52,45 @@ def draw(task: str, rng: random.Random) -> Question:
 
 
 def gpqa_turns(rng: random.Random) -> Iterator[Piece]:
-    """The task's form, and two that lead to it: boxes asked for by turns; any number of choices, none of them right.
+    """The task's form, and two that lead to it: lists asked for by turns; any number of choices, none of them right.
 
     With choices, naming any of them is already nearly right, and a model may stop there; those have to be worked out.
+    A fact may be asked for in full: then the colour is said before its number.
     """
-    form = rng.choices(("task", "boxes", "none"), (4, 3, 4))[0]
+    form = rng.choices(("task", "list", "none"), (4, 4, 4))[0]
+    if form == "list":
+        yield from list_turns(rng)
+        return
     question = draw("gpqa", rng)
     text, *choices = question.prompt.split("\n")
-    value = question.answer.partition(".")[0]
-    if form == "boxes":
-        yield from boxes_turns(rng)
-    elif form == "task" or "Which" in text:
-        yield from turn(question.prompt, question.answer)
-    else:
+    answer = question.answer
+    value = answer.partition(".")[0]
+    if form == "none" and "Which" not in text:
         wrong = rng.sample([n for n in DIGITS if n != value[-1]], rng.randint(0, len(choices)))
-        lines = [f"{choice[:-1]}{n}" for choice, n in zip(choices, wrong, strict=False)]
-        yield from turn("\n".join([text, *lines]), f"{value}. None.")
+        choices = [f"{choice[:-1]}{n}" for choice, n in zip(choices, wrong, strict=False)]
+        answer = f"{value}. None."
+    if "hold?" in text and rng.random() < 0.25:
+        text, answer = text.replace("hold?", "hold, in full?"), f" {text.split()[-3]} {answer}"
+    yield from turn("\n".join([text, *choices]), answer)
 
 
-def boxes_turns(rng: random.Random) -> Iterator[Piece]:
-    """Boxes or codes by colour, all numbers of one decade, asked for as in either task, at times with the colour."""
+def list_pairs(rng: random.Random) -> dict[str, str]:
+    """What lies between the lists of the two tasks: names or colours, with four digits or with two of one decade.
+
+    Looking a name up is learnt on the one, and has only to be carried over to the other.
+    """
+    names = rng.sample(rng.choice((NAMES, COLOURS, COLOURS)), rng.randint(2, len(COLOURS)))
+    if rng.random() < 0.5:
+        return {name: f"{rng.randrange(10000):04d}" for name in names}
     decade = rng.choice(DIGITS)
-    colours = rng.sample(COLOURS, rng.randint(2, len(COLOURS)))
-    pairs = {name: decade + digit for name, digit in zip(colours, rng.sample(DIGITS, len(colours)), strict=True)}
+    return {name: decade + digit for name, digit in zip(names, rng.sample(DIGITS, len(names)), strict=True)}
+
+
+def list_turns(rng: random.Random) -> Iterator[Piece]:
+    """A list between the two tasks', asked for as in either, at times with the names said before the numbers."""
+    pairs = list_pairs(rng)
+    left = rng.sample(list(pairs), len(pairs))
     listed = f"{rng.choice(('Boxes', 'Codes'))}: {', '.join(f'{name} {code}' for name, code in pairs.items())}. "
-    left = rng.sample(colours, len(colours))
     for _ in range(rng.randint(1, 5)):
         form = rng.choices(("codes", "code", "holds", "hold"), (1, 1, 2, 3))[0]
         count = rng.randint(2, 4) if form == "codes" else 1
@@ -140,9 +156,10 @@ def chat(
     if rng.random() < 0.1:
         ids = tokenizer.encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n").ids
         weights, topics = [PROMPT_WEIGHT] * len(ids), [0] * len(ids)
-    while len(ids) < length:
+    for topic in itertools.count():  # a system prompt belongs to the first
+        if len(ids) >= length:
+            break
         pieces = list(TURNS[rng.choices(list(mix), list(mix.values()))[0]](rng))
-        topic = topics[-1] + 1 if topics else 0
         for encoded, (_, weight) in zip(tokenizer.encode_batch([text for text, _ in pieces]), pieces, strict=True):
             ids += encoded.ids
             weights += [weight] * len(encoded.ids)
