@@ -8,4 +8,5 @@ if [[ -n "${WHEELS:-}" ]]; then
     "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m pytest -p no:cacheprovider -m gpu "${@:-tests/run}"
+(($#)) || set -- tests/run tests/comm
+exec "$python" -m pytest -p no:cacheprovider -m gpu "$@"
