@@ -32,7 +32,8 @@ def route(
     Scores are softmax or sigmoid of the logits in fp32. The choice is by score + `bias` (DeepSeek-V3's correction), the
     weights are scores without it, divided by their sum when `normalize`, times `scale`. With `num_groups` > 1 only
     experts of the best `top_groups` groups stand for choice; a group's score is its largest (V2's group_limited_greedy)
-    or the sum of its two largest (V3's noaux_tc).
+    or the sum of its two largest (V3's noaux_tc). Of equal scores the lowest number is chosen: in bfloat16 many are
+    equal, and which one is taken must not depend on the device.
     """
     logits = logits.to(wide(logits.dtype))
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
@@ -40,14 +41,19 @@ def route(
     if top_groups < num_groups:
         grouped = choice.unflatten(-1, (num_groups, -1))
         of_group = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
-        best = of_group.topk(top_groups, -1).indices
+        best = _first(of_group, top_groups)
         shut = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
         choice = grouped.masked_fill(shut[..., None], float("-inf")).flatten(-2)
-    ids = choice.topk(top_k, -1).indices
+    ids = _first(choice, top_k)
     weights = scores.gather(-1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * scale
+
+
+def _first(scores: Tensor, count: int) -> Tensor:
+    """The `count` best of the last dim, in order."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def experts_reference(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""A gated delta net token by token: decode and short ranges, everything between the projections in one launch.
+
+S segments, T tokens, C channels (q | k | v), Hk key heads, Hv value heads (GROUP of them a key head), DK and DV their
+dims. A program takes one key head of one segment: it holds the whole state of a value head, reads it once and writes it
+once. A range longer than `limit` is left to `triton_delta_chunk`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera.ops.fused import DeltaInputs
+from tessera.ops.segments import Segments
+
+
+@triton.jit
+def _l2norm(x):
+    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@triton.jit
+def gates(a, b, decay, dt_bias):
+    """(g, beta): log decay `decay * softplus(a + dt_bias)`, and sigmoid(b)."""
+    shifted = a.to(tl.float32) + dt_bias.to(tl.float32)
+    g = decay.to(tl.float32) * tl.where(shifted > 20, shifted, tl.log(1 + tl.exp(tl.minimum(shifted, 20.0))))
+    return g, 1 / (1 + tl.exp(-b.to(tl.float32)))
+
+
+@triton.jit
+def _advanced(memory, q, k, v, g, beta):
+    """The state [DK, DV] after a token, and what q reads from it; one reading of the old state answers q and k."""
+    memory = memory * tl.exp(g)
+    seen, read = tl.sum(memory * k[:, None], 0), tl.sum(memory * q[:, None], 0)
+    fresh = (v - seen) * beta
+    return memory + k[:, None] * fresh[None, :], read + tl.sum(q * k, 0) * fresh
+
+
+@triton.jit
+def column(y_ptr, window_ptr, at, channel, valid, stride_y, KERNEL: tl.constexpr):
+    """Input of the convolution at token `at` of the range; before its first, what the window kept."""
+    new = tl.load(y_ptr + at * stride_y + channel, mask=valid & (at >= 0), other=0.0)
+    old = tl.load(window_ptr + channel * (KERNEL - 1) + KERNEL - 1 + at, mask=valid & (at < 0), other=0.0)
+    return tl.where(at < 0, old.to(tl.float32), new.to(tl.float32))
+
+
+@triton.jit
+def _convolved(
+    y_ptr, window_ptr, w_ptr, t, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr, AXIS: tl.constexpr
+):
+    """silu of the convolution at token t.
+
+    AXIS: where the taps lie. It is the one along which the result is not spread over the state afterwards; otherwise
+    the compiler would turn the whole state to these few numbers' layout instead of them to its own.
+    """
+    nth = tl.expand_dims(tl.arange(0, TAPS), 1 - AXIS)
+    channel, valid = tl.expand_dims(channel, AXIS), tl.expand_dims(valid, AXIS) & (nth < KERNEL)
+    x = column(y_ptr, window_ptr, t - KERNEL + 1 + nth, channel, valid, stride_y, KERNEL)
+    w = tl.load(w_ptr + channel * KERNEL + nth, mask=valid, other=0.0).to(tl.float32)
+    total = tl.sum(x * w, AXIS)
+    return total / (1 + tl.exp(-total))
+
+
+@triton.jit
+def shift(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL: tl.constexpr, PADDED: tl.constexpr):
+    """Writes the window after the range; whoever still reads the old one is in this program."""
+    nth = tl.arange(0, PADDED)[None, :]
+    channel, valid = channel[:, None], valid[:, None] & (nth < KERNEL - 1)
+    x = column(y_ptr, window_ptr, length - KERNEL + 1 + nth, channel, valid, stride_y, KERNEL)
+    tl.debug_barrier()
+    tl.store(window_ptr + channel * (KERNEL - 1) + nth, x.to(window_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _step(
+    y_ptr, conv_ptr, window_ptr, state_ptr, decay_ptr, dt_bias_ptr, norm_ptr, out_ptr, cu_ptr, slots_ptr,
+    stride_y, stride_window, stride_state, limit, eps, q_scale,
+    MIXED: tl.constexpr, Z: tl.constexpr, B: tl.constexpr, A: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KERNEL: tl.constexpr,
+    DK_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v."""
+    head, s = tl.program_id(0), tl.program_id(1)
+    first = tl.load(cu_ptr + s)
+    length = tl.load(cu_ptr + s + 1) - first
+    if length > limit:
+        return
+    slot = tl.load(slots_ptr + s).to(tl.int64)
+    y_ptr += first.to(tl.int64) * stride_y
+    out_ptr += first.to(tl.int64) * (HEADS * DV)
+    window_ptr += slot * stride_window
+    state_ptr += slot * stride_state
+    mixed_ptr = y_ptr + MIXED
+    i, j = tl.arange(0, DK_PADDED), tl.arange(0, DV_PADDED)
+    key, shown = i < DK, j < DV
+    q_at, k_at = head * DK + i, KEY + head * DK + i
+    weight = tl.load(norm_ptr + j, mask=shown, other=0.0).to(tl.float32)
+    for n in range(GROUP):
+        own = head * GROUP + n
+        v_at = VALUE + own * DV + j
+        memory_at = state_ptr + own * (DK * DV) + i[:, None] * DV + j[None, :]
+        memory = tl.load(memory_at, mask=key[:, None] & shown[None, :], other=0.0).to(tl.float32)
+        decay, dt_bias = tl.load(decay_ptr + own), tl.load(dt_bias_ptr + own)
+        for t in range(length):
+            row = y_ptr + t * stride_y
+            q = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0))
+            k = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0))
+            v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
+            g, beta = gates(tl.load(row + A + own), tl.load(row + B + own), decay, dt_bias)
+            memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
+            z = tl.load(row + Z + own * DV + j, mask=shown, other=0.0).to(tl.float32)
+            o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
+            tl.store(out_ptr + t * (HEADS * DV) + own * DV + j, o.to(out_ptr.dtype.element_ty), mask=shown)
+        tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
+    tl.debug_barrier()  # the windows that the convolutions read are written from here on
+    shift(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
+    shift(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
+    for n in range(GROUP):
+        v_at = VALUE + (head * GROUP + n) * DV + j
+        shift(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
+
+
+def step(
+    y: Tensor, inputs: DeltaInputs, conv_state: Tensor, state: Tensor, segments: Segments, limit: int, out: Tensor
+) -> None:
+    """`fused.delta_net_of` for ranges of at most `limit` tokens: writes their rows of out [T, Hv * Dv]."""
+    _, num_v, key_dim, value_dim = state.shape
+    kernel = inputs.conv.shape[1]
+    _step[inputs.key_heads, segments.num_segments](
+        y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
+        segments.cu_lengths, segments.slots, y.stride(0), conv_state.stride(0), state.stride(0),
+        limit, inputs.eps, key_dim**-0.5,
+        MIXED=inputs.mixed.start, Z=inputs.z.start, B=inputs.b.start, A=inputs.a.start,
+        KEY=inputs.channels[1].start, VALUE=inputs.channels[2].start,
+        HEADS=num_v, GROUP=num_v // inputs.key_heads, DK=key_dim, DV=value_dim, KERNEL=kernel,
+        DK_PADDED=triton.next_power_of_2(key_dim), DV_PADDED=triton.next_power_of_2(value_dim),
+        TAPS=triton.next_power_of_2(kernel), num_warps=8,
+    )  # fmt: skip
