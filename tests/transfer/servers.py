@@ -80,7 +80,7 @@ def manifest(
     return Manifest(**{**fields, "members": members, **more})
 
 
-def wholes(side: Manifest, spec: CacheSpec, units: int, seed: int) -> Bytes:
+def wholes(spec: CacheSpec, units: int, seed: int) -> Bytes:
     """Whole units of a cache, one after the other, as random bytes: `[units, *whole shape, bytes]`."""
     rng = np.random.default_rng(seed)
     shape = (units, *spec.layout.shape, DTYPE_BYTES[spec.dtype])
@@ -145,35 +145,51 @@ class Room:
         return pages if kind == "page" else [(self.src_slot, self.dst_slot)]
 
 
-def moved(source: Manifest, destination: Manifest, room: Room) -> tuple[Memory, Memory, list[Bytes]]:
-    """Fills the source's group, hands the room over; the memories, and the whole units by cache of the source."""
-    src, dst = Memory(source), Memory(destination)
-    truth = []
+def filled(source: Manifest, room: Room) -> tuple[Memory, list[Bytes]]:
+    """A server whose group holds the room's sequence, random bytes, and the whole units of each cache."""
+    src, truth = Memory(source), []
     for i, spec in enumerate(source.caches):
         units = room.units(spec.kind)
-        truth.append(wholes(source, spec, len(units), seed=i))
+        truth.append(wholes(spec, len(units), seed=i))
         for rank in source.group(room.src_dp):
             for whole, (unit, _) in zip(truth[-1], units, strict=True):
                 src.region(rank, i)[src.unit(rank, i, unit)] = tile(source, spec, whole, rank)
+    return src, truth
+
+
+def check(dst: Memory, room: Room, source: Manifest, truth: list[Bytes]) -> list[list[NDArray[np.int64]]]:
+    """AssertionError unless the destination's group holds what sharding the whole there gives, and the rest is zero.
+
+    Gives, by rank and cache, 1 for each byte that was to be written.
+    """
+    names = {spec.name: i for i, spec in enumerate(source.caches)}
+    wanted_writes = []
+    for rank in range(dst.side.mesh.size):
+        wanted_writes.append([])
+        for i, spec in enumerate(dst.side.caches):
+            written = np.zeros(len(dst.region(rank, i)), int)
+            if rank in dst.side.group(room.dst_dp):
+                for whole, (_, unit) in zip(truth[names[spec.name]], room.units(spec.kind), strict=True):
+                    where = dst.unit(rank, i, unit)
+                    wanted = tile(dst.side, spec, whole, rank)
+                    assert np.array_equal(dst.region(rank, i)[where], wanted), f"{spec.name} on rank {rank} is wrong"
+                    written[where] = 1
+            assert not dst.region(rank, i)[written == 0].any(), (
+                f"{spec.name} on rank {rank}: something else was written"
+            )
+            wanted_writes[-1].append(written)
+    return wanted_writes
+
+
+def arrived(source: Manifest, destination: Manifest, room: Room) -> None:
+    """Hands the room over by memory copies. AssertionError unless `check` passes and each byte was written once."""
+    src, truth = filled(source, room)
+    dst = Memory(destination)
     plan = CopyPlan(source, destination)
     for a, b in plan.pairs(room.src_dp, room.dst_dp):
         copy(plan.paged(a, b, room.src_pages, room.dst_pages), src, a, dst, b)
         copy(plan.slots(a, b, room.src_slot, room.dst_slot), src, a, dst, b)
-    return src, dst, truth
-
-
-def arrived(source: Manifest, destination: Manifest, room: Room) -> None:
-    """AssertionError unless the destination's group holds what sharding the whole there gives, each byte written once,
-    and nothing else of any rank was touched."""
-    _, dst, truth = moved(source, destination, room)
-    names = {spec.name: i for i, spec in enumerate(source.caches)}
-    for rank in range(destination.mesh.size):
-        for i, spec in enumerate(destination.caches):
-            written = np.zeros(len(dst.region(rank, i)), int)
-            if rank in destination.group(room.dst_dp):
-                for whole, (_, unit) in zip(truth[names[spec.name]], room.units(spec.kind), strict=True):
-                    where = dst.unit(rank, i, unit)
-                    wanted = tile(destination, spec, whole, rank)
-                    assert np.array_equal(dst.region(rank, i)[where], wanted), f"{spec.name} on rank {rank} is wrong"
-                    written[where] = 1
-            assert np.array_equal(dst.count(rank, i), written), f"{spec.name} on rank {rank}: not each byte once"
+    for rank, wanted in enumerate(check(dst, room, source, truth)):
+        for i, written in enumerate(wanted):
+            name = destination.caches[i].name
+            assert np.array_equal(dst.count(rank, i), written), f"{name} on rank {rank}: not each byte once"

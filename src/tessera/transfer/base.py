@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tessera.core.errors import TesseraError
 
+FENCE_S = 10.0
 Runs = NDArray[np.int64]  # [n, 5]: source region, source offset, destination region, destination offset, length; bytes
 
 
@@ -53,19 +54,23 @@ class Engine(Protocol):
     def write(self, peer: str, runs: Runs) -> int:
         """Posts copies from own regions to those of `peer`; returns a ticket at once. No two runs may overlap there.
 
-        The source must not change until the ticket is done. Raises `ValueError` for a run outside a region; that a
-        peer has left or has fenced this side is told by `poll`.
+        The source must be computed (on CUDA: its stream synchronised) and not change until the ticket is done. Raises
+        `ValueError` for a run outside a region; that a peer has left or has fenced this side is told by `poll`.
         """
         ...
 
     def poll(self) -> Sequence[Done]:
-        """Batches that are over since the last call. Never blocks. Every ticket comes exactly once."""
+        """Batches that are over since the last call. Never blocks. Every ticket comes exactly once.
+
+        After an error the peer is lost, and further batches fail, until it is connected again.
+        """
         ...
 
-    def fence(self, writer: str) -> None:
+    def fence(self, writer: str, deadline_s: float = FENCE_S) -> None:
         """Returns when no write of `writer` (its own `name`) can land here any more; later batches of it fail.
 
-        Blocks at most for the copies under way. Lifted by that writer's next `connect`.
+        Blocks at most for the copies under way. Lifted by that writer's next `connect`. Raises `DeadlineError` when a
+        copy is still under way at the deadline: the memory stays in doubt, and `fence` can be asked again.
         """
         ...
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import PeerError
-from tessera.transfer.base import Done, Runs, check_runs
+from tessera.transfer.base import FENCE_S, Done, Runs, check_runs
 
 
 @dataclass
@@ -91,7 +91,7 @@ class LocalEngine:
             for source, at, destination, to, length in runs.tolist():
                 peer._regions[destination][to : to + length] = self._regions[source][at : at + length]
 
-    def fence(self, writer: str) -> None:
+    def fence(self, writer: str, deadline_s: float = FENCE_S) -> None:
         """See `Engine.fence`."""
         with self._lock:
             self._fenced.add(writer)
