@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tessera.bench import cpu
-from tessera.bench.cpu_engines import Measured
+from tessera.bench.ours import Measured
 
 
 def test_rates() -> None:

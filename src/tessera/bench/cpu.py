@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tessera.bench.cpu_engines import Continuous, Generate, Measured, Ours
+from tessera.bench.cpu_engines import Continuous, Generate
+from tessera.bench.ours import Measured, Ours
 
 SHAPE = {
     "vocab_size": 151936,
@@ -133,7 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     before = conditions()
     results = []
-    with model_folder(args.model_path) as folder, Ours(folder) as ours:
+    with (
+        model_folder(args.model_path) as folder,
+        Ours({"model_path": str(folder), "device": "cpu", "dtype": "bfloat16"}) as ours,
+    ):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         engines: dict[str, Engine] = {"generate": Generate(model), "continuous": Continuous(model), "tessera": ours}
         for requests in args.requests:

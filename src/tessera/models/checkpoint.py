@@ -33,6 +33,8 @@ class Checkpoint:
     safetensors or a file is broken.
     """
 
+    anywhere = False
+
     def __init__(self, folder: Path, block: tuple[int, int] | None = None) -> None:
         self.folder, self.block = folder, block
         found = read_folder(folder)

@@ -75,8 +75,7 @@ class Head:
         part = linear((yield from self.together.bring(hidden, counts)), self.weight)
         mine = yield from self.together.own(part, counts)  # [attention groups, N, V of one rank]
         whole = yield self.comm.gather(mine.movedim(0, 1)[:, :, None], "vocab/attn", 2)
-        logits = whole.flatten(1)[:, : self.vocab_size]
-        return logits.to(wide(logits.dtype))
+        return whole.flatten(1)[:, : self.vocab_size]
 
 
 class Decoder:
@@ -111,6 +110,11 @@ class Decoder:
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
         """hidden [N, hidden] -> [N, V] in fp32 or wider. The padding of the vocabulary is cut off."""
+        logits = self.narrow_logits(hidden, counts)
+        return logits.to(wide(logits.dtype))
+
+    def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
+        """`logits` as the product gives them, in the model's dtype: enough for the likeliest, which stays the same."""
         return drain(self.head(hidden, self._counts(counts, len(hidden))))
 
     def _counts(self, counts: tuple[int, ...] | None, mine: int) -> tuple[int, ...]:

@@ -26,12 +26,15 @@ class Forms:
 
 
 def choose_forms(segments: Segments) -> Forms:
-    """Long ranges come first in a step, so one cut separates the expanded from the absorbed."""
+    """Long ranges come first in a step, so one cut separates the expanded from the absorbed.
+
+    Where the host does not know the lengths, all are taken as short: the absorbed form is right for any.
+    """
+    delta: DeltaForm = "chunked" if segments.max_length > 1 else "recurrent"
+    if not segments.known:
+        return Forms(((0, segments.num_segments, "absorbed"),), delta)
     long = np.flatnonzero(segments.host_lengths > ABSORB_UP_TO)
     cut = int(long[-1]) + 1 if len(long) else 0
     last = segments.num_segments
     runs: tuple[tuple[int, int, MLAForm], ...] = ((0, cut, "expanded"), (cut, last, "absorbed"))
-    return Forms(
-        mla=tuple(run for run in runs if run[0] < run[1]),
-        delta="chunked" if segments.max_length > 1 else "recurrent",
-    )
+    return Forms(tuple(run for run in runs if run[0] < run[1]), delta)

@@ -72,12 +72,14 @@ class MLA:
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, pool: Tensor, batch: Batch) -> Tensor:
         """[T, H, value]: each run of segments in its form."""
-        outs = []
+        forms = {"absorbed": self._absorbed, "expanded": self._expanded}
+        if len(batch.forms.mla) == 1:
+            return forms[batch.forms.mla[0][2]](q_nope, q_rope, pool, batch.segments)
+        outs = [q_nope.new_empty(0, self.heads, self.spec.value_dim)]
         for first, last, form in batch.forms.mla:
             part, tokens = batch.segments.part(first, last), batch.segments.tokens_of(first, last)
-            attend = self._absorbed if form == "absorbed" else self._expanded
-            outs.append(attend(q_nope[tokens], q_rope[tokens], pool, part))
-        return outs[0] if len(outs) == 1 else torch.cat([q_nope.new_empty(0, self.heads, self.spec.value_dim), *outs])
+            outs.append(forms[form](q_nope[tokens], q_rope[tokens], pool, part))
+        return torch.cat(outs)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, pool: Tensor, part: Segments) -> Tensor:
         w_k, w_v = self.kv_up.split((self.spec.nope_dim, self.spec.value_dim), 1)

@@ -44,10 +44,11 @@ def load_weights(
 ) -> dict[str, Tensor | PackedLinear]:
     """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen."""
     check(source, table)
+    through = device if source.anywhere else "cpu"
     tiles: dict[str, Tensor | PackedLinear] = {}
     done, total = 0, sum(prod(t.layout.local_shape(mesh, rank)) for t in table)
     for spec in table:
-        tile = load_tile(source, spec, mesh, rank, wide(dtype) if spec.wide else dtype).to(device)
+        tile = load_tile(source, spec, mesh, rank, wide(dtype) if spec.wide else dtype, through).to(device)
         done += tile.numel()
         tiles[spec.name] = pack_linear(tile) if spec.role == "linear" else tile
         del tile  # where it was packed, its memory is free before the next is read
@@ -56,11 +57,13 @@ def load_weights(
     return tiles
 
 
-def load_tile(source: Source, spec: TensorSpec, mesh: Mesh, rank: int, dtype: torch.dtype) -> Tensor:
-    """One tile; padding is zeros."""
+def load_tile(
+    source: Source, spec: TensorSpec, mesh: Mesh, rank: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """One tile, in memory that the source can write; padding is zeros."""
     shape = spec.layout.local_shape(mesh, rank)
     padded = any(section.padding for dim in spec.layout.dims for section in dim.sections)
-    tile = torch.zeros(shape, dtype=dtype) if padded else torch.empty(shape, dtype=dtype)
+    tile = (torch.zeros if padded else torch.empty)(shape, dtype=dtype, device=device)
     for piece in spec.pieces(mesh, rank):
         _copy(source, piece, tile)
     return tile

@@ -18,12 +18,14 @@ LENGTH = 1_048_573  # a prime: rows of no length repeat within a tensor of a mil
 
 
 class Noise:
-    """A source of the tensors of `shapes`. `zero_centred`: norms scale by 1 + w."""
+    """A source of the tensors of `shapes`. `zero_centred`: norms scale by 1 + w. The same noise on every device."""
+
+    anywhere = True
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], zero_centred: bool, seed: int = 0) -> None:
         self.shapes, self.zero_centred, self.seed = shapes, zero_centred, seed
         self._noise = torch.randn(LENGTH, generator=torch.Generator().manual_seed(seed))
-        self._cast: dict[torch.dtype, Tensor] = {}
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """See `Source.shape`."""
@@ -37,9 +39,10 @@ class Noise:
         """See `Source.copy`."""
         shape = self.shapes[name]
         width = max(1, Tensor.numel(torch.empty(shape[1:], device="meta")))
-        if out.dtype not in self._cast:
-            self._cast[out.dtype] = self._noise.to(out.dtype)
-        noise = self._cast[out.dtype]
+        kind = (out.dtype, out.device)
+        if kind not in self._cast:
+            self._cast[kind] = self._noise.to(out.device, out.dtype)
+        noise = self._cast[kind]
         first, done = zlib.crc32(f"{self.seed}:{name}".encode()), 0
         for start, length in blocks(rows, width * out.dtype.itemsize):
             box = _round(noise, first + start * width, length * width).view(length, width)

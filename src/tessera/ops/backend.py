@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
 from tessera.ops import attention, delta, draw, fused, linear, mla, moe, norm, sample
+from tessera.ops.expand import Expanded, expand_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Backend:
     silu_mul: Callable[..., Tensor]
     sigmoid_mul: Callable[..., Tensor]
     draw: Callable[..., Tensor]
+    expand: Callable[..., Expanded]
 
 
 REFERENCE = Backend(
@@ -48,6 +50,7 @@ REFERENCE = Backend(
     silu_mul=fused.silu_mul,
     sigmoid_mul=fused.sigmoid_mul,
     draw=sample.draw_reference,
+    expand=expand_reference,
 )
 
 TORCH = Backend(
@@ -66,18 +69,28 @@ TORCH = Backend(
     silu_mul=fused.silu_mul,
     sigmoid_mul=fused.sigmoid_mul,
     draw=draw.draw,
+    expand=expand_reference,
 )
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
 
 
+def backend(name: str) -> Backend:
+    """A backend by its name. Triton is imported only where its kernels are asked for."""
+    if name == "triton":
+        from tessera.ops.triton_backend import TRITON
+
+        return TRITON
+    return BACKENDS[name]
+
+
 def chosen(kernels: KernelConfig) -> Backend:
     """The versions that a configuration names; linear maps and what is between are those of the attention's."""
-    moe_runner = BACKENDS[kernels.moe]
+    moe_runner = backend(kernels.moe)
     return replace(
-        BACKENDS[kernels.attention],
-        delta_net=BACKENDS[kernels.delta].delta_net,
+        backend(kernels.attention),
+        delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,
         experts=moe_runner.experts,
-        draw=BACKENDS[kernels.sampling].draw,
+        draw=backend(kernels.sampling).draw,
     )

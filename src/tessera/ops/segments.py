@@ -26,11 +26,15 @@ class Segments:
 
     Segment s computes tokens `starts[s] .. starts[s] + lengths[s] - 1` of a sequence whose pages are `page_table[s]`
     and whose recurrent state is slot `slots[s]`; its rows of the step are `cu_lengths[s] .. cu_lengths[s + 1] - 1`.
+
+    What is launched once and replayed for other ranges (a CUDA graph) has no host numbers: `host_starts` and
+    `host_lengths` are empty, `max_length` and `max_end` bound what may come; S and T are padded, by segments that may
+    be empty, have page table and slot 0 and start at 0, and by tokens of no segment.
     """
 
     cu_lengths: Tensor  # [S + 1]
     starts: Tensor  # [S]
-    lengths: Tensor  # [S], each at least 1
+    lengths: Tensor  # [S], each at least 1 (without host numbers: 0)
     slots: Tensor  # [S]
     page_table: Tensor  # [S, P]
     positions: Tensor  # [T] position in the sequence
@@ -47,7 +51,12 @@ class Segments:
     @property
     def num_segments(self) -> int:
         """S."""
-        return len(self.host_lengths)
+        return len(self.lengths)
+
+    @property
+    def known(self) -> bool:
+        """The host knows the numbers too."""
+        return len(self.host_lengths) == len(self.lengths)
 
     @property
     def num_tokens(self) -> int:

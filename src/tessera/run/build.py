@@ -22,6 +22,7 @@ from tessera.models.source import Source
 from tessera.ops.backend import chosen
 from tessera.plan.scheduler import PlannerConfig
 from tessera.run.batch import Input
+from tessera.run.graphs import CudaGraphs, Graphs, Sizes
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker
 from tessera.run.pools import Pools
@@ -49,6 +50,10 @@ class Driven:
     def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[N, hidden] -> [N, vocab], fp32 or wider."""
         return self.decoder.logits(hidden, counts)
+
+    def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """The same in the dtype that they are computed in."""
+        return self.decoder.narrow_logits(hidden, counts)
 
 
 def planner_config(config: Config) -> PlannerConfig:
@@ -125,18 +130,22 @@ def build_runner(
     decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, context)
     caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows = config.scheduling.max_running
-    table = RowTable(rows, context, memory.page_size, spec.eos, device)
+    sizes = Sizes(*config.kernels.graphs)
+    table = RowTable(rows, context, memory.page_size, spec.eos, device, mirror_pages=sizes != Sizes())
     params = RowParams(rows, device)
+    model, pools = Driven(decoder), Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank)
+    args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"))
     return Runner(
-        Driven(decoder),
+        model,
         table,
         params,
-        Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank),
+        pools,
         Sampler(table, params, backend.draw),
         memory.page_size,
         executor or default_executor(config),
         dp_rank=mesh.coordinate(rank, "dp"),
         debug=config.logging.checks,
+        graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
     )
 
 

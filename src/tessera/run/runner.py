@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from tessera.core.messages import Output
-from tessera.plan.step import Change, Ints, Step, StepDone
-from tessera.run.batch import Batch, Input, Wanted, make_batch
+from tessera.ops.precision import wide
+from tessera.plan.step import Change, Ints, Part, Step, StepDone
+from tessera.run.batch import Batch, Input, Wanted, drawn_of, make_batch
+from tessera.run.graphs import Graphs, Size, columns_of
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
 from tessera.run.report import Tally, tally
@@ -45,14 +47,23 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The device's side of a step. `entered`: sampling parameters of rows that enter."""
+    """The device's side of a step. `entered`: sampling parameters of rows that enter; `batch`: None when none run."""
 
     change: Change
     known: list[Known]
     entered: Any
-    batch: Batch | None
+    batch: Batch | Replay | None
     draw_plan: DrawPlan = GREEDY
     prompt_scores: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A step that runs as a graph of `size`, with its packed columns; `draws.index`: which of its ranges draw."""
+
+    size: Size
+    columns: Ints
+    draws: Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +94,10 @@ class Runner:
         executor: Executor | None = None,
         dp_rank: int = 0,
         debug: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model, self.table, self.params, self.pools, self.sampler = model, table, params, pools, sampler
-        self.page_size, self.dp_rank = page_size, dp_rank
+        self.page_size, self.dp_rank, self.graphs = page_size, dp_rank, graphs
         self._executor = executor or Inline()
         self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
 
@@ -97,17 +109,7 @@ class Runner:
         if self._watch is not None:
             self._watch.apply(part.change)
             self._watch.advance(part, self.table.slots)
-        device = self.pools.device
-        batch = make_batch(step, self.dp_rank, self.table, self.page_size, device)
-        if batch is None:
-            work, drawn, scored, through = Work(part.change, known, entered, None), [], [], []
-        else:
-            drawn, scored = self._at(batch.draws.host_rows), self._at(batch.prompts.host_rows)
-            through = self._at(part.rows[self.table.limit[part.rows] <= part.starts + part.lengths])
-            through = [sequence for sequence in through if sequence.params.max_new_tokens == 0]
-            plan = plan_draws(batch.draws, drawn, self.table, self.params, device)
-            scores = plan_prompt_scores(scored, device) if scored else None
-            work = Work(part.change, known, entered, batch, plan, scores)
+        work, drawn, scored, through = self._work(step, known, entered)
         return Launched(
             step.index,
             work,
@@ -118,6 +120,37 @@ class Runner:
             self._executor.submit(lambda: self._execute(work)),
         )
 
+    def _work(
+        self, step: Step, known: list[Known], entered: Any
+    ) -> tuple[Work, list[Sequence], list[Sequence], list[Sequence]]:
+        """What the device has to do; whose the drawn and the scored positions are; who draws nothing and is through."""
+        part, device = step.parts[self.dp_rank], self.pools.device
+        size = self.graphs.sizes.of(step) if self.graphs is not None and step.num_tokens else None
+        if size is not None:
+            return self._replay(step, size, known, entered)
+        batch = make_batch(step, self.dp_rank, self.table, self.page_size, device)
+        if batch is None:
+            return Work(part.change, known, entered, None), [], [], []
+        drawn, scored = self._at(batch.draws.host_rows), self._at(batch.prompts.host_rows)
+        plan = plan_draws(batch.draws, drawn, self.table, self.params, device)
+        scores = plan_prompt_scores(scored, device) if scored else None
+        return Work(part.change, known, entered, batch, plan, scores), drawn, scored, self._through(part)
+
+    def _replay(
+        self, step: Step, size: Size, known: list[Known], entered: Any
+    ) -> tuple[Work, list[Sequence], list[Sequence], list[Sequence]]:
+        part, device = step.parts[self.dp_rank], self.pools.device
+        columns = columns_of(part, size, self.table.slots, self.table.scratch)
+        plain = not self.params.flags[part.rows[part.samples]].any()  # then only the host asks where tokens are drawn
+        replay = Replay(size, columns, drawn_of(step, self.dp_rank, None if plain else device))
+        drawn = self._at(replay.draws.host_rows)
+        plan = GREEDY if plain else plan_draws(replay.draws, drawn, self.table, self.params, device)
+        return Work(part.change, known, entered, replay, plan), drawn, [], self._through(part)
+
+    def _through(self, part: Part) -> list[Sequence]:
+        through = self._at(part.rows[self.table.limit[part.rows] <= part.starts + part.lengths])
+        return [sequence for sequence in through if sequence.params.max_new_tokens == 0]
+
     def _at(self, rows: Ints) -> list[Sequence]:
         sequences = [self.table.occupants[row] for row in rows.tolist()]
         assert None not in sequences, f"a range for an empty row among {rows.tolist()}"
@@ -127,11 +160,13 @@ class Runner:
     def _execute(self, work: Work) -> Download:
         """The device's side: [tokens drawn, their scores..., scores of prompt positions...]."""
         self.pools.apply(work.change)
-        self.table.write_known(work.known)
+        self.table.write_known(work.known, work.change)
         self.params.write(work.entered)
         batch = work.batch
         if batch is None:
             return Download([])
+        if isinstance(batch, Replay):
+            return self._run_graph(batch, work.draw_plan)
         hidden = self.model.forward(batch.inputs(self.table.tokens), self.pools.tensors)
         results: list[Tensor] = []
         if any(batch.draws.counts):
@@ -143,6 +178,15 @@ class Runner:
                 wanted, self.model.logits, batch.prompts, work.prompt_scores, self.model.vocab_size
             )
         return Download(results)
+
+    def _run_graph(self, replay: Replay, plan: DrawPlan) -> Download:
+        """The likeliest tokens of all ranges come with the graph; where somebody asks for more, it is done after it."""
+        assert self.graphs is not None
+        ran = self.graphs.run(replay.size, replay.columns)
+        if plan is GREEDY:
+            return Download([ran.tokens])
+        logits = ran.logits[replay.draws.index]
+        return Download(self._draw(logits.to(wide(logits.dtype)), replay.draws, plan))
 
     def _draw(self, logits: Tensor, draws: Wanted, plan: DrawPlan) -> list[Tensor]:
         if not len(draws):
@@ -156,7 +200,9 @@ class Runner:
         arrays = launched.result.result().wait()
         work, batch = launched.work, launched.work.batch
         done, outputs = no_part(), []
-        if batch is not None and work.prompt_scores is not None:
+        if isinstance(batch, Replay) and work.draw_plan is GREEDY:
+            arrays = [arrays[0][batch.draws.index.numpy()]]
+        if isinstance(batch, Batch) and work.prompt_scores is not None:
             scores, arrays = arrays[-3:], arrays[:-3]
             note_prompt_scores(launched.scored, batch.prompts.host_positions, scores)
         if batch is not None and launched.drawn:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.core.messages import SamplingParams, TokenLogprobs
-from tessera.ops.upload import upload
 from tessera.plan.step import Change, Enter, Ints
+from tessera.run.host import upload_columns
 
 NO_LIMIT = np.iinfo(np.int32).max
 
@@ -37,23 +37,31 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Tokens to write into the token table: `tokens` from position 0 of `row`."""
+    """What the device is told of a row that is entered: its tokens from position 0 on, its pages from the first on."""
 
     row: int
     tokens: Ints
+    pages: Ints
 
 
 class RowTable:
-    """`num_rows` rows of up to `max_context` tokens and `max_pages` pages.
+    """`num_rows` rows of up to `max_context` tokens and `max_pages` pages, and on the device a scratch row behind them.
 
-    Tokens that end a sequence of a row (EOS and its stop ids) sit in `ends[row]`; `limit[row]` is the number of known
-    tokens at which it ends by length.
+    `pages_on_device`: the page tables there too, for steps that are replayed; None where nobody asks. Tokens that end a
+    sequence of a row (EOS and its stop ids) sit in `ends[row]`; `limit[row]` is the number of known tokens at which it
+    ends by length.
     """
 
     def __init__(
-        self, num_rows: int, max_context: int, page_size: int, eos: tuple[int, ...], device: torch.device | str = "cpu"
+        self,
+        num_rows: int,
+        max_context: int,
+        page_size: int,
+        eos: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        mirror_pages: bool = False,
     ) -> None:
-        self.max_context = max_context
+        self.max_context, self.scratch = max_context, num_rows
         self.eos = frozenset(eos)
         self.occupants: list[Sequence | None] = [None] * num_rows
         self.pages = np.zeros((num_rows, -(-(max_context + 1) // page_size)), np.int32)
@@ -61,7 +69,9 @@ class RowTable:
         self.num_prompt = np.zeros(num_rows, np.int32)
         self.limit = np.zeros(num_rows, np.int32)
         self.ends: list[frozenset[int]] = [frozenset()] * num_rows
-        self.tokens: Tensor = torch.zeros(num_rows, max_context + 1, dtype=torch.int32, device=device)
+        self.tokens: Tensor = torch.zeros(num_rows + 1, max_context + 1, dtype=torch.int32, device=device)
+        shape = (num_rows + 1, self.pages.shape[1])
+        self.pages_on_device = torch.zeros(shape, dtype=torch.int32, device=device) if mirror_pages else None
         self._where: dict[tuple[str, int], Sequence] = {}
 
     def apply(self, change: Change) -> list[Known]:
@@ -94,7 +104,7 @@ class RowTable:
         self.num_prompt[row] = enter.num_prompt
         self.limit[row] = min(enter.num_prompt + params.max_new_tokens, self.max_context)
         self.ends[row] = self.end_tokens(params)
-        return Known(row, enter.tokens)
+        return Known(row, enter.tokens, enter.pages)
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
         """Tokens that end a sequence with these parameters."""
@@ -105,12 +115,27 @@ class RowTable:
         """The sequence of a choice, when it sits in a row."""
         return self._where.get((request_id, choice))
 
-    def write_known(self, known: list[Known]) -> None:
-        """Writes known tokens of entering rows into the device's token table."""
-        for entry in known:
-            tokens = upload(entry.tokens, self.tokens.device)
-            self.tokens[entry.row, : len(tokens)] = tokens
+    def write_known(self, known: list[Known], change: Change) -> None:
+        """Writes known tokens of entering rows into the device's token table, and pages into its page table."""
+        if known:
+            _write_rows(self.tokens, [(entry.row, entry.tokens) for entry in known])
+        if self.pages_on_device is None:
+            return
+        if known:
+            _write_rows(self.pages_on_device, [(entry.row, entry.pages) for entry in known])
+        if len(change.pages):
+            rows, indices, pages = upload_columns(change.pages.T, self.tokens.device)
+            self.pages_on_device[rows, indices] = pages
 
     def taken(self) -> NDArray[np.bool_]:
         """Per row, whether somebody sits in it."""
         return np.array([occupant is not None for occupant in self.occupants])
+
+
+def _write_rows(table: Tensor, entries: list[tuple[int, Ints]]) -> None:
+    """Writes the beginnings of rows: one copy to the device, one launch."""
+    lengths = [len(values) for _, values in entries]
+    rows = np.repeat(np.array([row for row, _ in entries], np.int32), lengths)
+    columns = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    at_rows, at_columns, values = upload_columns((rows, columns, np.concatenate([v for _, v in entries])), table.device)
+    table[at_rows, at_columns] = values

@@ -63,6 +63,12 @@ class Asked:
         assert isinstance(value, int), f"{name} is {value!r}"
         return value
 
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """Several whole numbers."""
+        value = self._all[name]
+        assert isinstance(value, tuple), f"{name} is {value!r}"
+        return value
+
     def real(self, name: str) -> float | None:
         """A number, or None where there is none."""
         value = self._all[name]

@@ -10,7 +10,6 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, swi
 FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
 
 ONE_RANK = Unbuilt("leave it out, or use 1")
-NO_GRAPHS = Ignored("no CUDA graphs are captured in this build, so there is nothing to size or to switch off")
 FP8_KV = "keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
 TORCH = "use 'torch', which runs on every device"
@@ -135,14 +134,15 @@ SCHEDULING = (
 
 KERNELS = (
     Flag("attention_backend", text, "auto", "Attention kernels; reference: the plain twin, slow. Others follow it.",
-         "kernels", choices=("auto", "torch", "torch_native", "reference"),
-         unbuilt=("triton", "flashinfer", "fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha",
+         "kernels", choices=("auto", "torch", "torch_native", "triton", "reference"),
+         unbuilt=("flashinfer", "fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha",
                                      "trtllm_mla", "intel_amx"), instead=TORCH),
-    Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels", choices=("auto", "torch", "reference"),
-         unbuilt=("triton", "cutedsl", "flashinfer"), instead=TORCH),
-    Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels", choices=("auto", "torch", "reference"),
-         unbuilt=("triton", "deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "cutlass",
-                                     "flashinfer_mxfp4", "marlin"), instead=TORCH),
+    Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels",
+         choices=("auto", "torch", "triton", "reference"), unbuilt=("cutedsl", "flashinfer"), instead=TORCH),
+    Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels",
+         choices=("auto", "torch", "triton", "reference"),
+         unbuilt=("deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "cutlass", "flashinfer_mxfp4", "marlin"),
+         instead=TORCH),
     Flag("moe_a2a_backend", text, "none", "Tokens go to all ranks (none), or each where its experts are.",
          "kernels", choices=("none", "all_to_all"), unbuilt=("deepep", "mooncake", "nixl", "flashinfer"),
          instead="use 'none' or 'all_to_all'"),
@@ -154,7 +154,7 @@ KERNELS = (
     Flag("enable_deterministic_inference", switch, False, "The same bits under every layout and batch.", "kernels",
          state=Unbuilt("leave it out; tokens are equal up to the rounding of reordered sums")),
     Flag("enable_torch_compile", switch, False, "Compile the model.", "kernels", state=Unbuilt("leave it out")),
-    Flag("disable_cuda_graph", switch, False, "No CUDA graphs.", "kernels", state=NO_GRAPHS),
-    Flag("cuda_graph_max_bs", whole(1), None, "Largest batch with a CUDA graph.", "kernels", state=NO_GRAPHS),
-    Flag("cuda_graph_bs", wholes, (), "Batch sizes with a CUDA graph.", "kernels", state=NO_GRAPHS),
+    Flag("disable_cuda_graph", switch, False, "No CUDA graphs.", "kernels"),
+    Flag("cuda_graph_max_bs", whole(1), None, "Largest batch with a CUDA graph.", "kernels"),
+    Flag("cuda_graph_bs", wholes, (), "Batch sizes with a CUDA graph.", "kernels"),
 )  # fmt: skip

@@ -8,15 +8,29 @@ from tessera.core.spec import ModelSpec, MoESpec
 
 NAMES = {"torch_native": "torch", "pytorch": "torch"}  # SGLang's names of the same thing
 FOLLOWERS = ("linear_attn_backend", "moe_runner_backend", "sampling_backend")
+ALONE = {"sampling_backend": {"triton": "torch"}}  # what is not there under the attention's name
+CUDA_ONLY = ("triton",)
+RECORDED = {"triton"}  # backends whose launches do not depend on a step's numbers
+GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
+GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+GRAPH_FLAGS = ("disable_cuda_graph", "cuda_graph_max_bs", "cuda_graph_bs")
 
 
-def kernels_phase(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> KernelConfig:
+def kernels_phase(
+    values: Asked, spec: ModelSpec, device: str, dtype: str, max_running: int, notes: Notes
+) -> KernelConfig:
     """The versions by name; those that nobody chose follow the attention's where they exist there."""
     _quantization(values, spec, notes)
     attention = values.word("attention_backend")
     if attention == "auto":
-        attention = "torch"
-        notes.decide("attention-backend", attention, f"the one that this build has on {device}")
+        attention, why = "torch", f"the one that this build has on {device}"
+        if device == "cuda":
+            fits = dtype != "float64"
+            attention = "triton" if fits else "torch"
+            why = (
+                "our kernels, which run as CUDA graphs" if fits else "triton computes in float32, the model in float64"
+            )
+        notes.decide("attention-backend", attention, why)
     attention = NAMES.get(attention, attention)
     used = {
         "linear_attn_backend": spec.recurrent,
@@ -26,10 +40,56 @@ def kernels_phase(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> 
     chosen = [attention]
     for name in FOLLOWERS:
         asked = values.word(name)
+        follows = ALONE.get(name, {}).get(attention, attention)
         if asked == "auto" and used[name]:
-            notes.decide(name.replace("_", "-"), attention, "as --attention-backend")
-        chosen.append(attention if asked == "auto" else NAMES.get(asked, asked))
-    return KernelConfig(*chosen)
+            notes.decide(name.replace("_", "-"), follows, f"with --attention-backend {attention}")
+        chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
+    _devices(values, chosen, device, dtype, notes)
+    attention, delta, moe, _ = chosen
+    run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
+    return KernelConfig(*chosen, _graphs(values, run, device, max_running, notes))
+
+
+def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: Notes) -> GraphSizes:
+    """Padded sizes of the steps that run as CUDA graphs."""
+    if values.on("disable_cuda_graph") or device != "cuda":
+        for name in GRAPH_FLAGS[0 if device != "cuda" else 1 :]:
+            if values.gave(name):
+                why = "there is no CUDA device" if device != "cuda" else "--disable-cuda-graph is given"
+                notes.decide(f"--{name.replace('_', '-')}", "ignored", why)
+        return (), (), ()
+    if not run <= RECORDED:
+        others = ", ".join(sorted(run - RECORDED))
+        notes.decide("CUDA graphs", "off", f"kernels of {others} read a step's numbers on the host")
+        return (), (), ()
+    most = values.whole("cuda_graph_max_bs") or max_running
+    asked = values.wholes("cuda_graph_bs")
+    rows = tuple(sorted(set(asked))) if asked else graph_rows(min(most, max_running))
+    if asked and values.gave("cuda_graph_max_bs"):
+        notes.refuse(("--cuda-graph-bs", "--cuda-graph-max-bs"), "both say which sizes", "Leave one of them out.")
+    notes.decide(
+        "CUDA graphs",
+        f"decode of up to {rows[-1]} rows, other steps of up to {GRAPH_TOKENS[-1]} tokens",
+        f"{len(rows)} sizes of decode; each is recorded when it is met first",
+    )
+    segments = tuple(1 << n for n in range(3, max(max_running - 1, 1).bit_length() + 1)) or (8,)
+    return rows, segments, GRAPH_TOKENS
+
+
+def graph_rows(most: int) -> tuple[int, ...]:
+    """1, 2, 4, then steps of 8, of 16 from 256 on, up to `most`."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most + 16, 16)]
+    return (*(size for size in sizes if size < most), most)
+
+
+def _devices(values: Asked, chosen: list[str], device: str, dtype: str, notes: Notes) -> None:
+    """Refuses kernels that this device or this dtype does not run."""
+    for name, found in zip(("attention_backend", *FOLLOWERS), chosen, strict=True):
+        flag = f"--{name.replace('_', '-')} {found}"
+        if found in CUDA_ONLY and values.gave(name) and device != "cuda":
+            notes.refuse((flag, f"--device {device}"), "these kernels need a CUDA device", "Use torch.")
+        elif found in CUDA_ONLY and dtype == "float64":
+            notes.refuse((flag, "--dtype float64"), "these kernels compute in float32", "Use torch.")
 
 
 def _quantization(values: Asked, spec: ModelSpec, notes: Notes) -> None:

@@ -59,7 +59,7 @@ def resolve(
         mesh=mesh,
         memory=memory,
         scheduling=_scheduling(values, spec, mesh, (chunk, most), max_running, notes),
-        kernels=kernels_phase(values, spec, device, notes),
+        kernels=kernels_phase(values, spec, device, dtype, max_running, notes),
         serving=_serving(values),
         logging=LoggingConfig(
             values.word("log_level"),

@@ -168,12 +168,14 @@ class SchedulingConfig:
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """Which kernels, by the name of their backend."""
+    """Which kernels, by the name of their backend. `graphs`: padded sizes of the steps that run as CUDA graphs, as
+    `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does."""
 
     attention: str
     delta: str
     moe: str
     sampling: str
+    graphs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
 
 
 @dataclass(frozen=True, slots=True)

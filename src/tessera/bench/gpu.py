@@ -1,0 +1,169 @@
+"""Tessera on one GPU at the shapes and workloads of well-known measurements: `python -m tessera.bench.gpu [--json]`.
+
+Dummy weights, random prompts, greedy, the engine without text. Each workload runs once to warm up (graphs are recorded,
+kernels compiled) and then `--rounds` times; the best counts. Beside tokens/s stands the share of what the card could do
+at most: for one token after the other the bytes that a step must read (weights once, of the experts only those that
+were touched, keys, values and states) over the measured copy bandwidth; for prompts the operations over the measured
+rate of a matrix product. Launches and gaps come from the profiler, over a short run of the same kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.bench.limits import Card, experts_touched, measure_card, work_of
+from tessera.bench.ours import Ours
+from tessera.bench.trace import traced
+
+SHAPES = Path("bench/shapes")
+PROFILED = 12  # tokens of a profiled run
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """So many requests at once, prompts and answers of so many tokens. `at_a_time`: how many run at once (0: all)."""
+
+    name: str
+    requests: int
+    prompt: int
+    new: int
+    at_a_time: int = 0
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("1", 1, 512, 256),
+        Workload("64", 64, 1024, 256),
+        Workload("512", 512, 1024, 256),
+        Workload("prefill", 64, 4096, 1),
+    )
+}
+
+# Output tokens/s (prefill: all tokens/s) of vLLM 0.25.0 on one NVIDIA H200, 2026-11-21.
+VLLM = {
+    "qwen3-8b": {"1": 188.7, "64": 4496.0, "512": 5964.0, "prefill": 40339.0},
+    "dsv2lite": {"1": 291.0, "64": 7468.0, "512": 13532.0, "prefill": 87742.0},
+    "qwen3next16": {"1": 462.0, "64": 4880.0, "512": 11994.0, "prefill": 136599.0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One workload. `tokens_per_s`: output, for "prefill" all. `step_ms`: median of decode steps. `experts`: touched a
+    layer and step. `top`: kernels by microseconds a step. `limit`: the least time that the card needs over the time taken, of the decode steps or the prompts.
+    """
+
+    shape: str
+    workload: str
+    tokens_per_s: float
+    times_vllm: float | None
+    step_ms: float
+    experts: float
+    limit: float
+    launches: float
+    busy: float
+    gap_ms: float
+    top: dict[str, float]
+
+
+def prompts(workload: Workload, vocab_size: int, seed: int) -> list[list[int]]:
+    """Random token ids."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab_size) for _ in range(workload.prompt)] for _ in range(workload.requests)]
+
+
+def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> Row:
+    """Warms up, measures, profiles."""
+    spec, vocab = ours.core.spec, ours.core.spec.vocab_size
+    best, steps = 0.0, []
+    for turn in range(rounds + 1):
+        measured = ours(prompts(workload, vocab, turn), workload.new)
+        seconds = max(t[-1] for t in measured.times)
+        count = workload.requests * (workload.new if workload.new > 1 else workload.prompt)
+        if turn and count / seconds > best:
+            best, steps = count / seconds, ours.steps
+    short = Workload(workload.name, workload.requests, min(workload.prompt, 256), PROFILED)
+    with experts_touched(ours) as touched:
+        ours(prompts(short, vocab, 77), 4)
+    experts = touched()
+    decodes = sorted(s.seconds for s in steps if s.label == "DECODE") or [0.0]
+    step_s = decodes[len(decodes) // 2]
+    work = work_of(spec, ours.core.resolved.config, experts)
+    if workload.new == 1:
+        limit = card.seconds_of_prompts(work, workload.requests, workload.prompt) * best / count
+        profile = traced(lambda: ours(prompts(workload, vocab, 99), 1), ours)
+    else:
+        context = workload.prompt + workload.new // 2
+        limit = card.seconds_of_decode(work, workload.requests, context) / step_s if step_s else 0.0
+        profile = traced(lambda: ours(prompts(short, vocab, 99), PROFILED), ours, "DECODE")
+    peer = VLLM.get(shape, {}).get(workload.name)
+    return Row(
+        shape,
+        workload.name,
+        best,
+        best / peer if peer else None,
+        step_s * 1e3,
+        experts,
+        limit,
+        profile.launches,
+        profile.busy,
+        profile.gap_ms,
+        profile.top,
+    )
+
+
+@contextmanager
+def started(folder: Path, flags: dict[str, Any]) -> Iterator[tuple[Ours, float]]:
+    """The engine, and the seconds that it took until it could take requests."""
+    began = time.perf_counter()
+    asked = {"model_path": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, "device": "cuda"}
+    with Ours({**asked, "disable_radix_cache": True, "log_level": "warning", **flags}) as ours:
+        yield ours, time.perf_counter() - began
+
+
+def main() -> None:
+    """Prints a table, or with --json a line for each workload."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=sorted(VLLM), help="Names under bench/shapes, or folders.")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--flags", type=json.loads, default={}, help="Further flags of the engine, as JSON.")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    card = measure_card()
+    print(f"{card.name}: copy {card.bytes_per_s / 1e12:.2f} TB/s, bf16 product {card.flops_per_s / 1e12:.0f} TFLOP/s")
+    for shape in args.shapes:
+        folder = Path(shape) if Path(shape).is_dir() else SHAPES / shape
+        flags = {"max_running_requests": 512, "max_total_tokens": 512 * 1312, "context_length": 8192, **args.flags}
+        with started(folder, flags) as (ours, seconds):
+            print(f"{shape}: ready after {seconds:.1f} s, {torch.cuda.memory_allocated() / 1e9:.1f} GB", flush=True)
+            for name in args.workloads:
+                row = run(ours, shape, WORKLOADS[name], card, args.rounds)
+                print(json.dumps(asdict(row)) if args.json else line(row), flush=True)
+        del ours
+        torch.cuda.empty_cache()
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    times = f"{row.times_vllm:.2f}x vLLM" if row.times_vllm else ""
+    return (
+        f"{row.shape:12} {row.workload:8} {row.tokens_per_s:10.1f} tokens/s {times:12} step {row.step_ms:7.2f} ms, "
+        f"{row.limit:4.0%} of the limit, {row.experts:5.1f} experts, {row.launches:6.0f} launches, "
+        f"busy {row.busy:4.0%}, gaps {row.gap_ms:6.2f} ms a step"
+    )
+
+
+if __name__ == "__main__":
+    main()

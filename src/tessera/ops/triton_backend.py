@@ -1,0 +1,18 @@
+"""The versions of our Triton kernels. Imports triton, so it is imported where it is chosen (`ops/backend.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tessera.ops import triton_expand, triton_fused
+from tessera.ops.backend import TORCH
+
+TRITON = replace(
+    TORCH,
+    name="triton",
+    rmsnorm=triton_fused.rmsnorm,
+    add_rmsnorm=triton_fused.add_rmsnorm,
+    silu_mul=triton_fused.silu_mul,
+    sigmoid_mul=triton_fused.sigmoid_mul,
+    expand=triton_expand.expand,
+)

@@ -1,0 +1,203 @@
+"""Steps as CUDA graphs: all launches of a padded size are recorded once and replayed for every step that fits.
+
+A step of whatever ranges is columns of numbers (`ops/expand.py`); from them the device derives what each token needs,
+runs the layers and the head, and draws the likeliest token of every range. A size is recorded when it is met for the
+first time, while the engine serves; all ranks meet the same sizes in the same order, since a step tells them all parts.
+Recording runs the layers once on padding alone, which reads and writes scratch rows, pages and slots.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.ops.expand import Columns, Expanded
+from tessera.ops.segments import Segments
+from tessera.plan.step import NO_INTS, Ints, Part, Step
+from tessera.run.batch import Input
+from tessera.run.table import RowTable
+
+Expand = Callable[[Columns, int, Tensor, Tensor, int], Expanded]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Padded counts of a step. Equal: every range is of one token."""
+
+    num_segments: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes that are recorded, ascending: `rows` of steps in which every range is of one token; else `segments` by
+    `tokens`."""
+
+    rows: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    def of(self, step: Step) -> Size | None:
+        """The size that all parts of a step fit in; None: it does not run as a graph.
+
+        Prompts to be scored need the logits of many positions, halves meet collectives in turns: those run as they are.
+        """
+        if step.cuts or any((part.num_logits > part.samples).any() for part in step.parts):
+            return None
+        num_segments = max(len(part.rows) for part in step.parts)
+        num_tokens = max(part.num_tokens for part in step.parts)
+        if all((part.lengths == 1).all() for part in step.parts):
+            size = _at_least(self.rows, num_segments)
+            return Size(size, size) if size else None
+        segments = _at_least(self.segments, num_segments + 1)  # one is padding, which tokens of no range count to
+        tokens = _at_least(self.tokens, num_tokens)
+        return Size(segments, tokens) if segments and tokens else None
+
+
+def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
+    """The smallest of `sizes` that is no smaller; 0: there is none."""
+    at = bisect_left(sizes, wanted)
+    return sizes[at] if at < len(sizes) else 0
+
+
+def columns_of(part: Part, size: Size, slots: Ints, scratch_row: int) -> Ints:
+    """The packed columns of a part (see `Columns`), padded to `size`; `slots` by row of the row table.
+
+    Where every range is of one token the padding is too: then a token's number is that of its range.
+    """
+    count, total = len(part.rows), size.num_segments
+    packed = np.zeros(6 * total + 1, np.int32)
+    rows, starts, lengths, own, draws, cu = np.split(packed, np.arange(1, 6) * total)
+    rows[:count], rows[count:] = part.rows, scratch_row
+    starts[:count] = part.starts
+    lengths[:count], lengths[count:] = part.lengths, int(size.num_tokens == total)
+    own[:count] = slots[part.rows]
+    draws[:] = scratch_row
+    draws[:count][part.samples] = part.rows[part.samples]
+    np.cumsum(lengths, out=cu[1:])
+    return packed
+
+
+class Model(Protocol):
+    """What is recorded."""
+
+    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
+        """See `runner.Model`."""
+
+    def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """[N, hidden] -> [N, vocab] in the dtype that they are computed in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A size that can be run: fill `columns`, call `run`, read `tokens` [S] (the likeliest) and `logits` [S, V]."""
+
+    columns: Tensor
+    tokens: Tensor
+    logits: Tensor
+    run: Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Makes a run of something that reads and writes fixed tensors."""
+
+    def __call__(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+        """What `stage` gives, and a call that computes it anew into the same tensors."""
+
+
+class CudaGraphs:
+    """Records with CUDA graphs, which share one pool of memory: they run one after the other."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+
+    def __call__(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+        """See `Recorder`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            stage()  # compiles kernels and makes handles, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            found = stage()
+        self._pool = graph.pool()
+        return found, graph.replay
+
+
+class Graphs:
+    """The recorded sizes of one rank."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        model: Model,
+        table: RowTable,
+        caches: dict[str, Tensor],
+        page_size: int,
+        expand: Expand,
+        recorder: Recorder,
+        num_dp: int = 1,
+    ) -> None:
+        self.sizes, self._model, self._table, self._caches = sizes, model, table, caches
+        self._page_size, self._expand, self._recorder, self._num_dp = page_size, expand, recorder, num_dp
+        self._recorded: dict[Size, Recorded] = {}
+
+    def run(self, size: Size, columns: NDArray[np.int32]) -> Recorded:
+        """Runs a step of packed `columns`; its tokens are in the row table too."""
+        if size not in self._recorded:
+            self._recorded[size] = self._record(size)
+        recorded = self._recorded[size]
+        recorded.columns.copy_(_pinned(columns, recorded.columns.device), non_blocking=True)
+        recorded.run()
+        return recorded
+
+    def _record(self, size: Size) -> Recorded:
+        padding = Part(NO_INTS, NO_INTS, NO_INTS, NO_INTS, np.zeros(0, np.bool_))
+        columns = columns_of(padding, size, NO_INTS, self._table.scratch)
+        packed = torch.from_numpy(columns).to(self._table.tokens.device)
+        (tokens, logits), run = self._recorder(lambda: self._stage(packed, size))
+        return Recorded(packed, tokens, logits, run)
+
+    def _stage(self, packed: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """What is recorded: ([S] likeliest tokens, [S, V] logits)."""
+        table, one_each = self._table, size.num_tokens == size.num_segments
+        columns = Columns.split(packed, size.num_segments)
+        assert table.pages_on_device is not None, "graphs read page tables on the device"
+        found = self._expand(columns, size.num_tokens, table.tokens, table.pages_on_device, self._page_size)
+        segments = Segments(
+            columns.cu_lengths,
+            columns.starts,
+            columns.lengths,
+            columns.slots,
+            found.page_table,
+            found.positions,
+            found.rows,
+            found.write_page,
+            found.write_offset,
+            self._page_size,
+            NO_INTS,
+            NO_INTS,
+            max_length=1 if one_each else size.num_tokens,
+            max_end=table.max_context,
+        )
+        counts = (size.num_tokens,) * self._num_dp
+        hidden = self._model.forward((Input(found.tokens, segments, counts),), self._caches)
+        if not one_each:
+            hidden = hidden[(columns.cu_lengths[1:] - 1).clamp(min=0)]
+        logits = self._model.narrow_logits(hidden, (size.num_segments,) * self._num_dp)
+        tokens = logits.argmax(-1)
+        table.tokens[columns.draw_rows, columns.starts + columns.lengths] = tokens.to(torch.int32)
+        return tokens, logits
+
+
+def _pinned(array: NDArray[np.int32], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory()

@@ -1,0 +1,128 @@
+"""Promise: a step that runs at a padded size, from columns on the device, gives the tokens of the step itself.
+
+On CPU a recorder stands in that computes anew what CUDA would replay: all but the recording is the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from run.test_runner import PROMPT, enter, step
+from run.toy import PLAIN, Toy, greedy, toy_caches
+from tessera.core.messages import SamplingParams
+from tessera.ops.expand import expand_reference
+from tessera.ops.sample import draw_reference
+from tessera.plan.step import Change, Step
+from tessera.run.graphs import Graphs, Size, Sizes
+from tessera.run.pools import Pools
+from tessera.run.rowparams import RowParams
+from tessera.run.runner import Runner
+from tessera.run.sampler import Sampler
+from tessera.run.table import RowTable
+
+SIZES = Sizes(rows=(1, 2, 4), segments=(2, 4), tokens=(8, 16))
+PAGE = 4
+
+
+class Narrow(Toy):
+    """The toy with the logits that a graph takes."""
+
+    def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+        return self.logits(hidden, counts)
+
+
+class Again:
+    """Computes a stage anew into the same tensors, and counts."""
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+        found = stage()
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            for old, new in zip(found, stage(), strict=True):
+                old.copy_(new)
+
+        return found, replay
+
+
+def runner(sizes: Sizes = SIZES) -> tuple[Runner, Again]:
+    """A runner of the toy whose steps run at padded sizes."""
+    table = RowTable(4, 64, PAGE, (), mirror_pages=True)
+    params, pools, model, again = RowParams(4), Pools(toy_caches(PAGE), 64, 5), Narrow(), Again()
+    graphs = Graphs(sizes, model, table, pools.tensors, PAGE, expand_reference, again)
+    return Runner(model, table, params, pools, Sampler(table, params, draw_reference), PAGE, None, graphs=graphs), again
+
+
+def run(runner: Runner, *steps: Step) -> list:  # type: ignore[type-arg]
+    """One after the other: without a device to copy from, what a graph gives is overwritten by its next run."""
+    return [runner.collect(runner.launch(s)) for s in steps]
+
+
+def drawn(results: list) -> list[list[int]]:  # type: ignore[type-arg]
+    return [[token for output in outputs for token in output.tokens] for _, outputs in results]
+
+
+def script(other: list[int], params: SamplingParams = PLAIN) -> list[Step]:
+    """A prompt in two chunks; decode; another prompt while it decodes; both decode; a page is added."""
+    first = Change(enter=(enter(0, PROMPT, [1, 2], params),))
+    second = Change(enter=(enter(2, other, [5, 6], params),))
+    grow = Change(pages=np.array([[0, 2, 9]], np.int32))
+    return [
+        step(0, [(0, 0, 5, False)], first),
+        step(1, [(0, 5, 2, True)]),
+        step(2, [(0, 7, 1, True)]),
+        step(3, [(2, 0, 3, True), (0, 8, 1, True)], merged(second, grow)),
+        step(4, [(0, 9, 1, True), (2, 3, 1, True)]),
+    ]
+
+
+def merged(a: Change, b: Change) -> Change:
+    return Change(enter=a.enter, pages=b.pages)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_tokens_are_those_of_the_step_itself(temperature: float) -> None:
+    params = msgspec.structs.replace(PLAIN, temperature=temperature, seed=3)
+    graphed, again = runner()
+    plain, _ = runner(Sizes())
+    found, expected = (run(r, *script([8, 4, 6], params)) for r in (graphed, plain))
+    assert drawn(found) == drawn(expected)
+    if not temperature:
+        assert drawn(found)[1] == greedy(PROMPT, 1)
+    assert [done.parts[0].rows.tolist() for done, _ in found] == [done.parts[0].rows.tolist() for done, _ in expected]
+    assert again.replayed == 5
+    assert again.recorded == 4, "two and four ranges by eight tokens, one and two rows"
+
+
+def test_padding_leaves_all_but_scratch_alone() -> None:
+    graphed, _ = runner()
+    plain, _ = runner(Sizes())
+    for one in (graphed, plain):
+        run(one, *script([8, 4, 6]))
+    for name, pool in graphed.pools.tensors.items():
+        assert torch.equal(pool[1:], plain.pools.tensors[name][1:]), name
+    assert torch.equal(graphed.table.tokens[:-1], plain.table.tokens[:-1])
+
+
+def test_which_steps_have_a_size() -> None:
+    one, chunk = [(0, 4, 1, True)], [(0, 4, 5, True), (1, 2, 1, True)]
+    assert SIZES.of(step(0, one)) == Size(1, 1)
+    assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(3)])) == Size(4, 4)
+    assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(5)])) is None, "more rows than the largest size"
+    assert SIZES.of(step(0, chunk)) == Size(4, 8)
+    assert SIZES.of(step(0, [(0, 0, 17, True)])) is None, "more tokens than the largest size"
+    assert SIZES.of(step(0, chunk, logits=2)) is None, "prompts are scored"
+    halves = Step(0, step(0, chunk).parts, cuts=(3,))
+    assert SIZES.of(halves) is None
+    two = Step(0, (step(0, one).parts[0], step(0, chunk).parts[0]))
+    assert SIZES.of(two) == Size(4, 8), "the same on all ranks"
