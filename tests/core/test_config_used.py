@@ -30,8 +30,6 @@ EXCUSED = {
     "memory.kv_dtype": "part of memory.dtypes",
     "memory.conv_dtype": "part of memory.dtypes",
     "memory.state_dtype": "part of memory.dtypes",
-    "memory.page_bytes": "part of memory.kv_bytes",
-    "memory.slot_bytes": "part of memory.state_bytes",
 }
 
 

@@ -61,7 +61,8 @@ VLLM = {
 @dataclass(frozen=True, slots=True)
 class Row:
     """One workload. `tokens_per_s`: output, for "prefill" all. `step_ms`: median of decode steps. `experts`: touched a
-    layer and step. `top`: kernels by microseconds a step. `limit`: the least time that the card needs over the time taken, of the decode steps or the prompts.
+    layer and step. `limit`: the least time that the card needs over the time taken, of the decode steps or the
+    prompts. `top`: kernels by microseconds a step.
     """
 
     shape: str

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tessera.ops import triton_expand, triton_fused
+from tessera.ops import triton_attention, triton_cache, triton_expand, triton_fused
 from tessera.ops.backend import TORCH
 
 TRITON = replace(
     TORCH,
     name="triton",
+    paged_attention=triton_attention.paged_attention,
+    write_heads=triton_cache.write_heads,
+    write_latents=triton_cache.write_latents,
     rmsnorm=triton_fused.rmsnorm,
     add_rmsnorm=triton_fused.add_rmsnorm,
     silu_mul=triton_fused.silu_mul,
