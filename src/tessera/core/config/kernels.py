@@ -45,9 +45,9 @@ def kernels_phase(
             notes.decide(name.replace("_", "-"), follows, f"with --attention-backend {attention}")
         chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
     _devices(values, chosen, device, dtype, notes)
-    attention, delta, moe, _ = chosen
+    attention, delta, moe, sampling = chosen
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
-    return KernelConfig(*chosen, _graphs(values, run, device, max_running, notes))
+    return KernelConfig(attention, delta, moe, sampling, _graphs(values, run, device, max_running, notes))
 
 
 def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: Notes) -> GraphSizes:
