@@ -24,6 +24,7 @@ import torch
 from tessera.bench.limits import Card, experts_touched, measure_card, work_of
 from tessera.bench.ours import Ours
 from tessera.bench.trace import traced
+from tessera.core.messages import StepReport
 
 SHAPES = Path("bench/shapes")
 PROFILED = 12  # tokens of a profiled run
@@ -84,6 +85,11 @@ def prompts(workload: Workload, vocab_size: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(3, vocab_size) for _ in range(workload.prompt)] for _ in range(workload.requests)]
 
 
+def without_prompts(step: StepReport) -> bool:
+    """Every range of the step is one token of an answer."""
+    return step.num_new_token == 0 < step.num_output_token
+
+
 def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> Row:
     """Warms up, measures, profiles."""
     spec, vocab = ours.core.spec, ours.core.spec.vocab_size
@@ -98,16 +104,16 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
     with experts_touched(ours) as touched:
         ours(prompts(short, vocab, 77), 4)
     experts = touched()
-    decodes = sorted(s.seconds for s in steps if s.label == "DECODE") or [0.0]
+    decodes = sorted(s.seconds for s in steps if without_prompts(s)) or [0.0]
     step_s = decodes[len(decodes) // 2]
     work = work_of(spec, ours.core.resolved.config, experts)
     if workload.new == 1:
         limit = card.seconds_of_prompts(work, workload.requests, workload.prompt) * best / count
-        profile = traced(lambda: ours(prompts(workload, vocab, 99), 1), ours)
+        profile = traced(lambda: ours(prompts(workload, vocab, 99), 1), ours, bool)
     else:
         context = workload.prompt + workload.new // 2
         limit = card.seconds_of_decode(work, workload.requests, context) / step_s if step_s else 0.0
-        profile = traced(lambda: ours(prompts(short, vocab, 99), PROFILED), ours, "DECODE")
+        profile = traced(lambda: ours(prompts(short, vocab, 99), PROFILED), ours, without_prompts)
     peer = VLLM.get(shape, {}).get(workload.name)
     return Row(
         shape,
@@ -146,7 +152,7 @@ def main() -> None:
     print(f"{card.name}: copy {card.bytes_per_s / 1e12:.2f} TB/s, bf16 product {card.flops_per_s / 1e12:.0f} TFLOP/s")
     for shape in args.shapes:
         folder = Path(shape) if Path(shape).is_dir() else SHAPES / shape
-        flags = {"max_running_requests": 512, "max_total_tokens": 512 * 1312, "context_length": 8192, **args.flags}
+        flags = {"max_running_requests": 512, "context_length": 8192, **args.flags}
         with started(folder, flags) as (ours, seconds):
             print(f"{shape}: ready after {seconds:.1f} s, {torch.cuda.memory_allocated() / 1e9:.1f} GB", flush=True)
             for name in args.workloads:

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tessera.bench.ours import Ours
+from tessera.core.messages import StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Traced:
     top: dict[str, float] = field(default_factory=dict)
 
 
-def traced(work: Callable[[], object], ours: Ours, label: str | None = None) -> Traced:
-    """Runs `work` under the profiler. `label`: only the time from the first step of that kind on."""
+def traced(work: Callable[[], object], ours: Ours, counts: Callable[[StepReport], bool]) -> Traced:
+    """Runs `work` under the profiler. `counts`: the steps that are looked at, the last ones of the run."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
@@ -34,11 +35,11 @@ def traced(work: Callable[[], object], ours: Ours, label: str | None = None) -> 
         for e in profiler.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
     )
-    steps = [step for step in ours.steps if label in (None, step.label)]
+    steps = [step for step in ours.steps if counts(step)]
     seconds = sum(step.seconds for step in steps)
     if not events or not steps:
         return Traced(0, 0, 0)
-    first = events[-1][1] - seconds * 1e6 if label else events[0][0]
+    first = events[-1][1] - seconds * 1e6
     events = [event for event in events if event[0] >= first]
     busy, until = 0.0, events[0][0]
     for start, end, _ in events:

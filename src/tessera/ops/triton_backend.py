@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tessera.ops import triton_attention, triton_cache, triton_expand, triton_fused
+from tessera.ops import (
+    triton_attention,
+    triton_cache,
+    triton_delta,
+    triton_expand,
+    triton_fused,
+    triton_moe,
+    triton_route,
+)
 from tessera.ops.backend import TORCH
 
 TRITON = replace(
@@ -13,6 +21,9 @@ TRITON = replace(
     paged_attention=triton_attention.paged_attention,
     write_heads=triton_cache.write_heads,
     write_latents=triton_cache.write_latents,
+    delta_net=triton_delta.delta_net,
+    route=triton_route.route,
+    experts=triton_moe.experts,
     rmsnorm=triton_fused.rmsnorm,
     add_rmsnorm=triton_fused.add_rmsnorm,
     silu_mul=triton_fused.silu_mul,
