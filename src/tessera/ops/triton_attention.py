@@ -9,33 +9,20 @@ query r // G, head r % G. M rows of a tile, N keys of a tile, G query heads of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.segments import Segments
-from tessera.ops.triton_common import LOG2E, dot, num_processors
-from tessera.ops.triton_softmax import NEVER, combine, fold, normalised, split_of, token_offsets
+from tessera.ops.triton_common import LOG2E, dot
+from tessera.ops.triton_softmax import NEVER, fold, launch_combine, normalised, split_size, token_offsets
+from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
 
 SHORT = (
     8  # tokens of the longest range that the split kernel takes: by a range's own length, so that others don't matter
 )
 WAVES = 4  # programs per multiprocessor that the splits aim at
-MAX_SPLITS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Rows and keys of a tile, and how a program runs: warps, and loads that are under way at once (stages)."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
 
 # By element size and head dim (0: any other), on one H200; `bench/kernels.py attention --sweep` tries others.
 DECODE = {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 3)}
@@ -80,7 +67,8 @@ def _decode(
         return
     start = tl.load(starts + s)
     end = start + length
-    first, last = split_of(end, split, SPLITS, N)
+    size = split_size(end, SPLITS, N)
+    first = split * size
     if first >= end:
         return
     row = block * M + tl.arange(0, M)
@@ -91,7 +79,7 @@ def _decode(
     k_base = pool + head * head_stride
     v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
     m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
-    for n in range(first, last, N):
+    for n in range(first, tl.minimum(first + size, end), N):
         acc, m, total = _tile(
             x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
             True, D, PAGE, N,
@@ -144,34 +132,6 @@ def _prefill(
     tl.store(out + (token * out_token + h * out_head)[:, None] + dims, acc.to(out.dtype.element_ty), mask=live)
 
 
-def tiles_of(segments: Segments, group: int, m: int, above: int) -> Tensor:
-    """[number, 2] int32: segment and block of each tile of `m` rows of the ranges longer than `above`; -1: no tile.
-
-    `group` rows a token. Their number is a bound that follows from S and T; those that begin late in a sequence, the
-    longest, come first. Made on the device, once per step.
-    """
-    return segments.once(("tiles", group, m, above), lambda: _tiles(segments, group, m, above))
-
-
-def _tiles(segments: Segments, group: int, m: int, above: int) -> Tensor:
-    num_tokens = segments.num_tokens
-    bound = num_tokens * group // m + min(segments.num_segments, num_tokens // (above + 1))
-    lengths = segments.lengths
-    counts = torch.where(lengths > above, (lengths * group + m - 1) // m, 0)
-    ends = counts.cumsum(0)
-    tile = ends[-1] - 1 - torch.arange(bound, device=segments.device)
-    segment = torch.searchsorted(ends, tile, right=True).clamp_(max=segments.num_segments - 1)
-    block = tile - (ends - counts)[segment]
-    return torch.stack((torch.where(tile < 0, -1, segment), block), 1).int()
-
-
-def splits_of(segments: Segments, programs: int, n: int, waves: int) -> int:
-    """Splits of a sequence's keys, from static sizes: `programs` without splits, tiles of n keys."""
-    wanted = waves * num_processors(segments.device) // max(programs, 1)
-    most = triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)
-    return max(1, min(wanted, most, MAX_SPLITS))
-
-
 def paged_attention(
     q: Tensor, pool: Tensor, segments: Segments, scale: float, kv_scale: float = 1.0, *,
     decode: Tile | None = None, prefill: Tile | None = None, splits: int | None = None,
@@ -207,18 +167,15 @@ def paged_attention(
     partial, lse = (q.new_empty(rows * splits * n, dtype=torch.float32) for n in (dim, 1))
     _decode[(segments.num_segments, num_kv, splits * blocks)](
         q, pool, out, partial, lse, *ranges, *numbers, *strides, **shape, SHORT=SHORT, Q=queries, SPLITS=splits,
-        M=t.m, N=t.n, num_warps=t.warps, num_stages=t.stages,
+        **t.launch,
     )  # fmt: skip
     if splits > 1:
-        combine[(segments.num_segments * queries, num_q)](
-            partial, lse, out, None, *ranges[:3], out.stride(0), out.stride(1), D=dim, Q=queries, SHORT=SHORT,
-            PREFIX=False, HAS_LSE=False, SPLITS=splits, N=t.n, B=min(16, triton.next_power_of_2(splits)), num_warps=2,
-        )  # fmt: skip
+        launch_combine(partial, lse, out, segments, queries, SHORT, splits, t.n)
     if segments.max_length > SHORT:
         t = prefill or PREFILL.get(key, WIDE)
         tiles = tiles_of(segments, group, t.m, SHORT)
         _prefill[(num_kv, len(tiles))](
             q, pool, out, tiles, *ranges, *numbers, *strides, **shape,
-            M=t.m, N=t.n, num_warps=t.warps, num_stages=t.stages,
+            **t.launch,
         )  # fmt: skip
     return out

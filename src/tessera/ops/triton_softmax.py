@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tessera.ops.segments import Segments
 
 NEVER = tl.constexpr(-1.0e30)  # the maximum of nothing: finite, so that a row that sees no key of a tile makes no NaN
 
@@ -35,22 +38,20 @@ def fold(scores, m, total):
 @triton.jit
 def normalised(acc, m, total):
     """The mean of values [M, D] and log2 of the sum of exponentials [M]; 0 and -inf for a row that saw no key."""
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    return acc, m + tl.log2(total)
+    seen = tl.where(total > 0, total, 1.0)
+    return acc / seen[:, None], tl.where(total > 0, m + tl.log2(seen), float("-inf"))
 
 
 @triton.jit
-def split_of(end, split, SPLITS: tl.constexpr, N: tl.constexpr):
-    """(first, last) key of a split: whole tiles, and a function of the sequence's own length."""
-    size = tl.cdiv(tl.cdiv(end, SPLITS), N) * N
-    return split * size, tl.minimum((split + 1) * size, end)
+def split_size(end, SPLITS: tl.constexpr, N: tl.constexpr):
+    """Keys of a split, the last one's excepted: whole tiles, and a function of the sequence's own length."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), N), 1) * N
 
 
 @triton.jit
 def combine(
-    partial, lse, out, out_lse, cu_lengths, starts, lengths, out_token, out_head,
-    D: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, PREFIX: tl.constexpr, HAS_LSE: tl.constexpr,
-    SPLITS: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    partial, lse, out, cu_lengths, starts, lengths, out_token, out_head,
+    D: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Program (segment * Q + query, head): joins partial [S * Q, H, SPLITS, D] and lse [S * Q, H, SPLITS] into out."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -58,10 +59,8 @@ def combine(
     length = tl.load(lengths + s)
     if i >= length or length > SHORT:
         return
-    end = tl.load(starts + s)
-    if not PREFIX:
-        end += length
-    num = tl.cdiv(end, tl.cdiv(tl.cdiv(end, SPLITS), N) * N)
+    end = tl.load(starts + s) + length
+    num = tl.cdiv(end, split_size(end, SPLITS, N))
     base = (row * tl.num_programs(1) + head).to(tl.int64) * SPLITS
     dims = tl.arange(0, D)
     m, total, acc = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([D], tl.float32)
@@ -76,7 +75,15 @@ def combine(
         total = total * shrink + tl.sum(weights, 0)
         m = m_new
     token = (tl.load(cu_lengths + s) + i).to(tl.int64)
-    acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + token * out_token + head * out_head + dims, acc.to(out.dtype.element_ty))
-    if HAS_LSE:
-        tl.store(out_lse + token * tl.num_programs(1) + head, m + tl.log2(total))
+    tl.store(out + token * out_token + head * out_head + dims, (acc / total).to(out.dtype.element_ty))
+
+
+def launch_combine(
+    partial: Tensor, lse: Tensor, out: Tensor, segments: Segments, queries: int, short: int, splits: int, n: int
+) -> None:
+    """Joins the splits of the ranges of up to `short` tokens into out [T, H, D]; `queries`: rows kept of a segment."""
+    combine[(segments.num_segments * queries, out.shape[1])](
+        partial, lse, out, segments.cu_lengths, segments.starts, segments.lengths, out.stride(0), out.stride(1),
+        D=out.shape[2], Q=queries, SHORT=short, SPLITS=splits, N=n, B=min(16, triton.next_power_of_2(splits)),
+        num_warps=max(1, out.shape[2] // 64),
+    )  # fmt: skip

@@ -1,0 +1,261 @@
+"""Multi-head latent attention in Triton; see `mla.py` for what the two forms compute.
+
+Absorbed: all heads of a token are rows of one tile, so that a latent is read once for all of them, as key and as value.
+Short ranges have their keys cut into splits, longer ones go by tiles of rows. Expanded: the step's own tokens become
+keys and values once, of a size that T bounds, and a flash kernel runs over them; what precedes a range in its sequence
+is attended in latent space, of whatever length it is, and is where the flash kernel's running softmax begins. So both
+serve any step, and in a graph. M rows of a tile, N keys of a tile, H heads, R latent rank, Dr rope dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera.ops.segments import Segments
+from tessera.ops.triton_common import LOG2E, dot
+from tessera.ops.triton_softmax import NEVER, fold, launch_combine, normalised, split_size, token_offsets
+from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
+
+SHORT = 8  # tokens of the longest range that is split; a range's own length decides, whatever the others
+WAVES = 2  # programs per multiprocessor that the splits aim at
+
+# By element size, on one H200; `bench/kernels.py attention --sweep` tries others.
+SPLIT = {2: Tile(16, 32, 4, 3)}
+LONG = {2: Tile(64, 32, 8, 2)}
+OWN = {2: Tile(128, 64, 8, 3)}
+WIDE = Tile(16, 16, 4, 2)  # fp32, on the plain units
+
+
+@triton.jit
+def _latent_tile(
+    q_latent, q_rope, acc, m, total, pool, table, n, end, limit, scale, page_stride, token_stride,
+    R: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The sums of M rows after the latents n .. n + N - 1; row r sees those below `limit[r]`."""
+    at = token_offsets(table, n, end, page_stride, token_stride, PAGE, N)[:, None]
+    key = n + tl.arange(0, N)
+    inside = (key < end)[:, None]  # what lies behind the end may be NaN, and 0 * NaN is NaN
+    latent = tl.load(pool + at + tl.arange(0, R), mask=inside, other=0.0).to(q_latent.dtype)
+    rope = tl.load(pool + at + R + tl.arange(0, DR), mask=inside, other=0.0).to(q_latent.dtype)
+    scores = dot(q_rope, tl.trans(rope), dot(q_latent, tl.trans(latent), None)) * scale
+    scores = tl.where(key < tl.minimum(limit, end)[:, None], scores, float("-inf"))
+    weights, shrink, m, total = fold(scores, m, total)
+    acc = dot(weights.to(latent.dtype), latent, acc * shrink[:, None])
+    return acc, m, total
+
+
+@triton.jit
+def _absorbed(
+    q_latent, q_rope, pool, out, partial, lse, tiles, cu_lengths, starts, lengths, page_table, scale,
+    latent_token, latent_head, rope_token, rope_head, out_token, out_head, page_stride, token_stride, table_stride,
+    H: tl.constexpr, R: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr,
+    SPLITS: tl.constexpr, TILED: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (segment, block of rows, split) of short ranges, or (tile, 0, 0) of others: PREFIX: what precedes them.
+
+    Without splits the result is in `out`; `lse` [T, H] is written for a prefix.
+    """
+    s, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if TILED:
+        block = tl.load(tiles + 2 * s + 1)
+        s = tl.load(tiles + 2 * s)
+        if s < 0:
+            return
+    length = tl.load(lengths + s)
+    if length > SHORT or block * M >= length * H:
+        return
+    start = tl.load(starts + s)
+    row = block * M + tl.arange(0, M)
+    i, h = row // H, row % H
+    if PREFIX:
+        end, limit = start, tl.full([M], 2**30, tl.int32)
+    else:
+        end, limit = start + tl.minimum(length, (block * M + M - 1) // H + 1), start + i + 1
+    size = split_size(start + length, SPLITS, N) if SPLITS > 1 else end
+    first = split * size
+    if first >= start + length:
+        return
+    live = (i < length)[:, None]
+    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
+    r, d = tl.arange(0, R), tl.arange(0, DR)
+    x = tl.load(q_latent + (token * latent_token + h * latent_head)[:, None] + r, mask=live, other=0.0)
+    y = tl.load(q_rope + (token * rope_token + h * rope_head)[:, None] + d, mask=live, other=0.0)
+    table = page_table + s.to(tl.int64) * table_stride
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, R], tl.float32)
+    for n in range(first, tl.minimum(first + size, end), N):
+        acc, m, total = _latent_tile(
+            x, y, acc, m, total, pool, table, n, end, limit, scale, page_stride, token_stride, R, DR, PAGE, N
+        )
+    acc, sums = normalised(acc, m, total)
+    if SPLITS == 1:
+        tl.store(out + (token * out_token + h * out_head)[:, None] + r, acc.to(out.dtype.element_ty), mask=live)
+        if PREFIX:
+            tl.store(lse + token * H + h, sums, mask=i < length)
+    else:
+        at = (((s * Q + i) * H + h) * SPLITS + split).to(tl.int64)
+        tl.store(partial + at[:, None] * R + r, acc, mask=live)
+        tl.store(lse + at, sums, mask=i < length)
+
+
+@triton.jit
+def _own_tile(
+    q_nope, q_rope, acc, m, total, k_base, v_base, r_base, n, length, i, scale, k_token, r_token,
+    MASKED: tl.constexpr, D: tl.constexpr, DR: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The sums of M rows after the range's own keys n .. n + N - 1."""
+    key = n + tl.arange(0, N)
+    at, d = key.to(tl.int64)[:, None] * k_token, key.to(tl.int64)[:, None] * r_token + tl.arange(0, DR)
+    if MASKED:
+        inside = (key < length)[:, None]
+        k = tl.load(k_base + at + tl.arange(0, D), mask=inside, other=0.0)
+        rope = tl.load(r_base + d, mask=inside, other=0.0)
+        v = tl.load(v_base + at + tl.arange(0, V), mask=inside, other=0.0)
+    else:
+        k, rope, v = tl.load(k_base + at + tl.arange(0, D)), tl.load(r_base + d), tl.load(v_base + at + tl.arange(0, V))
+    scores = dot(q_rope, tl.trans(rope), dot(q_nope, tl.trans(k), None)) * scale
+    if MASKED:
+        scores = tl.where(key <= i[:, None], scores, float("-inf"))
+    weights, shrink, m, total = fold(scores, m, total)
+    return dot(weights.to(v.dtype), v, acc * shrink[:, None]), m, total
+
+
+@triton.jit
+def _own(
+    q_nope, q_rope, expanded, ropes, out, lse, tiles, cu_lengths, lengths, scale,
+    nope_token, nope_head, rope_token, rope_head, k_token, r_token,
+    H: tl.constexpr, D: tl.constexpr, DR: tl.constexpr, V: tl.constexpr, PREFIX: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (head, tile): expanded [T, H, D + V], ropes [T, DR] of the step's tokens; out [T, H, V] dense.
+
+    PREFIX: out and `lse` [T, H] hold what came of the positions before the range.
+    """
+    h, tile = tl.program_id(0), tl.program_id(1)
+    s = tl.load(tiles + 2 * tile)
+    if s < 0:
+        return
+    block = tl.load(tiles + 2 * tile + 1)
+    length, base = tl.load(lengths + s), tl.load(cu_lengths + s).to(tl.int64)
+    i = block * M + tl.arange(0, M)
+    live, token, v = (i < length)[:, None], base + i, tl.arange(0, V)
+    x = tl.load(q_nope + (token * nope_token + h * nope_head)[:, None] + tl.arange(0, D), mask=live, other=0.0)
+    y = tl.load(q_rope + (token * rope_token + h * rope_head)[:, None] + tl.arange(0, DR), mask=live, other=0.0)
+    k_base, r_base = expanded + base * k_token + h * (D + V), ropes + base * r_token
+    to = out + ((token * H + h) * V)[:, None] + v
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, V], tl.float32)
+    if PREFIX:
+        sums = tl.load(lse + token * H + h, mask=i < length, other=float("-inf"))
+        m, total = tl.maximum(sums, NEVER), tl.where(sums > NEVER, 1.0, 0.0)
+        acc += tl.load(to, mask=live, other=0.0).to(tl.float32)
+    for n in range(0, (block * M + 1) // N * N, N):
+        acc, m, total = _own_tile(
+            x, y, acc, m, total, k_base, k_base + D, r_base, n, length, i, scale, k_token, r_token, False, D, DR, V, N
+        )
+    for n in range((block * M + 1) // N * N, tl.minimum(block * M + M, length), N):
+        acc, m, total = _own_tile(
+            x, y, acc, m, total, k_base, k_base + D, r_base, n, length, i, scale, k_token, r_token, True, D, DR, V, N
+        )
+    acc, _ = normalised(acc, m, total)
+    tl.store(to, acc.to(out.dtype.element_ty), mask=live)
+
+
+def mla_absorbed(
+    q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float, *,
+    split: Tile | None = None, long: Tile | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """See `mla_absorbed_reference`. R and Dr are powers of two from 16; only the last dims must be dense.
+
+    `split`, `long` and `splits` override what the tables say.
+    """
+    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    _attend(q_latent, q_rope, pool, out, None, segments, scale, split, long, splits)
+    return out
+
+
+def mla_expanded(
+    q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
+    own: Tile | None = None, long: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """See `mla_expanded_reference`. All dims are powers of two from 16; only the last ones must be dense.
+
+    Ranges of up to `SHORT` tokens are absorbed whole. `own` and `long` override what the tables say.
+    """
+    num_tokens, heads, nope = q_nope.shape
+    dim, rank = q_rope.shape[-1], kv_b.shape[-1]
+    value = kv_b.shape[1] - nope
+    _check(nope, value, rank, dim)
+    out = q_nope.new_empty(num_tokens, heads, value)
+    if num_tokens == 0:
+        return out
+    w_k, w_v = kv_b.split((nope, value), 1)
+    whole, lse = _is_whole(segments), None
+    if not whole:
+        q_latent = torch.einsum("thn,hnr->thr", q_nope, w_k)
+        lse = q_nope.new_empty(num_tokens, heads, dtype=torch.float32)
+        latent = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+        _attend(q_latent, q_rope, pool, latent, lse, segments, scale, None, long, None)
+        out = torch.einsum("thr,hvr->thv", latent, w_v).contiguous()
+    if segments.max_length > SHORT:
+        cached = pool[segments.write_page, segments.write_offset].to(q_nope.dtype)
+        expanded = torch.nn.functional.linear(cached[:, :rank], kv_b.flatten(0, 1))
+        t = own or OWN.get(q_nope.element_size(), WIDE)
+        tiles = tiles_of(segments, 1, t.m, SHORT)
+        _own[(heads, len(tiles))](
+            q_nope, q_rope, expanded, cached[:, rank:], out, lse, tiles, segments.cu_lengths, segments.lengths,
+            scale * LOG2E.value, *q_nope.stride()[:2], *q_rope.stride()[:2], expanded.stride(0), cached.stride(0),
+            H=heads, D=nope, DR=dim, V=value, PREFIX=not whole, **t.launch,
+        )  # fmt: skip
+    return out
+
+
+def _is_whole(segments: Segments) -> bool:
+    """Whether all ranges are known to be long and to begin at 0. In a graph they may be so today and not tomorrow."""
+    if segments.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    return not segments.host_starts.any() and bool((segments.host_lengths > SHORT).all())
+
+
+def _attend(
+    q_latent: Tensor, q_rope: Tensor, pool: Tensor, out: Tensor, prefix_lse: Tensor | None, segments: Segments,
+    scale: float, split: Tile | None, long: Tile | None, splits: int | None,
+) -> None:  # fmt: skip
+    """Writes out [T, H, R]. With `prefix_lse` [T, H], ranges above `SHORT` see only what precedes them."""
+    (num_tokens, heads, rank), dim = q_latent.shape, q_rope.shape[-1]
+    _check(rank, dim)
+    assert q_latent.stride(2) == q_rope.stride(2) == pool.stride(2) == 1, "a head's elements must be neighbours"
+    if num_tokens == 0:
+        return
+    ranges = (segments.cu_lengths, segments.starts, segments.lengths, segments.page_table)
+    strides = (
+        *q_latent.stride()[:2], *q_rope.stride()[:2], *out.stride()[:2], *pool.stride()[:2],
+        segments.page_table.stride(0),
+    )  # fmt: skip
+    shape = {"H": heads, "R": rank, "DR": dim, "PAGE": segments.page_size}
+    t = split or SPLIT.get(q_latent.element_size(), WIDE)
+    queries = min(SHORT, segments.max_length)
+    blocks = triton.cdiv(queries * heads, t.m)
+    splits = splits or splits_of(segments, segments.num_segments * blocks, t.n, WAVES)
+    rows = segments.num_segments * queries * heads * splits if splits > 1 else 0
+    partial, lse = (q_latent.new_empty(rows * n, dtype=torch.float32) for n in (rank, 1))
+    _absorbed[(segments.num_segments, blocks, splits)](
+        q_latent, q_rope, pool, out, partial, lse, None, *ranges, scale * LOG2E.value, *strides, **shape,
+        SHORT=SHORT, Q=queries, SPLITS=splits, TILED=False, PREFIX=False, **t.launch,
+    )  # fmt: skip
+    if splits > 1:
+        launch_combine(partial, lse, out, segments, queries, SHORT, splits, t.n)
+    if segments.max_length > SHORT:
+        t = long or LONG.get(q_latent.element_size(), WIDE)
+        tiles = tiles_of(segments, heads, t.m, SHORT)
+        _absorbed[(len(tiles), 1, 1)](
+            q_latent, q_rope, pool, out, None, prefix_lse, tiles, *ranges, scale * LOG2E.value, *strides, **shape,
+            SHORT=2**30, Q=1, SPLITS=1, TILED=True, PREFIX=prefix_lse is not None, **t.launch,
+        )  # fmt: skip
+
+
+def _check(*dims: int) -> None:
+    for dim in dims:
+        assert dim >= 16, f"the Triton kernels want dims of 16 at least, not {dim}"
+        assert dim == triton.next_power_of_2(dim), f"the Triton kernels want dims that are powers of two, not {dim}"

@@ -1,0 +1,139 @@
+"""Latent attention in Triton against its plain twins: interpreted at tiny sizes, on a GPU at those of real models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops.cases import assert_close, case, ends, for_a_graph, paged
+from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
+from tessera.ops.triton_mla import SHORT, mla_absorbed, mla_expanded
+from tessera.ops.triton_tiles import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXED = [(0, 30), (33, 20), (7, SHORT), (7, SHORT + 1), (0, 1), (40, 1), (15, 1), (61, 3)]
+RANGES = {"mixed": MIXED, "decodes": [(n, 1) for n in (0, 15, 16, 100)], "whole": [(0, 30), (0, 9)]}
+TINY = (3, 32, 16, 16, 16)  # heads, latent rank, rope, nope, value
+SCALE = 0.2
+
+
+def _inputs(ranges, page_size, sizes, dtype):
+    heads, rank, rope, nope, value = sizes
+    c = case(ranges, page_size, device=DEVICE)
+    pool = paged(c, tokens=[torch.randn(end, rank + rope, device=DEVICE).to(dtype) for end in ends(c)])
+    q_nope, q_rope = (torch.randn(c.segments.num_tokens, heads, n, device=DEVICE).to(dtype) for n in (nope, rope))
+    kv_b = (torch.randn(heads, nope + value, rank, device=DEVICE) * rank**-0.5).to(dtype)
+    return c.segments, pool, q_nope, q_rope, kv_b
+
+
+def _latent_queries(q_nope, kv_b):
+    return torch.einsum("thn,hnr->thr", q_nope, kv_b[:, : q_nope.shape[-1]])
+
+
+def _assert_plain(segments, pool, q_nope, q_rope, kv_b, **options):
+    """Both forms, against the plain ones in fp64 on the same values."""
+    wide = [x.double() for x in (q_nope, q_rope, kv_b, pool)]
+    assert_close(
+        mla_expanded(q_nope, q_rope, kv_b, pool, segments, SCALE), mla_expanded_reference(*wide, segments, SCALE)
+    )
+    q = _latent_queries(q_nope, kv_b)
+    expected = mla_absorbed_reference(q.double(), wide[1], wide[3], segments, SCALE)
+    assert_close(mla_absorbed(q, q_rope, pool, segments, SCALE, **options), expected)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize("ranges", RANGES)
+def test_is_plain(ranges, page_size, splits):
+    _assert_plain(*_inputs(RANGES[ranges], page_size, TINY, torch.float32), splits=splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_dtypes(dtype):
+    _assert_plain(*_inputs(MIXED, 16, TINY, dtype))
+
+
+@settings(max_examples=10)
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=4),
+    heads=st.sampled_from([1, 3, 17]),
+    page_size=st.sampled_from([1, 3, 16, 32]),
+    splits=st.integers(1, 5),
+)
+def test_any_batch(ranges, heads, page_size, splits):
+    _assert_plain(*_inputs(ranges, page_size, (heads, *TINY[1:]), torch.float32), splits=splits)
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+def test_reads_nothing_of_the_batch_on_the_host(ranges):
+    """As in a graph: padded, wide page tables with garbage behind a sequence's pages, host numbers unknown."""
+    segments, pool, q_nope, q_rope, kv_b = _inputs(RANGES[ranges], 16, TINY, torch.float32)
+    pool[0] = 0
+    padded = for_a_graph(segments, pages=9, padding=3, longest=max(segments.max_length, 2))
+    more = [torch.cat((x, torch.randn_like(x[:3]))) for x in (q_nope, q_rope)]
+    wide = [x.double() for x in (q_nope, q_rope, kv_b, pool)]
+    found = mla_expanded(*more, kv_b, pool, padded, SCALE)
+    assert not found.isnan().any()
+    assert_close(found[: len(q_nope)], mla_expanded_reference(*wide, segments, SCALE))
+    found = mla_absorbed(_latent_queries(more[0], kv_b), more[1], pool, padded, SCALE)
+    assert not found.isnan().any()
+    q = _latent_queries(*wide[::2])
+    assert_close(found[: len(q_nope)], mla_absorbed_reference(q, wide[1], wide[3], segments, SCALE))
+
+
+def test_strided():
+    """Queries that are parts of wider ones, and a pool that is a layer's part of one allocation."""
+    segments, pool, q_nope, q_rope, kv_b = _inputs(MIXED, 16, TINY, torch.float32)
+    both = torch.cat((q_nope, q_rope), -1)
+    layers = torch.full((len(pool), 3, *pool.shape[1:]), float("nan"), device=DEVICE)
+    layers[:, 1] = pool
+    _assert_plain(segments, layers[:, 1], both[..., :16], both[..., 16:], kv_b)
+
+
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_a_range_is_computed_alike_in_any_company(length):
+    """To the bit: how keys are cut depends on a sequence's own length alone."""
+    segments, pool, q_nope, q_rope, kv_b = _inputs([(70, length), (3, 1), (0, 2), (100, 9)], 16, TINY, torch.float32)
+    q = _latent_queries(q_nope, kv_b)
+    together = mla_absorbed(q, q_rope, pool, segments, SCALE, splits=3)
+    alone = mla_absorbed(q[:length], q_rope[:length], pool, segments.part(0, 1), SCALE, splits=3)
+    assert torch.equal(together[:length], alone)
+
+
+def test_refuses_dims_that_are_no_powers_of_two():
+    segments, pool, _, q_rope, _ = _inputs([(0, 3)], 16, (3, 40, 16, 16, 16), torch.float32)
+    with pytest.raises(AssertionError, match="not 40"):
+        mla_absorbed(torch.randn(3, 3, 40, device=DEVICE), q_rope, pool, segments, SCALE)
+
+
+BATCHES = {
+    "decode": [(n, 1) for n in (0, 1, 63, 64, 1000, 1023, 4095, 9000)] * 4,
+    "verify": [(n, 4) for n in (0, 62, 1000, 3000)] + [(500, 8), (77, 2)],
+    "chunks": [(0, 1000), (700, 513), (0, 9), (2048, 64)],
+    "mixed": [(0, 700), (900, 130), (12, 5), (1024, 1), (3, 1), (0, 1)],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (16, 16, torch.bfloat16),
+        (16, 64, torch.bfloat16),
+        (128, 64, torch.bfloat16),
+        (16, 16, torch.float16),
+        (16, 64, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranges", BATCHES)
+def test_real_sizes(ranges, heads, page_size, dtype):
+    _assert_plain(*_inputs(BATCHES[ranges], page_size, (heads, 512, 64, 128, 128), dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("long", [Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)], ids=str)
+def test_other_tiles(long):
+    _assert_plain(*_inputs(BATCHES["mixed"], 64, (16, 512, 64, 128, 128), torch.bfloat16), long=long)
