@@ -1,0 +1,171 @@
+"""Times our kernels on a CUDA device against its limits: `python bench/kernels.py attention [--sweep] [--json]`.
+
+A case says how many bytes must move and how many operations must be done; the device's own copy and matrix product,
+measured first, say how long that takes at best. Each case is checked against its plain twin, then captured in a CUDA
+graph over several sets of inputs, together larger than the cache, as the layers of a model are; the time is the median
+of its replays, per call. `--sweep` tries the other options that a case names; `--only` is a pattern of names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from kernel_case import Case
+
+GROUPS = {"attention": "kernels_attention"}
+TOLERANCE = 1e-2
+REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes and bf16 operations per second that the device reaches."""
+
+    copy: float
+    matmul: float
+
+    def share(self, case: Case, seconds: float) -> float:
+        """Of the least time that the case could take."""
+        return max(case.num_bytes / self.copy, case.operations / self.matmul) / seconds
+
+
+def seconds(launch: Callable[[], Any], repeats: int = 15) -> float:
+    """Median time of what `launch` puts on the device, by replays of a graph."""
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[3:])
+
+
+def measure_limits() -> Limits:
+    """A copy of 2 GB and a product of 8192 x 8192 random numbers."""
+    x, y = (torch.randn(1 << 29, device="cuda") for _ in range(2))
+    copy = 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return Limits(copy, 2 * 8192**3 / seconds(lambda: a @ b))
+
+
+def rows(cases: Iterator[Case], limits: Limits, sweep: bool) -> Iterator[dict[str, Any]]:
+    """One row for what the tables choose, and with `sweep` one for each variant, the fastest first."""
+    for case in cases:
+        sets = [case.make() for _ in range(case.num_sets)]
+        found = []
+        for options in [{}, *(case.variants if sweep else [])]:
+            try:
+                error = case.check(sets[0], case.run(sets[0], **options))
+                took = seconds(partial(_all, case, sets, options)) / len(sets) if error <= TOLERANCE else float("nan")
+            except REFUSED as reason:
+                sys.stderr.write(f"{case.name} {options}: {str(reason)[:160]}\n")
+                continue
+            found.append(_row(case, options, error, took, limits))
+        yield from found[:1]
+        yield from sorted(found[1:], key=lambda row: row["us"])
+
+
+def _all(case: Case, sets: list[Any], options: dict[str, Any]) -> None:
+    for inputs in sets:
+        case.run(inputs, **options)
+
+
+def _row(case: Case, options: dict[str, Any], error: float, took: float, limits: Limits) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "options": " ".join(f"{name}={value}" for name, value in options.items()) or "table",
+        "us": round(took * 1e6, 2),
+        "GB/s": round(case.num_bytes / took / 1e9),
+        "TFLOP/s": round(case.operations / took / 1e12, 1),
+        "share": round(limits.share(case, took), 3),
+        "error": float(f"{error:.2g}"),
+    }
+
+
+def cases_of(group: str, only: str) -> Iterator[Case]:
+    """The cases of a group whose names match `only`, made one at a time: each may hold gigabytes."""
+    for name, make in importlib.import_module(GROUPS[group]).cases().items():
+        if re.search(only, name):
+            yield make(name)
+
+
+def compile_part(group: str, only: str, sweep: bool, part: int, parts: int) -> None:
+    """Runs every `parts`-th variant once: its kernels are then in the cache on disk."""
+    at = 0
+    for case in cases_of(group, only):
+        inputs = None
+        for options in [{}, *(case.variants if sweep else [])]:
+            at += 1
+            if at % parts == part:
+                inputs = inputs or case.make()
+                with contextlib.suppress(*REFUSED):  # told when it is its turn
+                    case.run(inputs, **options)
+
+
+def compile_all(group: str, only: str, sweep: bool, jobs: int) -> None:
+    """Compiles the variants in processes side by side."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=compile_part, args=(group, only, sweep, part, jobs)) for part in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def main() -> None:
+    """Prints a table, or with --json one object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile before anything is timed")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    if asked.jobs:
+        compile_all(asked.group, asked.only, asked.sweep, asked.jobs)
+    limits = measure_limits()
+    head = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "copy GB/s": round(limits.copy / 1e9),
+        "matmul TFLOP/s": round(limits.matmul / 1e12),
+    }
+    found = []
+    if not asked.json:
+        sys.stdout.write(" ".join(f"{name} {value}" for name, value in head.items()) + "\n")
+    for row in rows(cases_of(asked.group, asked.only), limits, asked.sweep):
+        found.append(row)
+        if not asked.json:
+            sys.stdout.write(" | ".join(str(value) for value in row.values()) + "\n")
+            sys.stdout.flush()
+    if asked.json:
+        sys.stdout.write(json.dumps(head | {"rows": found}) + "\n")
+    if wrong := [row for row in found if not row["error"] <= TOLERANCE]:
+        sys.exit(f"{len(wrong)} results are further than {TOLERANCE} from their plain twins")
+
+
+if __name__ == "__main__":
+    main()

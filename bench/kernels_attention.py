@@ -1,0 +1,201 @@
+"""Attention and cache writes as `kernels.py` times them: decode, verify and prefill of three shapes, bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from kernel_case import Case, distance, random
+from torch import Tensor
+
+from tessera.ops import triton_attention, triton_cache, triton_mla
+from tessera.ops.attention import paged_attention_reference
+from tessera.ops.fused import HeadInputs, LatentInputs, write_heads, write_latents
+from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
+from tessera.ops.rope import rope_tables
+from tessera.ops.segments import Segments, make_segments
+from tessera.ops.triton_tiles import Tile
+
+HEADS = {"qwen3-8b": (32, 8, 128), "qwen3next": (16, 2, 256)}
+RANGES = [
+    ("decode", (1, 1023, 1)), ("decode", (64, 1023, 1)), ("decode", (512, 1023, 1)), ("verify", (64, 1020, 4)),
+    ("prefill", (4, 0, 4096)), ("chunks", (4, 3072, 1024)),
+]  # fmt: skip
+DECODES = [Tile(16, n, w, s) for n, w, s in product((32, 64, 128), (4,), (3, 4, 5))] + [
+    Tile(16, 64, 2, 4), Tile(16, 128, 8, 4), Tile(16, 64, 8, 4),
+]  # fmt: skip
+FLASH = {
+    128: [Tile(128, 64, 8, s) for s in (2, 3, 4)] + [Tile(128, 128, 8, s) for s in (2, 3)]
+    + [Tile(64, 64, 4, s) for s in (2, 3, 4)] + [Tile(64, 128, 4, 3), Tile(128, 32, 8, 4)],
+    256: [Tile(128, 64, 8, s) for s in (2, 3)] + [Tile(128, 32, 8, s) for s in (2, 3)]
+    + [Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(64, 64, 8, 3), Tile(128, 128, 8, 2)],
+}  # fmt: skip
+MLA_SPLITS = [Tile(16, n, w, s) for n, w, s in product((32, 64), (4, 8), (3, 4))] + [
+    Tile(16, 16, 4, 4), Tile(16, 32, 8, 5), Tile(16, 128, 8, 3),
+]  # fmt: skip
+MLA_OWN = [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)]
+MLA_LONG = [Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 3), Tile(64, 32, 8, 3)]
+RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128
+
+
+def segments_of(num: int, start: int, length: int, page_size: int) -> tuple[Segments, int]:
+    """Equal ranges over scattered pages, and how many pages there are."""
+    each = -(-(start + length) // page_size)
+    pages = np.random.default_rng(0).permutation(np.arange(1, num * each + 1)).reshape(num, each)
+    starts, lengths = np.full(num, start), np.full(num, length)
+    return make_segments(starts, lengths, pages, np.zeros(num), page_size, "cuda"), num * each + 1
+
+
+def attention(name: str, shape: str, num: int, start: int, length: int, page_size: int) -> Case:
+    """Paged attention of equal ranges."""
+    num_q, num_kv, dim = HEADS[shape]
+    segments, num_pages = segments_of(num, start, length, page_size)
+    scale, group = dim**-0.5, num_q // num_kv
+
+    def make() -> Any:
+        return random(num * length, num_q, dim), random(num_pages, 2, num_kv, page_size, dim)
+
+    def run(inputs: Any, **options: Any) -> Tensor:
+        return triton_attention.paged_attention(*inputs, segments, scale, **options)
+
+    def check(inputs: Any, found: Tensor) -> float:
+        """One key head of the last range."""
+        q, pool = inputs
+        last, tokens = segments.part(num - 1, num), segments.tokens_of(num - 1, num)
+        expected = paged_attention_reference(q[tokens, -group:].float(), pool[:, :, -1:].float(), last, scale)
+        return distance(found[tokens, -group:], expected)
+
+    pairs = num * length * (start + (length + 1) / 2)
+    tiles = {"decode": DECODES} if length <= triton_attention.SHORT else {"prefill": FLASH[dim]}
+    variants: list[dict[str, Any]] = [{kind: tile} for kind, choice in tiles.items() for tile in choice]
+    if length == 1 and num < 512:
+        variants += [{"splits": n} for n in ((4, 8, 16, 32) if num == 1 else (1, 2, 3, 4, 6, 8))]
+    moved = 2 * num_kv * dim * 2 * num * (start + length) + 4 * num * length * num_q * dim
+    size = num_pages * page_size * 2 * num_kv * dim * 2
+    return Case(name, moved, 4 * pairs * num_q * dim, size, make, run, check, variants)
+
+
+def latent(name: str, num: int, start: int, length: int, page_size: int, heads: int = 16) -> Case:
+    """MLA of equal ranges: absorbed when they are short, expanded when they are long."""
+    segments, num_pages = segments_of(num, start, length, page_size)
+    absorbed, scale = length <= triton_mla.SHORT, (NOPE + ROPE) ** -0.5
+    width = RANK if absorbed else NOPE
+    kv_b = random(heads, NOPE + VALUE, RANK) * RANK**-0.5
+
+    def make() -> Any:
+        tokens = num * length
+        return random(tokens, heads, width), random(tokens, heads, ROPE), random(num_pages, page_size, RANK + ROPE)
+
+    def run(inputs: Any, **options: Any) -> Tensor:
+        q, rope, pool = inputs
+        if absorbed:
+            return triton_mla.mla_absorbed(q, rope, pool, segments, scale, **options)
+        return triton_mla.mla_expanded(q, rope, kv_b, pool, segments, scale, **options)
+
+    def check(inputs: Any, found: Tensor) -> float:
+        """One head of the last range."""
+        q, rope, pool = (x.float() for x in inputs)
+        last, tokens = segments.part(num - 1, num), segments.tokens_of(num - 1, num)
+        q, rope = q[tokens, -1:], rope[tokens, -1:]
+        if absorbed:
+            return distance(found[tokens, -1:], mla_absorbed_reference(q, rope, pool, last, scale))
+        expected = mla_expanded_reference(q, rope, kv_b[-1:].float(), pool, last, scale)
+        return distance(found[tokens, -1:], expected)
+
+    pairs = num * length * (start + (length + 1) / 2)
+    work = 2 * heads * pairs * ((2 * RANK + ROPE) if absorbed else (NOPE + ROPE + VALUE))
+    moved = 2 * num * ((start + length) * (RANK + ROPE) + length * heads * 2 * width)
+    if absorbed:
+        variants: list[dict[str, Any]] = [{"split": tile} for tile in MLA_SPLITS]
+        variants += [{"splits": n} for n in ((8, 16, 32) if num == 1 else (1, 2, 3, 4, 8))] if num < 512 else []
+    else:
+        variants = [{"own": tile} for tile in MLA_OWN] + [{"long": tile} for tile in (MLA_LONG if start else [])]
+    return Case(name, moved, work, num_pages * page_size * 2 * (RANK + ROPE), make, run, check, variants)
+
+
+def head_writes(name: str, shape: str, num: int, length: int) -> Case:
+    """Norm, rope and cache write of queries, keys and values."""
+    (num_q, num_kv, dim), page_size = HEADS[shape], 64
+    segments, num_pages = segments_of(num, 0, length, page_size)
+    ends = np.cumsum([num_q * dim, num_kv * dim, num_kv * dim]).tolist()
+    cut = (slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2]))
+    tables = rope_tables(dim if dim == 128 else dim // 4, 8192, 1e6, device="cuda")
+    inputs = HeadInputs(*cut, dim, tables, False, random(dim), random(dim), 1e-6, False)
+    tokens = num * length
+    pool = random(num_pages, 2, num_kv, page_size, dim)
+
+    def make() -> Any:
+        return random(tokens, ends[2])
+
+    def check(y: Tensor, found: Tensor) -> float:
+        plain, fast = torch.zeros_like(pool), torch.zeros_like(pool)
+        q = write_heads(y, inputs, plain, segments)
+        triton_cache.write_heads(y, inputs, fast, segments)
+        return max(distance(found, q), distance(fast, plain))
+
+    def run(y: Tensor) -> Tensor:
+        return triton_cache.write_heads(y, inputs, pool, segments)
+
+    return Case(name, 4 * tokens * ends[2], 0, 2 * tokens * ends[2], make, run, check)
+
+
+def latent_writes(name: str, num: int, length: int, heads: int = 16) -> Case:
+    """Norm, rope and cache write of a latent, and rope of its queries."""
+    segments, num_pages = segments_of(num, 0, length, 64)
+    tables = rope_tables(ROPE, 8192, 1e6, device="cuda")
+    inputs = LatentInputs(slice(0, RANK + ROPE), tables, True, random(RANK), 1e-6)
+    tokens, pool = num * length, random(num_pages, 64, RANK + ROPE)
+
+    def make() -> Any:
+        return random(tokens, RANK + ROPE), random(tokens, heads, NOPE + ROPE)
+
+    def check(both: Any, found: Tensor) -> float:
+        plain, fast = torch.zeros_like(pool), torch.zeros_like(pool)
+        q = write_latents(*both, inputs, plain, segments)
+        triton_cache.write_latents(*both, inputs, fast, segments)
+        return max(distance(found, q), distance(fast, plain))
+
+    def run(both: Any) -> Tensor:
+        return triton_cache.write_latents(*both, inputs, pool, segments)
+
+    size = 2 * tokens * (RANK + ROPE + heads * (NOPE + ROPE))
+    return Case(name, 4 * tokens * (RANK + ROPE + heads * ROPE), 0, size, make, run, check)
+
+
+def fp8(name: str, *sizes: Any) -> Case:
+    """Attention over a pool in fp8: keys and values are half the bytes."""
+    case = attention(name, *sizes)
+
+    def make() -> Any:
+        q, pool = case.make()
+        return q, pool.to(torch.float8_e4m3fn)
+
+    def check(inputs: Any, found: Tensor) -> float:
+        return distance(found, case.run((inputs[0], inputs[1].to(torch.bfloat16))))
+
+    return replace(case, num_bytes=case.num_bytes / 2, set_bytes=case.set_bytes // 2, make=make, check=check)
+
+
+def cases() -> dict[str, Callable[[str], Case]]:
+    """What makes each case from its name."""
+    makers: dict[str, Callable[[str], Case]] = {}
+
+    def add(name: str, make: Callable[..., Case], *sizes: Any) -> None:
+        makers[name] = lambda name: make(name, *sizes)
+
+    for (kind, (num, start, length)), page_size in product(RANGES, (16, 64)):
+        what = f"{kind} {num}x{start + length} page {page_size}"
+        for shape in HEADS:
+            add(f"{shape} {what}", attention, shape, num, start, length, page_size)
+        add(f"mla {what}", latent, num, start, length, page_size)
+    for num, length in ((64, 1), (512, 1), (4, 4096)):
+        for shape in HEADS:
+            add(f"{shape} write_heads {num}x{length}", head_writes, shape, num, length)
+        add(f"mla write_latents {num}x{length}", latent_writes, num, length)
+    add("mla decode 64x1024 page 64, 128 heads", latent, 64, 1023, 1, 64, 128)
+    add("qwen3-8b decode 64x1024 page 64, fp8", fp8, "qwen3-8b", 64, 1023, 1, 64)
+    return makers
