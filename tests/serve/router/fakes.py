@@ -51,6 +51,7 @@ class Fake:
         self.hang = False  # never answer
         self.break_after: int | None = None  # chunks, then the connection breaks
         self.gap = 0.0  # seconds between chunks
+        self.lag = 0.0  # seconds until it answers, once the other has come
         self.refusal = {"error": {"message": "no", "type": "x", "param": None, "code": None}}
         self.chunks = [
             b'data: {"text": "a"}\n\n',
@@ -136,6 +137,7 @@ class Fake:
         for room in self.room_of(body):
             self.rooms.event(mine, room).set()
             await self.rooms.event(other, room).wait()
+        await asyncio.sleep(self.lag)
 
     async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         try:

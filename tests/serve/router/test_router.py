@@ -135,6 +135,18 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it() -> None:
         assert made.of("prefill")[0].aborted == [], "it had done its part"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@in_loop
+async def test_a_prefill_server_that_answers_late_is_waited_for_and_the_client_is_not(stream: bool) -> None:
+    async with world(prefill=1, decode=1) as made:
+        made.of("prefill")[0].lag = 0.5
+        began = time.monotonic()
+        await bytes_of(made, "/generate", {"text": "x", "stream": stream})
+        assert time.monotonic() - began < 0.5
+        await until(made.idle)
+        assert made.of("prefill")[0].left == made.of("prefill")[0].aborted == []
+
+
 @in_loop
 async def test_nothing_is_sent_to_one_half_when_the_other_is_missing() -> None:
     async with world(prefill=1, decode=1, threshold=1) as made:

@@ -68,11 +68,12 @@ async def _pass_on(router: Router, server: Server, call: Call) -> Response:
     url = server.url + call.scope["path"]
     try:
         async with asyncio.timeout(ANY_SECONDS):
-            found = await router.http.request(call.method, url, content=body, headers=router.headers(call))
+            headers = {**router.headers(call), "accept-encoding": "identity"}
+            found = await router.http.request(call.method, url, content=body, headers=headers, timeout=ANY_SECONDS)
     except (httpx.HTTPError, TimeoutError) as error:
         raise PeerError(f"{server.url} gave no answer: {type(error).__name__} {error}".strip()) from error
-    headers = {name: value for name, value in found.headers.items() if name not in NOT_PASSED}
-    return Response(found.content, found.status_code, headers)
+    passed = {name: value for name, value in found.headers.items() if name not in NOT_PASSED}
+    return Response(found.content, found.status_code, passed)
 
 
 async def health(router: Router, call: Call) -> Json:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import httpx
 
 from tessera.serve.http import encode, refusal
+from tessera.serve.router.connections import Answer, Connections
 from tessera.serve.router.servers import Outcome, Use
 from tessera.serve.trace import Span
 
@@ -35,34 +37,48 @@ class Failed(Exception):
         self.body = bytes(refusal(status, str(self)).body) if body is None else body
 
 
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What a server is sent."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
 class Leg:
-    """One request to one server. Used as a context: however it ends, the connection and the server's claim end too."""
+    """One request to one server. Used as a context: however it ends, the connection and the server's claim end too.
+
+    `abort` asks the server to end the request.
+    """
 
     def __init__(
-        self, http: httpx.AsyncClient, use: Use, request: httpx.Request, span: Span, abort: Callable[[], None]
+        self, connections: Connections, use: Use, parcel: Parcel, span: Span, abort: Callable[[], None]
     ) -> None:
-        self._use, self._span = use, span
-        self._http, self._request, self._abort = http, request, abort
-        self._response: httpx.Response | None = None
+        self._connections, self._use, self._parcel = connections, use, parcel
+        self._span, self._abort = span, abort
+        self._answer: Answer | None = None
         self._sent = self._whole = False
 
-    async def open(self) -> httpx.Response:
+    async def open(self) -> Answer:
         """The head of a good answer. Raises Failed."""
+        parcel = self._parcel
         try:
             self._sent = True
-            self._response = response = await self._http.send(self._request, stream=True)
-            if response.status_code >= 400:
-                raise self._refused(response.status_code, await _most(response))
+            answer = await self._connections.send(self._use.server.url, parcel.path, parcel.body, parcel.headers)
+            self._answer = answer
+            if answer.status >= 400:
+                raise self._refused(answer.status, await _most(answer))
         except httpx.HTTPError as error:
             raise self._broken(error) from error
         self._use.answered()
-        return response
+        return answer
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body of the answer, as it comes. Raises Failed."""
-        assert self._response is not None, "open() comes first"
+        assert self._answer is not None, "open() comes first"
         try:
-            async for chunk in self._response.aiter_raw():
+            async for chunk in self._answer.chunks():
                 yield chunk
         except httpx.HTTPError as error:
             raise self._broken(error) from error
@@ -97,24 +113,24 @@ class Leg:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._use.end("cancelled")
-        self._span.end(self._response.status_code if self._whole and self._response is not None else None)
+        self._span.end(self._answer.status if self._whole and self._answer is not None else None)
         if self._sent and not self._whole:
             self._abort()
-        if self._response is not None:
-            await self._response.aclose()
+        if self._answer is not None:
+            await self._answer.close()
 
 
-async def _most(response: httpx.Response) -> bytes:
+async def _most(answer: Answer) -> bytes:
     """The body of a refusal, or as much of it as is of use."""
     body = bytearray()
-    async for chunk in response.aiter_raw():
+    async for chunk in answer.chunks():
         body += chunk
         if len(body) > ERROR_BODY:
             break
     return bytes(body)
 
 
-Deliver = Callable[[httpx.Response, Leg], Awaitable[None]]
+Deliver = Callable[[Answer, Leg], Awaitable[None]]
 
 
 async def exchange(answering: Leg, ahead: Leg | None, deliver: Deliver) -> None:

@@ -8,13 +8,13 @@ import secrets
 import uuid
 from collections.abc import Mapping
 
-import httpx
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tessera.core.errors import RequestError
 from tessera.serve.http import SEND_SECONDS, Call, UnavailableError, encode, failure
-from tessera.serve.router.exchange import Failed, Leg, exchange
+from tessera.serve.router.connections import Answer
+from tessera.serve.router.exchange import Failed, Leg, Parcel, exchange
 from tessera.serve.router.rooms import Body, legs, num_prompts, prompt_of
 from tessera.serve.router.router import Router
 from tessera.serve.router.servers import Role, Use
@@ -39,7 +39,7 @@ class Relayed(Response):
         self._router, self._call, self._body = router, call, body
         self._span: Span = call.scope["state"]["span"]
         self._path = call.scope["path"]
-        self._begun = self._events = False
+        self._begun = self._events = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relays, until the end or until the client leaves."""
@@ -48,6 +48,8 @@ class Relayed(Response):
         self._router.running.add(work)
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if self._ended:  # the client has all; the prefill server may still be saying that it is done
+                await asyncio.wait({work})
         finally:
             status = self.status_code if work.done() else LEFT
             for one in (work, gone):
@@ -97,7 +99,7 @@ class Relayed(Response):
             raise
         *_, answering = made.values()
 
-        async def deliver(head: httpx.Response, leg: Leg) -> None:
+        async def deliver(head: Answer, leg: Leg) -> None:
             await self._deliver(head, leg, send)
 
         await exchange(answering, made.get("prefill"), deliver)
@@ -113,18 +115,16 @@ class Relayed(Response):
     def _leg(self, use: Use, body: Body) -> Leg:
         router, url = self._router, use.server.url
         headers, span = router.headers(self._call), self._span.child(use.server.address.role)
-        request = router.http.build_request(
-            "POST", url + self._path, content=encode(body), headers={**headers, **span.headers}
-        )
+        parcel = Parcel(self._path, encode(body), {**headers, **span.headers})
         rid = body.get("rid") or body.get("request_id")
-        return Leg(router.http, use, request, span, lambda: router.aborts.ask(url, rid, headers))
+        return Leg(router.connections, use, parcel, span, lambda: router.aborts.ask(url, rid, headers))
 
-    async def _deliver(self, head: httpx.Response, leg: Leg, send: Send) -> None:
+    async def _deliver(self, head: Answer, leg: Leg, send: Send) -> None:
         raw = [(name, value) for name, value in head.headers.raw if name.lower().decode() not in NOT_PASSED]
         if not head.headers.get("content-type", "").startswith("text/event-stream"):
-            await self._whole(send, head.status_code, await leg.whole(), raw)
+            await self._whole(send, head.status, await leg.whole(), raw)
             return
-        await self._start(send, head.status_code, raw)
+        await self._start(send, head.status, raw)
         self._events = True
         async for chunk in leg.chunks():
             await self._part(send, chunk)
@@ -151,6 +151,7 @@ class Relayed(Response):
         await send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def _part(self, send: Send, body: bytes, last: bool = False) -> None:
+        self._ended = last
         async with asyncio.timeout(SEND_SECONDS):  # that a client may leave a stream unread
             await send({"type": "http.response.body", "body": body, "more_body": not last})
 

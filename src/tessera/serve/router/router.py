@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tessera.serve.http import Call
+from tessera.serve.router.connections import Connections
 from tessera.serve.router.exchange import Aborts
 from tessera.serve.router.metrics import Metrics
 from tessera.serve.router.policy import POLICIES
@@ -18,7 +19,6 @@ from tessera.serve.router.servers import Address, Fleet, Role, Server, mode_of
 from tessera.serve.trace import PlainTracing, Tracing
 
 log = logging.getLogger(__name__)
-CONNECT_SECONDS = 5.0
 PASSED = ("authorization", "x-request-id")  # headers of the client that servers get
 DECODE_POLICY = {"cache_aware": "least_loaded"}  # a decode server computes no prompts, so it has no prefixes to reuse
 
@@ -60,12 +60,8 @@ class Router:
         servers = [Server(address, self.metrics, options.threshold) for address in options.servers]
         roles = {server.address.role for server in servers}
         self.fleet = Fleet(servers, {role: POLICIES[options.policy_of(role)]() for role in roles})
-        self.http = httpx.AsyncClient(
-            headers={"accept-encoding": "identity"},  # bytes are passed on as they come
-            timeout=httpx.Timeout(options.silence, connect=CONNECT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=15.0),
-            trust_env=False,
-        )
+        self.connections = Connections(options.silence)  # for tokens
+        self.http = httpx.AsyncClient(timeout=options.probe_timeout, trust_env=False)  # for all else
         self.aborts = Aborts(self.http)
         self.running: set[asyncio.Task[None]] = set()
         self.stopping = False
@@ -103,10 +99,9 @@ class Router:
 
     async def _probe(self, server: Server) -> str | None:
         """What is wrong with a server, or None; learns what it tells of itself whenever it was not up before."""
-        limit = httpx.Timeout(self.options.probe_timeout)
         try:
             async with asyncio.timeout(self.options.probe_timeout):
-                answer = await self.http.get(f"{server.url}/health", headers=self.headers(), timeout=limit)
+                answer = await self.http.get(f"{server.url}/health", headers=self.headers())
                 if answer.status_code != 200:
                     return f"/health says {answer.status_code}"
                 if not server.circuit.takes:
@@ -145,5 +140,6 @@ class Router:
     async def close(self) -> None:
         """Gives back what the router holds."""
         await self.aborts.settled()
+        await self.connections.close()
         await self.http.aclose()
         self.tracing.close()
