@@ -23,6 +23,7 @@ from tessera.serve.completions import completions
 from tessera.serve.http import UNAVAILABLE, Call, failure, refusal
 from tessera.serve.native import generate
 from tessera.serve.server import Server
+from tessera.serve.trace import Traced
 
 Endpoint = Callable[[Server, Call], Awaitable[Response]]
 
@@ -49,9 +50,13 @@ OPEN = frozenset({"/health"})  # answered without an API key
 
 def make_app(server: Server) -> Starlette:
     """The application over one `Server`."""
+    options = server.options
     app = Starlette(
         routes=[Route(path, partial(one, server), methods=methods) for path, (one, methods) in ROUTES.items()],
-        middleware=key_middleware(server.options.api_key),
+        middleware=[
+            *key_middleware(options.api_key),
+            Middleware(Traced, options.tracing, options.log_requests),
+        ],
         exception_handlers=handlers(ROUTES),
     )
     app.router.redirect_slashes = False

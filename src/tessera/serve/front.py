@@ -27,6 +27,7 @@ from tessera.serve.schema import Limits, Reader
 from tessera.serve.server import Options, Server
 from tessera.serve.signals import StopSignals
 from tessera.serve.steplog import StepLog
+from tessera.serve.trace import make_tracing
 from tessera.serve.wire import Begin, Loading, Refusal, Starting
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Front:
             await self._drain(server, serving.drain_timeout)
         finally:
             await listener.close()
+            await asyncio.to_thread(server.options.tracing.close)
             if client.ready.is_set() and client.failure is None:
                 client.send(Stop())
                 await self._engine.ended(STOP_SECONDS)
@@ -175,6 +177,7 @@ def make_server(starting: Starting, engine: EngineProcess) -> Server:
         stream_interval=config.serving.stream_interval,
         watchdog_timeout=config.serving.watchdog_timeout,
         log_requests=config.logging.requests,
+        tracing=make_tracing(config.logging.trace, config.logging.collector, "tessera"),
         info={
             "config": config.public(),
             "decisions": [str(decision) for decision in starting.resolved.decisions],

@@ -18,6 +18,7 @@ from tessera.serve.client import EngineClient
 from tessera.serve.http import Call, UnavailableError, read_json
 from tessera.serve.metrics import Metrics
 from tessera.serve.schema import Item, Reader, Request
+from tessera.serve.trace import PlainTracing, Tracing
 
 log = logging.getLogger(__name__)
 ANY_MODEL = "default"  # SGLang's clients send this where the model does not matter
@@ -33,6 +34,7 @@ class Options:
     stream_interval: int = 1
     watchdog_timeout: float = 300.0
     log_requests: bool = False
+    tracing: Tracing = field(default_factory=PlainTracing)
     info: dict[str, Any] = field(default_factory=dict)
 
 

@@ -53,5 +53,8 @@ LOGGING = (
     Flag("log_events", text, None,
          "File that every event of the planner is written to, prompts included, so that its steps can be replayed.",
          "logging"),
+    Flag("enable_trace", switch, False, "Record spans with OpenTelemetry; a trace id is passed on anyway.", "logging"),
+    Flag("otlp_traces_endpoint", text, "localhost:4317", "Collector of spans: HOST:PORT (gRPC) or a URL (HTTP).",
+         "logging"),
     Flag("enable_metrics", switch, False, "Serve /metrics.", "logging", state=Ignored("metrics are always on")),
 )  # fmt: skip

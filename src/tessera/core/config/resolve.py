@@ -67,6 +67,8 @@ def resolve(
             values.number("decode_log_interval"),
             values.on("debug_checks"),
             values.text("log_events"),
+            values.on("enable_trace"),
+            values.word("otlp_traces_endpoint"),
         ),
     )
     if notes.conflicts:

@@ -194,13 +194,15 @@ class ServingConfig:
 @dataclass(frozen=True, slots=True)
 class LoggingConfig:
     """What is logged. `decode_interval`: decode steps between two lines. `checks`: everything is checked each step.
-    `events`: file of the event log."""
+    `events`: file of the event log. `trace`: spans are recorded and go to the collector `collector`."""
 
     level: str
     requests: bool
     decode_interval: int
     checks: bool = False
     events: str | None = None
+    trace: bool = False
+    collector: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,4 +142,4 @@ class Router:
         await self.aborts.settled()
         await self.connections.close()
         await self.http.aclose()
-        self.tracing.close()
+        await asyncio.to_thread(self.tracing.close)
