@@ -121,7 +121,7 @@ def test_what_is_not_built_is_checked_too() -> None:
 def test_many_at_once_are_reported_together() -> None:
     text = refused(
         tp_size=6, dp_size=4, ep_size=5, moe_dense_tp_size=4, enable_dp_attention=True, nnodes=4, node_rank=4, gpus=1,
-        context_length=10**6,
+        context_length=10**6, enable_two_batch_overlap=True,
     )  # fmt: skip
     for start in (
         "--dp-size 4 with --tp-size 6", "--ep-size 5 with --tp-size 6", "--moe-dense-tp-size 4 with --tp-size 6",

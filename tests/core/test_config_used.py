@@ -16,7 +16,6 @@ from tessera.ops.backend import BACKENDS, chosen
 
 SOURCE = "\n".join(p.read_text() for p in sorted(PACKAGE.rglob("*.py")) if "config" not in p.relative_to(PACKAGE).parts)
 FIELDS = [f"{group}.{f.name}" for group, kind in get_type_hints(Config).items() for f in fields(kind)]
-RANKS = "of several ranks, which are refused until they are lifted"
 
 # What nobody reads, and why that is no flag passed over.
 EXCUSED = {
@@ -24,7 +23,6 @@ EXCUSED = {
     "model.download_dir": "the model has been found before",
     "mesh.ep": "part of mesh.mesh",
     "mesh.dense_tp": "part of mesh.mesh",
-    "mesh.replicas": RANKS,
     "mesh.dp_lm_head": "part of mesh.mesh",
     "mesh.all_to_all": "part of mesh.mesh",
     "memory.kv_dtype": "part of memory.dtypes",

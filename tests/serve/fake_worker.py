@@ -1,7 +1,7 @@
 """An engine process around the fake engine: what `serve/worker.py` is around the real one, without torch.
 
 The environment handed to `launch` says what goes wrong: FAULT=refuse, prepare, load (fails), slow (never loads),
-sleep (never says anything); DELAY: seconds of a step.
+sleep (never says anything), again (only the first start goes well); DELAY: seconds of a step.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ def build(begin: Begin, tell: Tell) -> FakeEngine:
     fault = begin.environ.get("FAULT")
     if fault == "sleep":
         time.sleep(60)
+    if fault == "again" and begin.known is not None:  # only the first start goes well
+        raise ValueError("the checkpoint is gone")
     asked = layered(begin.asked, {"tp_size": 64} if fault == "refuse" else {})
     spec = read_spec(CONFIG)
     resolved = resolve(asked, spec, Hardware("cpu", 1 << 31))
     if fault == "prepare":
         raise ModelError("the model cannot be found")
+    if begin.known is not None:
+        resolved = begin.known.resolved
     tell(Starting(resolved, read(asked, Notes()).word("model_path"), spec.vocab_size))
     tell(Loading(1, 2))
     if fault == "load":

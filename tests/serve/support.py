@@ -64,7 +64,7 @@ class World:
         **limits: int,
     ) -> None:
         self.engine = FakeEngine(self._deliver, delay)
-        self.client = EngineClient(self.engine.post, limits.pop("max_open", 1024), silence)
+        self.client = EngineClient([self.engine.post], limits.pop("max_open", 1024), silence)
         tokenizer = Text(byte_tokenizer())
         reader = Reader(
             Limits(CONTEXT, tokenizer.size, **limits),
@@ -72,11 +72,9 @@ class World:
             ChatTemplate(TEMPLATE, {"eos_token": "<|im_end|>"}),
             seed=0,
         )
-        options = Options(
-            "some/path", "tiny", api_key, stream_interval, watchdog_timeout=silence, info={"config": {"tp_size": 1}}
-        )
+        options = Options("some/path", "tiny", api_key, stream_interval, info={"config": {"tp_size": 1}})
         self.server = Server(self.client, reader, options, Metrics("tiny", 16))
-        self.client._on_report = self.server.metrics.step
+        self.client.on_report = self.server.metrics.step
         self.app = make_app(self.server)
         self.paused = False
 
@@ -85,7 +83,7 @@ class World:
 
     async def run_engine(self) -> None:
         self.client.deliver(Ready({}))
-        self.server.warm = True
+        self.client.replicas[0].warm.set()
         while True:
             if not self.paused:
                 self.engine.turn()

@@ -66,15 +66,16 @@ async def test_health_says_503_until_warm_while_draining_and_when_the_loop_is_si
         assert health["status"] == "ok"
         assert health["last_step_age_s"] < 0.1
         assert (await http.get("/health_generate")).json()["status"] == "ok"
-        for name, value in (("warm", False), ("draining", True)):
-            before = getattr(made.server, name)
-            setattr(made.server, name, value)
+        warm = made.client.replicas[0].warm
+        for cold, draining in ((True, False), (False, True)):
+            (warm.clear if cold else warm.set)()
+            made.server.draining = draining
             refusal(await http.get("/health"), 503)
             refusal(await http.post(PATH, json={"prompt": "a"}), 503)
             refusal(await http.get("/health_generate"), 503)
-            setattr(made.server, name, before)
+        made.server.draining = False
         assert (await http.get("/health")).status_code == 200
-        await until(lambda: made.client.stale)
+        await until(lambda: made.client.replicas[0].stale)
         error = refusal(await http.get("/health"), 503)
         assert "has not ticked" in error["message"]
 

@@ -127,7 +127,7 @@ def item(n: int = 1) -> Item:
 @in_loop
 async def test_a_stream_that_nobody_reads_fails_and_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "MAX_PENDING", 10)
-    client = EngineClient(lambda message: None)
+    client = EngineClient([lambda message: None])
     stream = client.submit([item()])
     for _ in range(11):
         stream.put(Output(stream.ids[0], 0, [1]))
@@ -139,7 +139,7 @@ async def test_a_stream_that_nobody_reads_fails_and_does_not_grow(monkeypatch: p
 @in_loop
 async def test_a_failed_engine_fails_all_now_and_later() -> None:
     sent: list[object] = []
-    client = EngineClient(sent.append)
+    client = EngineClient([sent.append])
     waiting = [client.submit([item()]) for _ in range(3)]
     client.fail(PeerError("first"))
     client.fail(PeerError("second"))
@@ -156,7 +156,7 @@ async def test_a_failed_engine_fails_all_now_and_later() -> None:
 @in_loop
 async def test_outputs_after_an_end_are_dropped() -> None:
     sent: list[object] = []
-    client = EngineClient(sent.append)
+    client = EngineClient([sent.append])
     stream = client.submit([item(2)])
     (rid,) = stream.ids
     stream.stop(rid, 0)

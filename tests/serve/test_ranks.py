@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import threading
@@ -10,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from serve.processes import Running, gone, model_folder, running, wait_until
+from serve.processes import Running, gone, health, model_folder, running, wait_until
+from serve.test_processes import Asking
 from serve.test_real_server import command
+from tessera.plan.log import replay
 
 RANKS = ["--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-dense-tp-size", "1"]
 
@@ -77,6 +81,56 @@ def test_a_rank_that_is_killed_is_a_503_and_a_failed_server(started: Started) ->
     started.all_gone()
     assert time.monotonic() - began < 5
     assert "was ended by SIGKILL" in started.server.text
+
+
+def ranks(server: Running) -> list[psutil.Process]:
+    return [child for child in server.children() if "tessera.run.rank" in child.cmdline()]
+
+
+def test_a_group_whose_rank_is_killed_starts_anew_if_asked(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    ask = {"prompt": "Once upon", "max_tokens": 8, "temperature": 0}
+    with running([*command(folder), *RANKS, "--on-failure", "restart"], folder / "log") as server:
+        url = server.ready()
+        text = httpx.post(f"{url}/v1/completions", json=ask, timeout=20).json()["choices"][0]["text"]
+        asking = Asking(url, max_tokens=500)
+        wait_until(lambda: httpx.get(f"{url}/server_info").json()["state"]["in_flight"] == 1)
+        below, began = server.children(), time.monotonic()
+        ranks(server)[1].kill()
+        asking.join(5)
+        assert (asking.status, "was ended by SIGKILL" in asking.text) == (503, True)
+        wait_until(lambda: health(url) == 503)
+        assert time.monotonic() - began < 5
+        for child in below:
+            gone(child)
+        wait_until(lambda: health(url) == 200, 30)
+        again = httpx.post(f"{url}/v1/completions", json=ask, timeout=20).json()
+        assert again["choices"][0]["text"] == text
+        assert len(ranks(server)) == 2
+        assert re.search(r"rank 1 \(process \d+\) was ended by SIGKILL.*; it is started anew: 1 of 3 ", server.text)
+        server.signal(signal.SIGTERM)
+        assert server.code() == 0
+
+
+def test_replicas_of_two_ranks_answer_as_one_rank_does(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    ask = {"prompt": "Once upon", "max_tokens": 8, "temperature": 0}
+    with running(command(folder), folder / "one") as server:
+        alone = httpx.post(f"{server.ready()}/v1/completions", json=ask, timeout=20).json()["choices"][0]["text"]
+    events = str(folder / "events")
+    with running([*command(folder), "--tp", "2", "--dp", "2", "--log-events", events], folder / "log") as server:
+        url = server.ready()
+        assert len(ranks(server)) == 4
+        for replica in (0, 1):
+            found = httpx.post(f"{url}/v1/completions", json={**ask, "data_parallel_rank": replica}, timeout=20).json()
+            assert found["choices"][0]["text"] == alone
+        below = server.children()
+        server.signal(signal.SIGINT)
+        assert server.code() == 0
+        for child in below:
+            gone(child)
+        for replica in (0, 1):
+            assert any(replay(Path(f"{events}.{replica}").read_bytes().splitlines()))
 
 
 def test_a_killed_engine_takes_its_ranks_along(started: Started) -> None:

@@ -11,7 +11,7 @@ from tessera.comm.base import Comm
 from tessera.comm.local import LocalGroup
 from tessera.comm.single import SingleComm
 from tessera.comm.waits import interleave
-from tessera.core.config.types import Config
+from tessera.core.config.types import Config, MeshConfig
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import cache_table
 from tessera.core.weights import weight_table
@@ -122,7 +122,7 @@ def build_runner(
 
     `device`: which one, where there are several.
     """
-    mesh, memory, device = config.mesh.mesh, config.memory, device or torch.device(config.mesh.device)
+    mesh, memory, device = config.mesh.mesh, config.memory, device or _home(config.mesh)
     backend = chosen(config.kernels)
     dtype = getattr(torch, config.model.dtype)
     context = config.model.context_length
@@ -147,6 +147,14 @@ def build_runner(
         debug=config.logging.checks,
         graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
     )
+
+
+def _home(mesh: MeshConfig) -> torch.device:
+    """The device of a rank that is alone in its process."""
+    if mesh.device != "cuda":
+        return torch.device(mesh.device)
+    torch.cuda.set_device(mesh.devices[0])
+    return torch.device(mesh.device, mesh.devices[0])
 
 
 def default_executor(config: Config) -> Executor:

@@ -8,8 +8,9 @@ from typing import BinaryIO
 
 import torch
 
-from tessera.core.config.types import Resolved
+from tessera.core.config.types import Config, Resolved
 from tessera.core.errors import ConfigError, Conflict
+from tessera.core.mesh import share
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.core.spec import ModelSpec
 from tessera.core.weights import weight_table
@@ -46,7 +47,7 @@ class EngineCore:
         self._sink = sink
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
-        self._events = open_events(resolved.config.logging.events)
+        self._events = open_events(resolved.config)
         self.runner = build_instance(resolved.config, spec, source, progress)
         hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
@@ -86,10 +87,14 @@ class EngineCore:
         }
 
 
-def open_events(path: str | None) -> BinaryIO | None:
-    """The file of the event log, without a buffer: it is wanted most after a crash. Raises `ConfigError`."""
+def open_events(config: Config) -> BinaryIO | None:
+    """The file of the event log, without a buffer: it is wanted most after a crash. Each of several replicas has its
+    own, with its number at the end. Raises `ConfigError`."""
+    path = config.logging.events
     if path is None:
         return None
+    if config.mesh.replicas > 1:
+        path = f"{path}.{config.mesh.replica}"
     try:
         return Path(path).open("wb", buffering=0)
     except OSError as error:
@@ -100,8 +105,8 @@ def open_events(path: str | None) -> BinaryIO | None:
 def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress: Progress | None = None) -> EngineCore:
     """The engine of a prepared start: weights from the model's folder, or dummy ones. Raises `ModelError`."""
     # torch counts the host's cores; a container may use fewer. OMP_NUM_THREADS, which it has read, may be lower still.
-    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     config, spec = prepared.resolved.config, prepared.spec
+    torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), config.mesh.replicas), 1))
     table = weight_table(spec, config.mesh.mesh)
     source = open_source(prepared.folder, spec, table, config.model.load_format, config.model.seed)
     return EngineCore(prepared.resolved, spec, source, sink, progress)

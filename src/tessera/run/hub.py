@@ -60,10 +60,10 @@ class Hub:
         """Where ranks of this host connect: in a folder that only their user may enter."""
         return f"ipc://{self._folder}/ranks"
 
-    def start(self, ranks: Sequence[int], folder: str, listening: int) -> None:
+    def start(self, ranks: Sequence[int], devices: Sequence[int], folder: str, listening: int) -> None:
         """Starts the processes of `ranks`; the first inherits `listening` where it is rank 0."""
         self._ranks = list(ranks)
-        self._children = start(self.address, ranks, folder, listening)
+        self._children = start(self.address, ranks, devices, folder, listening)
         for end in self._children.ends:
             self._poller.register(end, zmq.POLLIN)
 

@@ -22,11 +22,14 @@ END_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def start(address: str, ranks: Sequence[int], folder: str, listening: int | None = None) -> Children:
-    """Starts processes for `ranks` that find their engine at `address`; rank 0 inherits `listening`."""
+def start(
+    address: str, ranks: Sequence[int], devices: Sequence[int], folder: str, listening: int | None = None
+) -> Children:
+    """Starts processes for `ranks` that find their engine at `address`; rank 0 inherits `listening`. `devices`: the
+    number of the GPU of each."""
     spawns = [
         Spawn(address, os.getpid(), rank, device, folder, None if rank else listening)
-        for device, rank in enumerate(ranks)
+        for rank, device in zip(ranks, devices, strict=False)
     ]
     commands = [[*COMMAND, msgspec.json.encode(spawn).decode()] for spawn in spawns]
     return Children(commands, [[] if spawn.listening is None else [spawn.listening] for spawn in spawns])
@@ -42,7 +45,7 @@ def follow(prepared: Prepared) -> None:
     told, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(tell, b"."))
-    children = start(f"tcp://{config.mesh.meeting}", ranks, str(prepared.folder))
+    children = start(f"tcp://{config.mesh.meeting}", ranks, config.mesh.devices, str(prepared.folder))
     log.info("ranks %d to %d wait for the engine at %s", ranks[0], ranks[-1], config.mesh.meeting)
     try:
         waiting = select.poll()

@@ -64,7 +64,8 @@ class Processes:
         several = mesh.num_nodes > 1
         host = (mesh.meeting or "").rpartition(":")[0] if several else HOST
         with socket.create_server((host, 0)) as meeting:
-            self._hub.start(ranks_of(mesh.tp, mesh.num_nodes, 0), config.model.path, meeting.fileno())
+            here = ranks_of(mesh.tp, mesh.num_nodes, 0)
+            self._hub.start(here, mesh.devices, config.model.path, meeting.fileno())
             address = f"{host}:{meeting.getsockname()[1]}"
         self._until_all(Hello, lambda rank, message: None, NODES_S if several else START_S)
         self._hub.met()

@@ -23,6 +23,12 @@ class Prepared:
     spec: ModelSpec
     resolved: Resolved
 
+    def as_replica(self, number: int) -> Prepared:
+        """The same start, of another of several replicas."""
+        config = self.resolved.config
+        mesh = replace(config.mesh, replica=number)
+        return replace(self, resolved=replace(self.resolved, config=replace(config, mesh=mesh)))
+
 
 def prepare(
     asked: Mapping[str, object], environ: Mapping[str, str], hardware: Hardware | None = None, weights: bool = True

@@ -138,24 +138,41 @@ async def server_info(server: Server, call: Call) -> Json:
         "in_flight": len(server.client),
         "last_step_age_s": round(server.client.age, 3),
     }
-    return Json({**server.options.info, "engine": server.client.info, "state": state})
+    engines = [replica.info for replica in server.client.replicas]
+    return Json({**server.options.info, "engine": engines[0], "state": {**state, **_replicas(server)}})
+
+
+def _replicas(server: Server) -> dict[str, Any]:
+    """How each of several replicas does."""
+    replicas = server.client.replicas
+    if len(replicas) == 1:
+        return {}
+    return {
+        "replicas": [
+            {"replica": r.number, "status": r.trouble or "ok", "last_step_age_s": round(r.age, 3)} for r in replicas
+        ]
+    }
 
 
 async def health(server: Server, call: Call) -> Json:
-    """200 while the step loop ticks and requests are taken, else 503 with the reason; both tell the last tick's age."""
+    """200 while a step loop ticks and requests are taken, else 503 with the reason; both tell the last tick's age.
+
+    Of several replicas one is enough; how each does is told.
+    """
     age = round(server.client.age, 3)
     trouble = server.trouble
     if trouble is None:
-        return Json({"status": "ok", "last_step_age_s": age, "in_flight": len(server.client)})
+        return Json({"status": "ok", "last_step_age_s": age, "in_flight": len(server.client), **_replicas(server)})
     else:
-        return Json({**error_body(503, trouble), "last_step_age_s": age}, 503)
+        return Json({**error_body(503, trouble), "last_step_age_s": age, **_replicas(server)}, 503)
 
 
 async def health_generate(server: Server, call: Call) -> Json:
-    """200 when one token was really generated."""
+    """200 when one token was really generated, by every replica that takes requests."""
     server.require_ready()
+    probes = [server.probe(replica.number) for replica in server.client.replicas if replica.trouble is None]
     try:
-        seconds = await asyncio.wait_for(server.probe(), PROBE_SECONDS)
+        seconds = max(await asyncio.wait_for(asyncio.gather(*probes), PROBE_SECONDS))
     except TimeoutError:
         return refusal(503, f"no token within {PROBE_SECONDS:g} s")
     except TesseraError as error:

@@ -1,7 +1,7 @@
-"""The front's side of the engine: submit requests, receive their outputs, know whether the engine is alive.
+"""The front's side of the engines: submit requests, receive their outputs, know who is alive.
 
-Everything here runs on one event loop. `send` hands a message to the engine (over a wire, or in process); `deliver`
-takes what comes back. Whoever waits is told when the engine fails, ends or goes silent.
+Everything here runs on one event loop. `send` hands a message to an engine (over a wire, or in process); `deliver`
+takes what comes back. Whoever waits is told when his engine fails, ends or goes silent.
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from tessera.core.errors import CapacityError, DeadlineError, PeerError, TesseraError
-from tessera.core.messages import (
-    Abort,
-    Fatal,
-    FinishReason,
-    Inbound,
-    Outbound,
-    Output,
-    Outputs,
-    Ready,
-    StepReport,
-)
+import msgspec
+
+from tessera.core.errors import CapacityError, PeerError, TesseraError
+from tessera.core.messages import Abort, FinishReason, Inbound, Outbound, Output, StepReport, Submit
+from tessera.plan.balance import BALANCES, named
+from tessera.serve.replica import Replica
 from tessera.serve.schema import Item
 
+Send = Callable[[Inbound], None]
 MAX_PENDING = 1 << 16  # outputs of one stream that nobody has read
 
 
@@ -79,122 +74,133 @@ class Stream:
         """A choice ends here (stop string): the engine is told, later outputs are dropped."""
         if (request_id, choice) in self._open:
             self._open.discard((request_id, choice))
-            self._client.send(Abort(request_id, choice, "stop"))
+            self._client.abort(Abort(request_id, choice, "stop"))
 
     def abort(self, reason: FinishReason = "abort") -> None:
         """Asks the engine to end everything of this stream; the outputs that say so still come."""
         for request_id in {request_id for request_id, _ in self._open}:
-            self._client.send(Abort(request_id, None, reason))
+            self._client.abort(Abort(request_id, None, reason))
 
     def close(self) -> None:
         """Ends the stream; what still runs is aborted and nothing more is delivered."""
-        self._client.drop(self)
         self.abort()
+        self._client.drop(self)
         self._open.clear()
 
 
 class EngineClient:
-    """Routes outputs to streams. `max_open`: prompts in flight; more are refused. `silence`: see `watch`."""
+    """Routes requests to engines, and their outputs to streams.
+
+    `sends`: one engine each; of several, `balance` chooses (see `plan/balance.py`), unless a request names one.
+    `max_open`: prompts in flight; more are refused. `silence`: see `Replica`.
+    """
 
     def __init__(
         self,
-        send: Callable[[Inbound], None],
+        sends: Sequence[Send],
         max_open: int = 1 << 16,
         silence: float = 300.0,
         on_report: Callable[[StepReport], None] | None = None,
+        balance: str = "round_robin",
     ) -> None:
-        self._send = send
-        self._max_open = max_open
-        self._silence = silence
-        self._on_report = on_report
-        self._streams: dict[str, Stream] = {}
-        self._seen = time.monotonic()
-        self._failure: TesseraError | None = None
-        self.ready = asyncio.Event()
+        several = len(sends) > 1
+        self.replicas = [Replica(i, f"replica {i}" if several else "", send, silence) for i, send in enumerate(sends)]
+        self.failure: TesseraError | None = None
         self.failed = asyncio.Event()
-        self.info: dict[str, object] = {}
+        self.on_report = on_report
+        self._max_open, self._balance = max_open, balance
+        self._homes: dict[str, Replica] = {}
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._homes)
 
     @property
     def age(self) -> float:
-        """Seconds since the step loop last gave a sign of life."""
-        return time.monotonic() - self._seen
+        """Seconds since a step loop last gave a sign of life."""
+        return min(replica.age for replica in self.replicas)
 
     @property
-    def stale(self) -> bool:
-        """The step loop has been silent for longer than the watchdog allows."""
-        return self.age > self._silence
-
-    @property
-    def failure(self) -> TesseraError | None:
-        """Why the engine has ended, if it has."""
-        return self._failure
+    def trouble(self) -> str | None:
+        """Why no request can be taken, or None."""
+        if self.failure is not None:
+            return str(self.failure)
+        troubles = [replica.trouble for replica in self.replicas]
+        return None if None in troubles else troubles[0]
 
     def send(self, message: Inbound) -> None:
-        """Hands a message to the engine, unless it has ended."""
-        if self._failure is None:
-            self._send(message)
+        """Hands a message to every engine that has not ended."""
+        for replica in self.replicas:
+            if replica.failure is None:
+                replica.send(message)
+
+    def abort(self, message: Abort) -> None:
+        """Hands the end of a request to the engine that has it, unless either has ended."""
+        home = self._homes.get(message.request_id)
+        if home is not None and home.failure is None:
+            home.send(message)
 
     def submit(self, items: Sequence[Item]) -> Stream:
-        """Starts requests. Raises PeerError when the engine has ended, CapacityError when too many are in flight."""
-        if self._failure is not None:
-            raise self._failure
-        if self.stale:
-            raise self._silent()
-        if len(self._streams) + len(items) > self._max_open:
-            message = f"{len(self._streams)} prompts are in flight, allowed are {self._max_open}; try again later"
+        """Starts requests. Raises PeerError or DeadlineError when their engine has ended or hangs, CapacityError when
+        too many are in flight."""
+        if self.failure is not None:
+            raise self.failure
+        if len(self._homes) + len(items) > self._max_open:
+            message = f"{len(self._homes)} prompts are in flight, allowed are {self._max_open}; try again later"
             raise CapacityError(message)
         stream = Stream(self, items)
         received = time.time()
-        for request_id, item in zip(stream.ids, items, strict=True):
-            self._streams[request_id] = stream
-            self.send(item.submit(request_id, received))
+        try:
+            for request_id, item in zip(stream.ids, items, strict=True):
+                self._submit(item.submit(request_id, received), stream)
+        except TesseraError:
+            stream.close()
+            raise
         return stream
 
-    def alive(self) -> None:
-        """The engine gave a sign of life."""
-        self._seen = time.monotonic()
+    def _submit(self, submit: Submit, stream: Stream) -> None:
+        home = self.replicas[0]
+        if len(self.replicas) > 1:
+            home = self._home(submit)
+            submit = msgspec.structs.replace(submit, dp_rank=None)  # there is one in each
+        home.submit(submit, stream)
+        self._homes[submit.request_id] = home
+
+    def _home(self, submit: Submit) -> Replica:
+        """The replica that a request names, or the least loaded of those that take requests."""
+        asked = named(self._balance, submit, len(self.replicas))
+        if asked is not None:
+            return self.replicas[asked]
+        loads = [replica.load for replica in self.replicas if replica.trouble is None]
+        if not loads:
+            raise PeerError(self.trouble or "no replica takes requests")
+        return self.replicas[min(loads, key=BALANCES[self._balance]).dp_rank]
 
     def drop(self, stream: Stream) -> None:
         """Delivers nothing more to a stream."""
         for request_id in stream.ids:
-            self._streams.pop(request_id, None)
+            if (home := self._homes.pop(request_id, None)) is not None:
+                home.drop(request_id)
 
-    def deliver(self, message: Outbound) -> None:
-        """A message from the engine. Every one is a sign of life."""
-        self.alive()
-        if isinstance(message, Outputs):
-            for output in message.items:
-                stream = self._streams.get(output.request_id)
-                if stream is not None:
-                    stream.put(output)
-        elif isinstance(message, StepReport):
-            if self._on_report is not None:
-                self._on_report(message)
-        elif isinstance(message, Ready):
-            self.info = message.info
-            self.ready.set()
-        elif isinstance(message, Fatal):
-            self.fail(PeerError(f"the engine failed: {message.error}"))
+    def deliver(self, message: Outbound, number: int = 0) -> None:
+        """A message from an engine."""
+        replica = self.replicas[number]
+        replica.deliver(message)
+        if isinstance(message, StepReport) and self.on_report is not None:
+            rank = number if len(self.replicas) > 1 else message.dp_rank
+            self.on_report(msgspec.structs.replace(message, dp_rank=rank))
 
     def fail(self, error: TesseraError) -> None:
-        """The engine has ended: everybody who waits, now or later, gets the error. The first reason stays."""
-        self._failure = self._failure or error
+        """All have ended: everybody who waits, now or later, gets the error. The first reason stays."""
+        self.failure = self.failure or error
         self.failed.set()
-        self._fail_streams(self._failure)
+        for replica in self.replicas:
+            replica.failure = replica.failure or self.failure
+            replica.fail_readers(replica.failure)
 
     async def watch(self, interval: float = 1.0) -> None:
-        """Fails what is in flight whenever the engine has been silent for too long. Runs until cancelled."""
+        """Fails what is in flight at engines that have been silent for too long. Runs until cancelled."""
         while True:
             await asyncio.sleep(interval)
-            if self._streams and self.stale:
-                self._fail_streams(self._silent())
-
-    def _silent(self) -> DeadlineError:
-        return DeadlineError(f"the engine has not stepped for {self.age:.0f} s (allowed: {self._silence:g} s)")
-
-    def _fail_streams(self, error: TesseraError) -> None:
-        for stream in set(self._streams.values()):
-            stream.fail(error)
+            for replica in self.replicas:
+                if replica.stale:
+                    replica.fail_readers(replica.silent())

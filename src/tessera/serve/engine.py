@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tessera.core.config import current, layered
+from tessera.core.config import Config, current, layered
+from tessera.core.errors import ConfigError, Conflict
 from tessera.core.messages import Flush
 from tessera.models.load import Progress
 from tessera.run.core import prepared_core
@@ -41,6 +42,7 @@ class Engine:
         asked = layered({"max_queued_requests": UNLIMITED}, {"model_path": model_path, **flags})
         prepared = prepare(asked, current())
         self.config = config = prepared.resolved.config
+        _refuse_replicas(config)
         logging.getLogger("tessera").setLevel(config.logging.level.upper())
         for decision in prepared.resolved.decisions:
             log.info("%s", decision)
@@ -117,6 +119,14 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_replicas(config: Config) -> None:
+    """Several engines behind one front are what a server is."""
+    if config.mesh.replicas > 1:
+        flags = (f"--dp-size {config.mesh.replicas}", "no --enable-dp-attention")
+        remedy = "Give --enable-dp-attention, use `tessera serve`, or make as many engines yourself."
+        raise ConfigError([Conflict(flags, "an Engine in your process is one replica", remedy)])
 
 
 def _body(prompt: Any, params: Any, ids: Any, logprob: Any, stream: bool, fields: dict[str, Any]) -> dict[str, Any]:

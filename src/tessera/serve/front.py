@@ -1,4 +1,4 @@
-"""The front process from its start to its end: engine process, HTTP, readiness, drain. Every wait has a way out.
+"""The front process from its start to its end: engine processes, HTTP, readiness, drain. Every wait has a way out.
 
 A wait ends with what it waits for, with the engine's failure, with a signal (`Stopped`), or at its deadline.
 """
@@ -20,19 +20,18 @@ from tessera.serve import announce, logs
 from tessera.serve.app import make_app
 from tessera.serve.assets import load_assets
 from tessera.serve.client import EngineClient
+from tessera.serve.fleet import Advance, Fleet
 from tessera.serve.listener import Listener, bind, url
 from tessera.serve.metrics import Metrics
-from tessera.serve.process import EngineProcess
 from tessera.serve.schema import Limits, Reader
 from tessera.serve.server import Options, Server
 from tessera.serve.signals import StopSignals
 from tessera.serve.steplog import StepLog
 from tessera.serve.trace import make_tracing
-from tessera.serve.wire import Begin, Loading, Refusal, Starting
+from tessera.serve.wire import Refusal, Starting
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Advance = Callable[[int, int], None]
 Progress = Callable[[str, bool], AbstractContextManager[Advance]]
 
 PREPARE_SECONDS = 6 * 3600.0  # the model may have to be downloaded first
@@ -47,25 +46,25 @@ class Stopped(Exception):
 class Front:
     """One server. `progress`: shows how far the weights are loaded."""
 
-    def __init__(self, engine: EngineProcess, signals: StopSignals, progress: Progress) -> None:
-        self._engine, self._signals, self._progress = engine, signals, progress
+    def __init__(self, fleet: Fleet, signals: StopSignals, progress: Progress) -> None:
+        self._fleet, self._signals, self._progress = fleet, signals, progress
         self._began = time.monotonic()
-        self._advance: Advance = lambda done, total: None
 
     async def run(self, asked: Mapping[str, object], environ: Mapping[str, str]) -> None:
         """Serves what is asked until a signal ends it. Raises TesseraError when it cannot be, or the engine fails."""
         with contextlib.suppress(Stopped):
-            self._engine.send(Begin(dict(asked), dict(environ)))
-            starting = await self._until(self._starting(), PREPARE_SECONDS, "the engine's configuration")
+            asking = self._starting(asked, environ)
+            starting = await self._until(asking, PREPARE_SECONDS, "the engine's configuration")
             config = starting.resolved.config
             logs.configure(config.logging.level)
             announce.decisions(starting.resolved)
             with bind(config.serving.host, config.serving.port) as listening:
-                server = make_server(starting, self._engine)
+                self._fleet.grow(starting)
+                server = make_server(starting, self._fleet)
                 await self._serve(server, Listener(make_app(server), listening, config.logging.requests), starting)
 
-    async def _starting(self) -> Starting:
-        message = await self._engine.receive()
+    async def _starting(self, asked: Mapping[str, object], environ: Mapping[str, str]) -> Starting:
+        message = await self._fleet.resolve(asked, environ)
         match message:
             case Starting():
                 return message
@@ -73,15 +72,13 @@ class Front:
                 raise ConfigError(list(message.conflicts))
             case Fatal():
                 raise TesseraError(message.error)
-        raise PeerError(self._engine.end())
+        raise PeerError(self._fleet.end())
 
     async def _serve(self, server: Server, listener: Listener, starting: Starting) -> None:
         serving, client = starting.resolved.config.serving, server.client
-        tasks = [asyncio.create_task(work) for work in (self._listen(client), client.watch())]
+        tasks = [asyncio.create_task(work) for work in (self._fleet.keep(client, server.probe), client.watch())]
         try:
             await self._until(self._loaded(client), client=client)
-            await self._until(server.probe(), serving.watchdog_timeout, "the first token", client)
-            server.warm = True
             announce.ready(server, url(listener.listening), time.monotonic() - self._began)
             await self._until(asyncio.shield(listener.task), client=client)
             raise PeerError("the HTTP listener has ended")
@@ -90,32 +87,23 @@ class Front:
         finally:
             await listener.close()
             await asyncio.to_thread(server.options.tracing.close)
-            if client.ready.is_set() and client.failure is None:
+            if client.failure is None and any(replica.ready.is_set() for replica in client.replicas):
                 client.send(Stop())
-                await self._engine.ended(STOP_SECONDS)
+                await self._fleet.ended(STOP_SECONDS)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _listen(self, client: EngineClient) -> None:
-        """Hands on what the engine says, until it has ended."""
-        while (message := await self._engine.receive()) is not None:
-            if isinstance(message, Loading):
-                client.alive()
-                self._advance(message.done, message.total)
-            elif isinstance(message, Starting | Refusal):
-                client.fail(PeerError(f"the engine said {type(message).__name__} out of turn"))
-            else:
-                client.deliver(message)
-        client.fail(PeerError(self._engine.end()))
-
     async def _loaded(self, client: EngineClient) -> None:
-        with self._progress("loading weights", False) as self._advance:
-            while not client.ready.is_set():
-                if client.stale:
-                    raise DeadlineError(f"loading the model has not moved for {client.age:.0f} s (--watchdog-timeout)")
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(client.ready.wait(), 1.0)
+        """Until a real generation went through every engine."""
+        with self._progress("loading weights", False) as self._fleet.advance:
+            for replica in client.replicas:
+                while not replica.warm.is_set():
+                    if replica.stale and not replica.ready.is_set():
+                        seconds = f"{replica.age:.0f} s (--watchdog-timeout)"
+                        raise DeadlineError(f"loading the model has not moved for {seconds}")
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(replica.warm.wait(), 1.0)
 
     async def _drain(self, server: Server, seconds: float) -> None:
         """Takes nothing new, lets what runs finish within `seconds`, then aborts it."""
@@ -158,24 +146,24 @@ class Front:
             await asyncio.gather(task, *ways_out, return_exceptions=True)
 
 
-def make_server(starting: Starting, engine: EngineProcess) -> Server:
-    """What answers requests, for an engine that starts."""
+def make_server(starting: Starting, fleet: Fleet) -> Server:
+    """What answers requests, for engines that start."""
     config = starting.resolved.config
-    metrics = Metrics(config.model.served_name, config.memory.page_size)
-    lines = StepLog(config.logging.decode_interval, config.mesh.dp)
+    metrics = Metrics(config.model.served_name, config.memory.page_size, config.mesh.num_dp)
+    lines = StepLog(config.logging.decode_interval, config.mesh.num_dp)
 
     def report(step: StepReport) -> None:
         metrics.step(step)
         lines(step)
 
-    most = config.scheduling.max_running + config.scheduling.max_queued
-    client = EngineClient(engine.send, most, config.serving.watchdog_timeout, report)
+    scheduling, mesh = config.scheduling, config.mesh
+    most = scheduling.max_running * mesh.num_dp + scheduling.max_queued * mesh.replicas
+    client = EngineClient(fleet.sends, most, config.serving.watchdog_timeout, report, mesh.balance)
     options = Options(
         model_path=starting.folder,
         served_model_name=config.model.served_name,
         api_key=config.serving.api_key,
         stream_interval=config.serving.stream_interval,
-        watchdog_timeout=config.serving.watchdog_timeout,
         log_requests=config.logging.requests,
         tracing=make_tracing(config.logging.trace, config.logging.collector, "tessera"),
         info={

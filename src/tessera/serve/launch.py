@@ -1,4 +1,4 @@
-"""`tessera serve`: this process becomes the front, and starts the engine's.
+"""`tessera serve`: this process becomes the front, and starts the engines'.
 
 Exit codes: 0 after a signal, once what ran has ended; 128 + signal after a second one. Anything else is raised as a
 `TesseraError`: `ConfigError` when it cannot be started as asked, others when the engine failed.
@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import uvloop
 
 from tessera.serve import logs
+from tessera.serve.fleet import Fleet
 from tessera.serve.front import Front, Progress
-from tessera.serve.process import WORKER, EngineProcess
+from tessera.serve.process import WORKER
 from tessera.serve.signals import StopSignals
 
 
@@ -28,10 +29,10 @@ async def _launch(
     asked: Mapping[str, object], environ: Mapping[str, str], progress: Progress, command: Sequence[str]
 ) -> int:
     signals = StopSignals()  # first, so that from here on none of them ends only one of the two processes
-    engine = EngineProcess(command)
-    signals.at_once = engine.kill
+    fleet = Fleet(command)
+    signals.at_once = fleet.kill
     try:
-        await Front(engine, signals, progress).run(asked, environ)
+        await Front(fleet, signals, progress).run(asked, environ)
         return 0
     finally:
-        engine.close()
+        fleet.close()

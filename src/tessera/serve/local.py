@@ -36,7 +36,7 @@ class LocalEngine:
 
     def __init__(self, make_core: Callable[[Callable[[Outbound], None]], EngineCore], silence: float) -> None:
         self.core = make_core(self._deliver)
-        self.client = EngineClient(self.core.post, silence=silence)
+        self.client = EngineClient([self.core.post], silence=silence)
         self._lock = threading.RLock()  # the garbage collector may close it inside `submit`
         self._closed = False
         self._up = threading.Event()

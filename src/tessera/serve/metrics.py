@@ -25,8 +25,8 @@ GAUGES = {
     "token_usage": "Share of the KV pool that sequences hold.",
     "slot_usage": "Share of the recurrent-state slots in use.",
     "num_cached_pages": "Pages that only the prefix cache holds.",
-    "cache_hit_rate": "Share of all prompt tokens so far that came from the prefix cache.",
 }
+HIT_RATE = "Share of all prompt tokens so far that came from the prefix cache."
 COUNTERS = {
     "prompt_tokens": "Prompt tokens of requests.",
     "generation_tokens": "Tokens generated.",
@@ -36,15 +36,19 @@ COUNTERS = {
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own. `page_size`: tokens of a page, for the token gauges."""
+    """All metrics of one server, in a registry of their own. `page_size`: tokens of a page, for the token gauges.
 
-    def __init__(self, model: str, page_size: int = 1) -> None:
+    `num_dp`: data-parallel ranks or replicas; where there are several, the gauges of each have its number as a label.
+    """
+
+    def __init__(self, model: str, page_size: int = 1, num_dp: int = 1) -> None:
         self.registry = CollectorRegistry()
         self.page_size = page_size
         names, registry = ["model_name"], self.registry
-        self._gauges = {
-            n: Gauge(PREFIX + n, text, names, registry=registry).labels(model) for n, text in GAUGES.items()
-        }
+        self._several = num_dp > 1
+        ranks = [*names, "dp_rank"] if self._several else names
+        self._gauges = {n: Gauge(PREFIX + n, text, ranks, registry=registry) for n, text in GAUGES.items()}
+        self._hits = Gauge(PREFIX + "cache_hit_rate", HIT_RATE, names, registry=registry).labels(model)
         self._counters = {
             n: Counter(PREFIX + n, text, names, registry=registry).labels(model) for n, text in COUNTERS.items()
         }
@@ -80,8 +84,9 @@ class Metrics:
             "slot_usage": report.num_slots_used / max(report.num_slots, 1),
             "num_cached_pages": report.num_cached_pages,
         }
+        labels = [self._model, str(report.dp_rank)] if self._several else [self._model]
         for name, value in values.items():
-            self._gauges[name].set(value)
+            self._gauges[name].labels(*labels).set(value)
         self._counters["num_preemptions"].inc(report.num_preempted)
         if report.seconds:  # an idle engine reports too
             self._steps.labels(self._model, report.label).observe(report.seconds)
@@ -99,7 +104,7 @@ class Metrics:
             self._counters["generation_tokens"].inc(one.num_generated)
             self._prompt += one.num_prompt
             self._cached += one.num_cached
-        self._gauges["cache_hit_rate"].set(self._cached / max(self._prompt, 1))
+        self._hits.set(self._cached / max(self._prompt, 1))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text form."""

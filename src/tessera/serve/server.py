@@ -32,7 +32,6 @@ class Options:
     served_model_name: str
     api_key: str | None = None
     stream_interval: int = 1
-    watchdog_timeout: float = 300.0
     log_requests: bool = False
     tracing: Tracing = field(default_factory=PlainTracing)
     info: dict[str, Any] = field(default_factory=dict)
@@ -40,13 +39,12 @@ class Options:
 
 @dataclass(slots=True)
 class Server:
-    """One model behind HTTP. `warm`: a real generation went through. `draining`: nothing new is taken."""
+    """One model behind HTTP. `draining`: nothing new is taken."""
 
     client: EngineClient
     reader: Reader
     options: Options
     metrics: Metrics
-    warm: bool = False
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[Answering]] = field(default_factory=dict)
@@ -58,16 +56,9 @@ class Server:
     @property
     def trouble(self) -> str | None:
         """Why the server is not ready, or None."""
-        if self.client.failure is not None:
-            return str(self.client.failure)
-        if self.draining:
+        if self.draining and self.client.failure is None:
             return "the server is shutting down"
-        if not self.warm:
-            return "the model is being loaded"
-        if self.client.stale:
-            allowed = self.options.watchdog_timeout
-            return f"the step loop has not ticked for {self.client.age:.1f} s (allowed: {allowed:g} s)"
-        return None
+        return self.client.trouble
 
     def require_ready(self) -> None:
         """Raises UnavailableError when requests cannot be taken."""
@@ -130,10 +121,10 @@ class Server:
             answering.abort()
         return len(found)
 
-    async def probe(self) -> float:
-        """One real generation of one token; returns its seconds. Raises what went wrong."""
+    async def probe(self, number: int = 0) -> float:
+        """One real generation of one token by an engine; returns its seconds. Raises what went wrong."""
         began = time.monotonic()
-        item = Item([0], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True), dp_rank=0)
+        item = Item([0], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True), dp_rank=number)
         with Answering(self.client, None, [item]) as answering:
             ((answer,),) = await answering.collect()
         if not answer.tokens:

@@ -6,33 +6,45 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from tessera.core.messages import StepReport
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Since:
+    """What a data-parallel rank did since its last line about decoding."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 class StepLog:
-    """Writes the lines. `interval`: steps of decoding between two lines; throughput is over the steps between them."""
+    """Writes the lines. `interval`: steps of decoding between two lines of a data-parallel rank; throughput is that of
+    the rank, over the steps between them."""
 
     def __init__(self, interval: int, num_dp: int = 1) -> None:
         self._interval = interval
         self._many = num_dp > 1
-        self._steps = 0
-        self._tokens = 0
-        self._seconds = 0.0
+        self._since = [Since() for _ in range(num_dp)]
 
     def __call__(self, report: StepReport) -> None:
         """Takes note of a step."""
         if report.num_new_seq:
             self._prefill(report)
-        if report.num_output_token and report.dp_rank == 0:  # its outputs and its time are those of all ranks
-            self._tokens += report.num_output_token
-            self._seconds += report.seconds
-        if report.num_output_token and not report.num_new_seq:
-            self._steps += 1
-            if self._steps % self._interval == 0:
-                self._decode(report)
+        if not report.num_output_token:
+            return
+        since = self._since[report.dp_rank]
+        since.tokens += report.num_output_token
+        since.seconds += report.seconds
+        if not report.num_new_seq:
+            since.steps += 1
+            if since.steps == self._interval:
+                self._decode(report, since.tokens / max(since.seconds, 1e-9))
+                self._since[report.dp_rank] = Since()
 
     def _prefill(self, report: StepReport) -> None:
         beside = max(report.num_running - report.num_new_seq, 0)
@@ -49,16 +61,15 @@ class StepLog:
             report.label,
         )
 
-    def _decode(self, report: StepReport) -> None:
+    def _decode(self, report: StepReport, throughput: float) -> None:
         log.info(
             "%sDecode batch. #running-req: %d, %s, gen throughput (token/s): %.2f, #queue-req: %d",
             self._rank(report),
             report.num_running,
             usage(report),
-            self._tokens / max(self._seconds, 1e-9),
+            throughput,
             report.num_queued,
         )
-        self._tokens, self._seconds = 0, 0.0
 
     def _rank(self, report: StepReport) -> str:
         return f"DP{report.dp_rank} " if self._many else ""

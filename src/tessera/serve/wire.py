@@ -21,19 +21,22 @@ UNREAD = 1 << 17  # messages of the engine that a front may leave unread
 LINGER_MS = 2000  # what is still to be sent when an end closes
 
 
-class Begin(msgspec.Struct, tag=True, frozen=True):
-    """What to start: flags in any spelling, and the environment."""
-
-    asked: dict[str, Any]
-    environ: dict[str, str]
-
-
 class Starting(msgspec.Struct, tag=True, frozen=True):
     """The configuration is resolved and the model found; loading begins. `vocab_size`: ids without padding."""
 
     resolved: Resolved
     folder: str
     vocab_size: int
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """What to start: flags in any spelling, and the environment. `known`: what another engine of the same server made
+    of them, which is not to be resolved anew. `replica`: which of several this is."""
+
+    asked: dict[str, Any]
+    environ: dict[str, str]
+    known: Starting | None = None
+    replica: int = 0
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):

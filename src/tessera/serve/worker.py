@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+from tessera.models.folder import read_model
 from tessera.run.core import EngineCore, prepared_core
-from tessera.run.startup import prepare
+from tessera.run.startup import Prepared, prepare
 from tessera.serve import logs
 from tessera.serve.host import LoadingReports, Tell, host
 from tessera.serve.wire import Begin, Starting
@@ -13,7 +15,11 @@ from tessera.serve.wire import Begin, Starting
 
 def build(begin: Begin, tell: Tell) -> EngineCore:
     """Resolves what was asked, says so, and loads the model. Raises `ConfigError` and `ModelError`."""
-    prepared = prepare(begin.asked, begin.environ)
+    if begin.known is None:
+        prepared = prepare(begin.asked, begin.environ)
+    else:
+        folder = Path(begin.known.folder)
+        prepared = Prepared(folder, read_model(folder), begin.known.resolved).as_replica(begin.replica)
     logs.configure(prepared.resolved.config.logging.level)
     tell(Starting(prepared.resolved, str(prepared.folder), prepared.spec.vocab_size))
     return prepared_core(prepared, tell, LoadingReports(tell))

@@ -15,6 +15,7 @@ BUILT: frozenset[str] = frozenset(
         "enable_dp_attention",
         "enable_dp_lm_head",
         "enable_two_batch_overlap",
+        "replicas",
         "nnodes",
         "node_rank",
     }

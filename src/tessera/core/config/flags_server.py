@@ -37,6 +37,11 @@ SERVING = (
     Flag("drain_timeout", real(0), 30.0, "Seconds that running requests get after SIGTERM.", "serving"),
     Flag("max_body_size", size, 32 << 20, "Largest request body, bytes (or like 64M).", "serving"),
     Flag("watchdog_timeout", positive(), 300.0, "Seconds without a step after which /health says 503.", "serving"),
+    Flag("on_failure", text, "exit", "What follows when an engine or one of its ranks ends by itself: the server ends "
+         "too (exit), the engine is started anew (restart), or the other replicas go on without it (continue).",
+         "serving", choices=("exit", "restart", "continue")),
+    Flag("max_restarts", whole(1), 3, "Most restarts within --restart-window; one more ends the server.", "serving"),
+    Flag("restart_window", positive(), 600.0, "Seconds within which restarts are counted.", "serving"),
     Flag("reasoning_parser", text, None, "Takes reasoning out of answers.", "serving",
          state=Unbuilt("leave it out; answers come as one text")),
     Flag("tool_call_parser", text, None, "Takes tool calls out of answers.", "serving",

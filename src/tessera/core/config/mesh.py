@@ -111,6 +111,10 @@ def _hosts(mesh: MeshConfig, notes: Notes) -> None:
     if meeting is not None and not _is_address(meeting):
         remedy = "Expected HOST:PORT with a port from 1 to 65535."
         notes.refuse((f"--dist-init-addr {meeting}",), "found no host and port", remedy)
+    if nodes > 1 and mesh.replicas > 1:
+        remedy = "Give --enable-dp-attention, or start a server on each host and a router before them."
+        flags = (f"--nnodes {nodes}", f"--dp-size {mesh.replicas}")
+        notes.refuse(flags, "the replicas of a server are on one host", remedy)
     if nodes not in divisors(mesh.tp):
         reason = f"{mesh.tp} rank(s) cannot be spread evenly over {nodes} hosts"
         notes.refuse((f"--nnodes {nodes}", f"--tp-size {mesh.tp}"), reason, _use("--nnodes", divisors(mesh.tp)))

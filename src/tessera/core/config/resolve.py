@@ -60,7 +60,7 @@ def resolve(
         memory=memory,
         scheduling=_scheduling(values, spec, mesh, (chunk, most), max_running, notes),
         kernels=kernels_phase(values, spec, device, dtype, max_running, notes),
-        serving=_serving(values),
+        serving=_serving(values, mesh, notes),
         logging=LoggingConfig(
             values.word("log_level"),
             values.on("log_requests"),
@@ -188,7 +188,7 @@ def _halves(values: Asked, mesh: MeshConfig, notes: Notes) -> tuple[int, float]:
             if values.gave(name):
                 notes.decide(f"--{name.replace('_', '-')}", "ignored", "only read with --enable-two-batch-overlap")
         return 0, share
-    if mesh.mesh.size == 1:
+    if mesh.tp == 1:
         notes.decide("two-batch overlap", "off", "one rank waits on no wire")
         return 0, share
     if smallest is None:
@@ -197,10 +197,11 @@ def _halves(values: Asked, mesh: MeshConfig, notes: Notes) -> tuple[int, float]:
     return smallest, share
 
 
-def _serving(values: Asked) -> ServingConfig:
-    drain, watchdog = values.real("drain_timeout"), values.real("watchdog_timeout")
+def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
+    drain, watchdog, window = (values.real(n) for n in ("drain_timeout", "watchdog_timeout", "restart_window"))
     assert drain is not None, "it has a default"
     assert watchdog is not None, "it has a default"
+    assert window is not None, "it has a default"
     return ServingConfig(
         host=values.word("host"),
         port=values.number("port"),
@@ -209,4 +210,22 @@ def _serving(values: Asked) -> ServingConfig:
         drain_timeout=drain,
         max_body_size=values.number("max_body_size"),
         watchdog_timeout=watchdog,
+        on_failure=_on_failure(values, mesh, notes),
+        max_restarts=values.number("max_restarts"),
+        restart_window=window,
     )
+
+
+def _on_failure(values: Asked, mesh: MeshConfig, notes: Notes) -> str:
+    """What follows when an engine ends."""
+    asked = values.word("on_failure")
+    if asked == "continue" and mesh.replicas == 1:
+        flags, remedy = ("--on-failure continue", "one replica"), "Use exit or restart, or more replicas (--dp-size)."
+        notes.refuse(flags, "there is no other that could go on", remedy)
+    if asked == "restart" and mesh.num_nodes > 1:
+        flags, why = ("--on-failure restart", f"--nnodes {mesh.num_nodes}"), "nobody starts ranks of other hosts anew"
+        notes.refuse(flags, why, "Use exit, and let whatever starts the servers start all of them anew.")
+    for name in ("max_restarts", "restart_window"):
+        if values.gave(name) and asked != "restart":
+            notes.decide(f"--{name.replace('_', '-')}", "ignored", "only read with --on-failure restart")
+    return asked

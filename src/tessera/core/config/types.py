@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from tessera.core.errors import Conflict
-from tessera.core.mesh import Mesh, instance_mesh, share
+from tessera.core.mesh import Mesh, instance_mesh, ranks_of, share
 from tessera.core.tensors import CacheDtypes
 
 
@@ -59,7 +59,8 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
     """Which ranks. `device`: "cpu" or "cuda". `tp`: all ranks of an instance, on `num_nodes` hosts that meet at
-    `meeting`, of which this is `node_rank`. `dp`: groups of the attention. `replicas`: instances behind one front.
+    `meeting`, of which this is `node_rank`. `dp`: groups of the attention. `replicas`: instances behind one front, of
+    which this is `replica`.
     `balance`: how requests are spread over groups or replicas. `collectives`: see `comm/connect.py`; ranks are
     processes, but with "threads".
     """
@@ -70,6 +71,7 @@ class MeshConfig:
     ep: int = 1
     dense_tp: int = 1
     replicas: int = 1
+    replica: int = 0
     dp_lm_head: bool = False
     all_to_all: bool = False
     balance: str = "round_robin"
@@ -82,6 +84,11 @@ class MeshConfig:
     def mesh(self) -> Mesh:
         """The ranks with their named axes."""
         return instance_mesh(self.tp, self.dp, self.ep, self.dense_tp, self.dp_lm_head, self.all_to_all)
+
+    @property
+    def devices(self) -> range:
+        """Numbers of the devices of this replica on its host, by rank."""
+        return ranks_of(self.tp * self.replicas, self.replicas, self.replica)
 
     @property
     def num_dp(self) -> int:
@@ -180,7 +187,8 @@ class KernelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServingConfig:
-    """The HTTP server. Times in seconds, sizes in bytes; `stream_interval` in tokens."""
+    """The HTTP server. Times in seconds, sizes in bytes; `stream_interval` in tokens. `on_failure`: what follows the
+    end of an engine, "exit", "restart" (at most `max_restarts` in `restart_window`) or "continue"."""
 
     host: str
     port: int
@@ -189,6 +197,9 @@ class ServingConfig:
     drain_timeout: float
     max_body_size: int
     watchdog_timeout: float
+    on_failure: str = "exit"
+    max_restarts: int = 3
+    restart_window: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)

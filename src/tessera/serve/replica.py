@@ -1,0 +1,130 @@
+"""One engine as the front sees it: what it runs, how much that is, and whether it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from tessera.core.errors import DeadlineError, PeerError, TesseraError
+from tessera.core.messages import Fatal, Inbound, Outbound, Output, Outputs, Ready, Submit
+from tessera.plan.balance import Load
+
+
+class Reader(Protocol):
+    """Who waits for outputs."""
+
+    def put(self, output: Output) -> None:
+        """An output came."""
+
+    def fail(self, error: TesseraError) -> None:
+        """No more will come."""
+
+
+class Replica:
+    """`number`: among those of one front; `name`: for people, where there are several. `send`: hands a message to the
+    engine. `silence`: seconds without a sign of life after which it counts as hung. `ready`: it can run; `warm`: a real
+    generation went through."""
+
+    def __init__(self, number: int, name: str, send: Callable[[Inbound], None], silence: float) -> None:
+        self.number, self.name, self.send, self.silence = number, name, send, silence
+        self.load = Load(number)
+        self.info: dict[str, object] = {}
+        self.failure: TesseraError | None = None
+        self.ready, self.warm = asyncio.Event(), asyncio.Event()
+        self._readers: dict[str, tuple[Reader, int]] = {}
+        self._open: dict[str, int] = {}  # choices that have not ended
+        self._seen = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the step loop last gave a sign of life."""
+        return time.monotonic() - self._seen
+
+    @property
+    def stale(self) -> bool:
+        """The step loop has been silent for longer than the watchdog allows."""
+        return self.age > self.silence
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it takes no requests, or None."""
+        if self.failure is not None:
+            return str(self.failure)
+        if not self.warm.is_set():
+            return self._named("the model is being loaded")
+        if self.stale:
+            return self._named(f"the step loop has not ticked for {self.age:.1f} s (allowed: {self.silence:g} s)")
+        return None
+
+    def _named(self, text: str) -> str:
+        return f"{self.name}: {text}" if self.name else text
+
+    def silent(self) -> DeadlineError:
+        """The error of who waits for a step loop that hangs."""
+        text = f"the engine has not stepped for {self.age:.0f} s (allowed: {self.silence:g} s)"
+        return DeadlineError(self._named(text))
+
+    def submit(self, submit: Submit, reader: Reader) -> None:
+        """Starts a request. Raises why it cannot."""
+        if self.failure is not None:
+            raise self.failure
+        if self.stale:
+            raise self.silent()
+        tokens = len(submit.tokens) + submit.params.max_new_tokens
+        self._readers[submit.request_id] = reader, tokens * submit.n
+        self._open[submit.request_id] = submit.n
+        self.load.num_taken += 1
+        self.load.num_requests += submit.n
+        self.load.num_tokens += tokens * submit.n
+        self.send(submit)
+
+    def drop(self, request_id: str) -> None:
+        """Delivers nothing more of a request."""
+        _, tokens = self._readers.pop(request_id, (None, 0))
+        self.load.num_requests -= self._open.pop(request_id, 0)
+        self.load.num_tokens -= tokens
+
+    def alive(self) -> None:
+        """It gave a sign of life."""
+        self._seen = time.monotonic()
+
+    def deliver(self, message: Outbound) -> None:
+        """A message of the engine. Every one is a sign of life."""
+        self.alive()
+        if isinstance(message, Outputs):
+            for output in message.items:
+                self._put(output)
+        elif isinstance(message, Ready):
+            self.info = message.info
+            self.ready.set()
+        elif isinstance(message, Fatal):
+            self.fail(PeerError(f"the engine failed: {message.error}"))
+
+    def _put(self, output: Output) -> None:
+        reader, _ = self._readers.get(output.request_id, (None, 0))
+        if reader is None:
+            return
+        if output.finish is not None:
+            self._open[output.request_id] -= 1
+            self.load.num_requests -= 1
+        reader.put(output)
+
+    def fail(self, error: TesseraError) -> None:
+        """It has ended: everybody who waits gets the error, and who comes later. The first reason stays."""
+        if self.failure is None:
+            self.failure = type(error)(self._named(str(error)))
+        self.fail_readers(self.failure)
+
+    def fail_readers(self, error: TesseraError) -> None:
+        """Everybody who waits gets the error."""
+        for reader, _ in list(self._readers.values()):
+            reader.fail(error)
+
+    def renew(self, send: Callable[[Inbound], None]) -> None:
+        """Another engine takes its place, and will say when it is ready."""
+        self.send, self.failure, self.info = send, None, {}
+        self.ready.clear()
+        self.warm.clear()
+        self.alive()

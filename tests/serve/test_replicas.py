@@ -1,0 +1,267 @@
+"""Several engines behind one front: requests are spread, a dead one is named, and what follows is what was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from serve.processes import Running, fake_server, gone, health, model_folder, wait_until
+from serve.support import in_loop
+from serve.test_processes import Asking
+from tessera.core.errors import PeerError
+from tessera.core.messages import Abort, Inbound, Output, Outputs, SamplingParams, Submit
+from tessera.serve.client import EngineClient, Stream
+from tessera.serve.schema import Item
+
+SLOW = {"DELAY": "0.02"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return model_folder(tmp_path)
+
+
+# -- the client --------------------------------------------------------------------------------------------------------
+
+
+class Several:
+    """A client of three engines that only listen."""
+
+    def __init__(self, balance: str) -> None:
+        self.sent: list[list[Inbound]] = [[], [], []]
+        self.client = EngineClient([sent.append for sent in self.sent], balance=balance)
+        for replica in self.client.replicas:
+            replica.warm.set()
+
+    def ask(self, size: int = 1, **place: Any) -> Stream:
+        return self.client.submit([Item([1], SamplingParams(max_new_tokens=size), **place)])
+
+    def took(self) -> list[int]:
+        """How many requests each engine got."""
+        return [sum(isinstance(m, Submit) for m in sent) for sent in self.sent]
+
+    def where(self, stream: Stream) -> int:
+        return next(i for i, sent in enumerate(self.sent) for m in sent if getattr(m, "request_id", "") in stream.ids)
+
+    def finish(self, stream: Stream) -> None:
+        for request_id in stream.ids:
+            self.client.deliver(Outputs([Output(request_id, 0, [5], finish="stop")]), self.where(stream))
+
+
+SPREAD = {
+    "round_robin": ([50, 1, 1, 1], [0, 1, 2, 0]),
+    "total_requests": ([50, 1, 1, 1], [0, 1, 2, 1]),  # the second has ended when the fourth comes
+    "total_tokens": ([50, 20, 12, 12], [0, 1, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("balance", SPREAD)
+@in_loop
+async def test_requests_are_spread_as_asked(balance: str) -> None:
+    several, (sizes, homes) = Several(balance), SPREAD[balance]
+    streams = [several.ask(size) for size in sizes[:3]]
+    several.finish(streams[1])
+    streams[1].close()
+    streams.append(several.ask(sizes[3]))
+    assert [several.where(stream) for stream in streams] == homes
+    for stream in streams:
+        stream.close()
+    assert len(several.client) == 0
+    for replica in several.client.replicas:
+        assert (replica.load.num_requests, replica.load.num_tokens) == (0, 0)
+
+
+@in_loop
+async def test_a_request_names_its_replica_or_follows_its_room_and_the_engine_hears_no_rank() -> None:
+    several = Several("follow_bootstrap_room")
+    streams = [several.ask(bootstrap_room=8), several.ask(bootstrap_room=3), several.ask(dp_rank=1, bootstrap_room=3)]
+    assert [several.where(stream) for stream in streams] == [2, 0, 1]
+    submits = [m for sent in several.sent for m in sent if isinstance(m, Submit)]
+    assert {(m.dp_rank, m.bootstrap_room) for m in submits} == {(None, 8), (None, 3)}
+    for i, stream in enumerate(streams):
+        stream.close()
+        home = several.sent[[2, 0, 1][i]]
+        assert isinstance(home[-1], Abort), "only its engine is told"
+
+
+@in_loop
+async def test_prompts_of_one_request_are_spread_and_answered_together() -> None:
+    several = Several("round_robin")
+    stream = several.client.submit([Item([i], SamplingParams()) for i in range(6)])
+    assert several.took() == [2, 2, 2]
+    for i, sent in enumerate(several.sent):
+        submits = [m for m in sent if isinstance(m, Submit)]
+        several.client.deliver(Outputs([Output(m.request_id, 0, [7], finish="stop") for m in submits]), i)
+    assert len(await stream.read()) == 6
+    assert not stream.open
+
+
+@in_loop
+async def test_of_a_dead_replica_all_get_an_error_that_names_it_and_the_others_take_over() -> None:
+    several = Several("round_robin")
+    streams = [several.ask() for _ in range(3)]
+    several.client.replicas[1].fail(PeerError("it was ended by SIGKILL"))
+    with pytest.raises(PeerError, match="replica 1: it was ended by SIGKILL"):
+        await streams[1].read()
+    several.finish(streams[0])
+    assert (await streams[0].read())[0].tokens == [5]
+    for stream in streams:
+        stream.close()
+    for _ in range(6):
+        several.ask()
+    assert several.took() == [4, 1, 4]
+    with pytest.raises(PeerError, match="replica 1"):
+        several.ask(dp_rank=1)
+    assert several.client.trouble is None
+    several.client.fail(PeerError("all over"))
+    assert several.client.trouble == "all over"
+
+
+@in_loop
+async def test_a_replica_that_hangs_is_passed_by_and_one_that_starts_anew_is_waited_for() -> None:
+    several = Several("round_robin")
+    hung, starting, _ = several.client.replicas
+    hung.silence = 0.0
+    starting.fail(PeerError("gone"))
+    starting.renew(several.sent[1].append)
+    for _ in range(3):
+        several.ask()
+    assert several.took() == [0, 0, 3]
+    assert "has not ticked" in (hung.trouble or "")
+    assert "replica 1: the model is being loaded" in (starting.trouble or "")
+    starting.warm.set()
+    hung.silence = 100.0
+    await asyncio.sleep(0)
+    for _ in range(4):
+        several.ask()
+    assert several.took() == [2, 2, 3], "those that have taken fewest so far go first"
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def engines(server: Running) -> list[psutil.Process]:
+    """Engine processes, the first replica first."""
+    return sorted((c for c in server.children() if "fake_worker" in " ".join(c.cmdline())), key=lambda c: c.pid)
+
+
+def ask(url: str, **more: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 3, **more}, timeout=20)
+
+
+def test_two_replicas_answer_behind_one_front(folder: Path) -> None:
+    with fake_server(folder, dp_size=2, load_balance_method="total_requests") as server:
+        url = server.ready()
+        assert len(engines(server)) == 2
+        assert {ask(url).json()["choices"][0]["text"] for _ in range(4)} == {"The"}
+        wait_until(lambda: "DP0 Prefill" in server.text and "DP1 Prefill" in server.text)
+        before = server.text.count("DP1 Prefill")
+        for _ in range(3):
+            assert ask(url, data_parallel_rank=1).status_code == 200
+        wait_until(lambda: server.text.count("DP1 Prefill") == before + 3)
+        assert ask(url, data_parallel_rank=2).status_code == 400
+        assert [r["status"] for r in httpx.get(f"{url}/health").json()["replicas"]] == ["ok", "ok"]
+        assert httpx.get(f"{url}/health_generate").status_code == 200
+        assert len(httpx.get(f"{url}/server_info").json()["state"]["replicas"]) == 2
+        metrics = httpx.get(f"{url}/metrics").text
+        for rank in "01":
+            assert f'tessera:num_running_reqs{{dp_rank="{rank}",model_name="tiny"}}' in metrics
+        assert server.text.count("max-queued-requests: ") == 1, "decisions are printed once"
+
+
+def in_flight_on_both(url: str) -> tuple[Asking, Asking]:
+    """A request on each replica, begun."""
+    asking = Asking(url, stream=True, data_parallel_rank=0), Asking(url, stream=True, data_parallel_rank=1)
+    for one in asking:
+        assert one.begun.wait(5)
+    return asking
+
+
+def test_the_end_of_a_replica_is_the_end_of_the_server_unless_asked_otherwise(folder: Path) -> None:
+    with fake_server(folder, SLOW, dp_size=2) as server:
+        url = server.ready()
+        asking = in_flight_on_both(url)
+        began = time.monotonic()
+        victim, other = engines(server)[1], engines(server)[0]
+        victim.kill()
+        assert server.code(5) == 1
+        assert time.monotonic() - began < 5
+        for one in asking:
+            one.join(5)
+            assert "replica 1: the engine process was ended by SIGKILL" in one.text
+        assert "PeerError: replica 1: the engine process was ended by SIGKILL" in server.text
+        gone(other)
+
+
+def test_the_other_replicas_go_on_if_asked(folder: Path) -> None:
+    with fake_server(folder, SLOW, dp_size=2, on_failure="continue") as server:
+        url = server.ready()
+        first, second = in_flight_on_both(url)
+        engines(server)[1].kill()
+        second.join(5)
+        assert "replica 1: the engine process was ended by SIGKILL" in second.text
+        first.join(15)
+        assert '"finish_reason":"length"' in first.text
+        assert {ask(url).status_code for _ in range(4)} == {200}
+        refused = ask(url, data_parallel_rank=1)
+        assert (refused.status_code, "replica 1" in refused.text) == (503, True)
+        told = httpx.get(f"{url}/health")
+        assert told.status_code == 200
+        assert [("SIGKILL" in r["status"]) for r in told.json()["replicas"]] == [False, True]
+        assert "the others go on" in server.text
+        engines(server)[0].kill()
+        assert server.code(5) == 1
+        assert "replica 0: the engine process was ended by SIGKILL" in server.text
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_an_engine_is_started_anew_if_asked_but_not_for_ever(folder: Path, dp_size: int) -> None:
+    with fake_server(folder, SLOW, dp_size=dp_size, on_failure="restart", max_restarts=2) as server:
+        url = server.ready()
+        for count in (1, 2):
+            asking = Asking(url, stream=True, data_parallel_rank=dp_size - 1)
+            assert asking.begun.wait(5)
+            victim = engines(server)[-1]
+            victim.kill()
+            asking.join(5)
+            assert "ended by SIGKILL" in asking.text
+            wait_until(lambda n=count: server.text.count("it is started anew") == n)
+            if dp_size == 1:
+                wait_until(lambda: health(url) == 503)
+            else:
+                assert ask(url).status_code == 200, "the other goes on"
+            wait_until(lambda: ask(url, data_parallel_rank=dp_size - 1).status_code == 200)
+            wait_until(lambda: health(url) == 200)
+        engines(server)[-1].kill()
+        assert server.code(5) == 1
+        assert "which is all (--max-restarts)" in server.text
+
+
+def test_restarts_that_fail_are_counted_and_a_first_start_is_never_repeated(folder: Path) -> None:
+    with fake_server(folder, {"FAULT": "again"}, on_failure="restart", max_restarts=2) as server:
+        server.ready()
+        engines(server)[0].kill()
+        assert server.code(10) == 1
+        assert server.text.count("it is started anew") == 2
+        assert "the checkpoint is gone" in server.text
+    with fake_server(folder, {"FAULT": "load"}, on_failure="restart") as server:
+        assert server.code(10) == 1
+        assert "started anew" not in server.text
+
+
+def test_a_signal_while_a_replica_starts_anew_leaves_nothing(folder: Path) -> None:
+    with fake_server(folder, SLOW, dp_size=2, on_failure="restart") as server:
+        server.ready()
+        engines(server)[1].kill()
+        server.wait_for("it is started anew")
+        below = server.children()
+        server.process.terminate()
+        assert server.code(10) == 0
+        for child in below:
+            gone(child)
