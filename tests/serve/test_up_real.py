@@ -1,0 +1,47 @@
+"""`tessera up` with real servers: it answers, ends at Ctrl-C with all it started, and when one of them is killed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from commands.support import COMMAND
+from serve.processes import Running, gone, model_folder, running
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = ["--set", "*.load-format=dummy", "--set", "*.max-total-tokens=512", "--set", "*.max-running-requests=4"]
+
+
+def answer(server: Running) -> str:
+    url = server.wait_for(r"processes are ready: (http://\S+)", 60)[1]
+    body = {"prompt": "Once upon", "max_tokens": 8, "temperature": 0}
+    found = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    assert found.status_code == 200, found.text
+    return str(found.json()["choices"][0]["text"])
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "killed worker", "killed itself"])
+def test_replicas(tmp_path: Path, how: str) -> None:
+    model = ["--set", f"*.model-path={model_folder(tmp_path)}"]
+    command = [*COMMAND, "up", str(RECIPES / "abacus-replicas.yaml"), "--port", "0", *model, *SMALL]
+    with running(command, tmp_path / "log") as server:
+        assert answer(server) == answer(server)
+        below = server.children()
+        assert len(below) == 5, "two fronts, two engines, a router"
+        if how == "Ctrl-C":
+            server.signal(signal.SIGINT)
+            assert server.code(40) == 0
+        elif how == "killed worker":
+            front = next(one for one in below if "serve" in one.cmdline())
+            psutil.Process(front.pid).kill()
+            assert server.code(40) == 1
+            assert "was ended by SIGKILL, maybe because memory ran out, so everything ends" in server.text
+        else:
+            server.process.kill()
+        for one in below:
+            gone(one, 10)
+        assert "Traceback" not in server.text
