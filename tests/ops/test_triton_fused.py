@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.ops import fused, norm, triton_fused
+from tessera.ops import fused, linear, norm, triton_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bfloat16 off where a device rounds.
@@ -45,6 +45,15 @@ def test_gates(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x, gate, column = random(*shape, dtype), random(*shape, dtype), random(shape[0], 1, dtype)
     same(triton_fused.sigmoid_mul(x, gate), fused.sigmoid_mul(x, gate))
     same(triton_fused.sigmoid_mul(x, column), fused.sigmoid_mul(x, column))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_shared_expert_is_added(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    part, shared, x = (random(*shape, dtype).contiguous() for _ in range(3))
+    gate = linear.pack_reference(torch.randn(1, shape[1], device=DEVICE).to(dtype))
+    for one in (gate, None):
+        same(triton_fused.add_gated(part, shared, x, one), fused.add_gated(part, shared, x, one))
 
 
 def test_no_rows() -> None:

@@ -25,7 +25,8 @@ class MoE:
         self.router = weights.linear("router")
         self.bias = weights.tensor("router_bias") if spec.router.bias else None
         self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
-        self.local = self._local_ids(weights.held("experts_in"))
+        held = weights.held("experts_in")
+        self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
         self.shared = GatedMLP(weights.at("shared"), tools) if spec.shared else None
         self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
         holders = weights.holders("experts_in")
@@ -37,17 +38,16 @@ class MoE:
 
     def part(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """See `Experts`."""
-        part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, self.local[ids], scores)
+        local = ids if self.local is None else self.local[ids]
+        part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, local, scores)
         return part
 
     def add_shared(self, part: Tensor, x: Tensor) -> Tensor:
         """See `Experts`."""
         if self.shared is None:
             return part
-        shared = self.shared.part(x)
-        if self.shared_gate is not None:
-            shared = self.tools.backend.sigmoid_mul(shared, linear(x, self.shared_gate))
-        return part + shared
+        out: Tensor = self.tools.backend.add_gated(part, self.shared.part(x), x, self.shared_gate)
+        return out
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Experts`."""

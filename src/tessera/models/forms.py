@@ -28,11 +28,12 @@ class Forms:
 def choose_forms(segments: Segments) -> Forms:
     """Long ranges come first in a step, so one cut separates the expanded from the absorbed.
 
-    Where the host does not know the lengths, all are taken as short: the absorbed form is right for any.
+    Where the host does not know the lengths, all are taken as long if one may be: either form is right for any range.
     """
     delta: DeltaForm = "chunked" if segments.max_length > 1 else "recurrent"
     if not segments.known:
-        return Forms(((0, segments.num_segments, "absorbed"),), delta)
+        form: MLAForm = "expanded" if segments.max_length > 1 else "absorbed"
+        return Forms(((0, segments.num_segments, form),), delta)
     long = np.flatnonzero(segments.host_lengths > ABSORB_UP_TO)
     cut = int(long[-1]) + 1 if len(long) else 0
     last = segments.num_segments

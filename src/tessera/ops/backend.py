@@ -30,6 +30,7 @@ class Backend:
     write_latents: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
     sigmoid_mul: Callable[..., Tensor]
+    add_gated: Callable[..., Tensor]
     draw: Callable[..., Tensor]
     expand: Callable[..., Expanded]
 
@@ -49,6 +50,7 @@ REFERENCE = Backend(
     write_latents=fused.write_latents,
     silu_mul=fused.silu_mul,
     sigmoid_mul=fused.sigmoid_mul,
+    add_gated=fused.add_gated,
     draw=sample.draw_reference,
     expand=expand_reference,
 )
@@ -68,6 +70,7 @@ TORCH = Backend(
     write_latents=fused.write_latents,
     silu_mul=fused.silu_mul,
     sigmoid_mul=fused.sigmoid_mul,
+    add_gated=fused.add_gated,
     draw=draw.draw,
     expand=expand_reference,
 )

@@ -14,6 +14,7 @@ from torch.nn.functional import silu, softplus
 
 from tessera.ops.attention import write_kv
 from tessera.ops.delta_forms import Form
+from tessera.ops.linear import PackedLinear, linear
 from tessera.ops.mla import write_latent
 from tessera.ops.norm import gated_rmsnorm, rmsnorm
 from tessera.ops.precision import wide
@@ -127,3 +128,8 @@ def silu_mul(y: Tensor) -> Tensor:
 def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
     """x * sigmoid(gate); gate has x's shape or one column."""
     return x * gate.sigmoid()
+
+
+def add_gated(part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None) -> Tensor:
+    """part + sigmoid(gate(x)) * shared, all [T, hidden], the gate one number a token; None: part + shared."""
+    return part + (shared if gate is None else shared * linear(x, gate).sigmoid())

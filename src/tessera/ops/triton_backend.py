@@ -10,6 +10,7 @@ from tessera.ops import (
     triton_delta,
     triton_expand,
     triton_fused,
+    triton_mla,
     triton_moe,
     triton_route,
 )
@@ -19,6 +20,8 @@ TRITON = replace(
     TORCH,
     name="triton",
     paged_attention=triton_attention.paged_attention,
+    mla_absorbed=triton_mla.mla_absorbed,
+    mla_expanded=triton_mla.mla_expanded,
     write_heads=triton_cache.write_heads,
     write_latents=triton_cache.write_latents,
     delta_net=triton_delta.delta_net,
@@ -28,5 +31,6 @@ TRITON = replace(
     add_rmsnorm=triton_fused.add_rmsnorm,
     silu_mul=triton_fused.silu_mul,
     sigmoid_mul=triton_fused.sigmoid_mul,
+    add_gated=triton_fused.add_gated,
     expand=triton_expand.expand,
 )

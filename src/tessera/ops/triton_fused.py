@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.ops.linear import PackedLinear
+
 BLOCK = 1024  # columns of a program of the gates
 
 
@@ -94,4 +96,31 @@ def _gated(x: Tensor, gate: Tensor, silu: bool) -> Tensor:
         one = gate.shape[1] == 1 and columns > 1
         grid = (triton.cdiv(total, BLOCK),)
         _gate_kernel[grid](x, gate, out, x.stride(0), gate.stride(0), columns, total, silu, one, BLOCK)
+    return out
+
+
+@triton.jit
+def _add_gated_kernel(part, shared, x, gate, out, x_stride, columns, GATED: tl.constexpr, WIDTH: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside = at < columns
+    v = tl.load(shared + row * columns + at, inside, 0.0).to(tl.float32)
+    if GATED:
+        token = tl.load(x + row * x_stride + at, inside, 0.0).to(tl.float32)
+        v *= 1.0 / (1.0 + tl.exp(-tl.sum(token * tl.load(gate + at, inside, 0.0).to(tl.float32))))
+    v += tl.load(part + row * columns + at, inside, 0.0).to(tl.float32)
+    tl.store(out + row * columns + at, v.to(out.dtype.element_ty), inside)
+
+
+def add_gated(part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None) -> Tensor:
+    """See `fused.add_gated`; part and shared without gaps."""
+    out, (rows, columns) = torch.empty_like(part), part.shape
+    assert part.is_contiguous(), "rows without gaps"
+    assert shared.is_contiguous(), "rows without gaps"
+    if rows:
+        width = triton.next_power_of_2(columns)
+        weight = part if gate is None else gate.weight
+        _add_gated_kernel[(rows,)](
+            part, shared, x, weight, out, x.stride(0), columns, gate is not None, width,
+            num_warps=min(max(width // 512, 1), 16),
+        )  # fmt: skip
     return out

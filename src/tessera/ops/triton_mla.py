@@ -212,10 +212,8 @@ def mla_expanded(
 
 
 def _is_whole(segments: Segments) -> bool:
-    """Whether all ranges are known to be long and to begin at 0. In a graph they may be so today and not tomorrow."""
-    if segments.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False
-    return not segments.host_starts.any() and bool((segments.host_lengths > SHORT).all())
+    """Whether all ranges are known to be long and to begin at 0."""
+    return segments.known and not segments.host_starts.any() and bool((segments.host_lengths > SHORT).all())
 
 
 def _attend(
