@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tessera.evals.tasks import (
     COLOURS,
+    LETTERS,
     NAMES,
     TASKS,
+    THINGS,
     Question,
     recall_ask,
     recall_pairs,
@@ -57,21 +59,29 @@ def gpqa_turns(rng: random.Random) -> Iterator[Piece]:
     With choices, naming any of them is already nearly right, and a model may stop there; those have to be worked out.
     A fact may be asked for in full: then the colour is said before its number.
     """
-    form = rng.choices(("task", "list", "none"), (4, 4, 4))[0]
+    form = rng.choices(("task", "list", "none"), (4, 6, 4))[0]
     if form == "list":
         yield from list_turns(rng)
         return
     question = draw("gpqa", rng)
     text, *choices = question.prompt.split("\n")
     answer = question.answer
-    value = answer.partition(".")[0]
     if form == "none" and "Which" not in text:
-        wrong = rng.sample([n for n in DIGITS if n != value[-1]], rng.randint(0, len(choices)))
-        choices = [f"{choice[:-1]}{n}" for choice, n in zip(choices, wrong, strict=False)]
-        answer = f"{value}. None."
+        value = answer.partition(".")[0]
+        choices = wrong_choices(rng, value, value[:-1])
+        answer = f"{value}. None." if choices else f"{value}."
     if "hold?" in text and rng.random() < 0.25:
         text, answer = text.replace("hold?", "hold, in full?"), f" {text.split()[-3]} {answer}"
     yield from turn("\n".join([text, *choices]), answer)
+
+
+def wrong_choices(rng: random.Random, value: str, start: str) -> list[str]:
+    """None to four lines of choices with numbers as long as `value` that begin with `start`, all of them wrong."""
+    wrong: set[str] = set()
+    count = rng.randint(0, len(LETTERS))
+    while len(wrong) < count:
+        wrong |= {start + "".join(rng.choices(DIGITS, k=len(value) - len(start)))} - {value}
+    return [f"({letter}) {n}" for letter, n in zip(LETTERS, rng.sample(sorted(wrong), count), strict=False)]
 
 
 def list_pairs(rng: random.Random) -> dict[str, str]:
@@ -87,7 +97,11 @@ def list_pairs(rng: random.Random) -> dict[str, str]:
 
 
 def list_turns(rng: random.Random) -> Iterator[Piece]:
-    """A list between the two tasks', asked for as in either, at times with the names said before the numbers."""
+    """A list between the two tasks', asked for as in either, at times with the names said before the numbers.
+
+    Things not asked for, and wrong choices, move the name away from the answer by up to sixty tokens: what finds a name
+    at one distance only does not find it in the task, and every distance is learnt from the one before it.
+    """
     pairs = list_pairs(rng)
     left = rng.sample(list(pairs), len(pairs))
     listed = f"{rng.choice(('Boxes', 'Codes'))}: {', '.join(f'{name} {code}' for name, code in pairs.items())}. "
@@ -98,14 +112,19 @@ def list_turns(rng: random.Random) -> Iterator[Piece]:
         if not some:
             return
         said = ", ".join(f"{name} {pairs[name]}" for name in some)
-        if form == "codes":
-            yield from turn(f"{listed}What are the codes of {', '.join(some)}?", f" {said}")
-        elif form == "code":
-            yield from turn(listed + recall_ask(some[0]), pairs[some[0]])
-        elif form == "holds":
-            yield from turn(f"{listed}What does the {some[0]} box hold, in full?", f" {said}.")
-        else:
-            yield from turn(f"{listed}What does the {some[0]} box hold?", f"{pairs[some[0]]}.")
+        ask, answer = {
+            "codes": (f"What are the codes of {', '.join(some)}?", f" {said}"),
+            "code": (recall_ask(some[0]), pairs[some[0]]),
+            "holds": (f"What does the {some[0]} box hold, in full?", f" {said}."),
+            "hold": (f"What does the {some[0]} box hold?", f"{pairs[some[0]]}."),
+        }[form]
+        if rng.random() < 0.5:
+            ask += f" Not {', '.join(rng.sample(THINGS, rng.randint(1, len(THINGS))))}."
+        code = pairs[some[0]]
+        wrong = wrong_choices(rng, code, code[:1]) if form != "codes" and rng.random() < 0.5 else []
+        if wrong:
+            answer = f"{answer.rstrip('.')}. None."
+        yield from turn("\n".join([listed + ask, *wrong]), answer)
         listed = ""
 
 
