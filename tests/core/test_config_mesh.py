@@ -99,6 +99,11 @@ BAD: list[tuple[dict[str, object], str, str, str]] = [
      "counted from 0", "from 0 to 1"),
     ({"node_rank": 1}, "--node-rank 1 with --nnodes 1", "counted from 0", "Leave --node-rank out"),
     ({"dist_init_addr": "nowhere"}, "--dist-init-addr nowhere", "no host and port", "HOST:PORT"),
+    ({"nnodes": 2, "tp_size": 2, "dp_size": 2, "dist_init_addr": "a:1"}, "--nnodes 2 with --dp-size 2", "on one host",
+     "Give --enable-dp-attention"),
+    ({"on_failure": "continue"}, "--on-failure continue with one replica", "no other", "more replicas"),
+    ({"on_failure": "restart", "nnodes": 2, "tp_size": 2, "dist_init_addr": "a:1"},
+     "--on-failure restart with --nnodes 2", "nobody starts", "Use exit"),
     ({"tbo_token_distribution_threshold": 0.6}, "--tbo-token-distribution-threshold", "0.6", "from 0 to 0.5"),
 ]  # fmt: skip
 
@@ -180,6 +185,13 @@ def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
     told = lifted(dp_size=2, load_balance_method="minimum_tokens")
     assert told.config.mesh.balance == decided(told, "--load-balance-method").value == "total_tokens"
     assert lifted(dp_size=2).config.mesh.balance == "round_robin"
+
+
+def test_what_is_only_read_with_something_else_is_told() -> None:
+    for flag, asked in (("max_restarts", 2), ("restart_window", 5.0), ("dist_timeout", 5.0)):
+        assert decided(lifted(**{flag: asked}), f"--{flag.replace('_', '-')}").value == "ignored"
+    restarting = lifted(on_failure="restart", max_restarts=2).config.serving
+    assert (restarting.on_failure, restarting.max_restarts, restarting.restart_window) == ("restart", 2, 600.0)
 
 
 def test_only_where_there_are_several_groups_must_a_request_have_a_room() -> None:

@@ -171,3 +171,16 @@ def test_two_hosts_serve_together_and_end_together(tmp_path: Path, lost: bool) -
                 gone(child)
             assert time.monotonic() - began < 6
             assert ("ranks [1] on other hosts have gone" in first.text) == lost
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_host_that_never_comes_is_waited_for_as_long_as_asked(tmp_path: Path, node: int) -> None:
+    folder, where = model_folder(tmp_path), f"127.0.0.1:{free_port()}"
+    hosts = [*command(folder), "--tp", "2", "--nnodes", "2", "--dist-init-addr", where, "--dist-timeout", "1.5"]
+    with running([*hosts, "--node-rank", str(node)], folder / "log") as server:
+        assert server.code(20) == 1
+        if node == 0:
+            assert re.search(r"ranks \[(0, )?1\] did not say Hello for 1.5 s", server.text)
+            assert f"--nnodes 2 --node-rank N --dist-init-addr {where}" in server.text
+        else:
+            assert f"the engine at {where} has said nothing for 1.5 s; does the first host run?" in server.text

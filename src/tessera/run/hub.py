@@ -63,7 +63,7 @@ class Hub:
     def start(self, ranks: Sequence[int], devices: Sequence[int], folder: str, listening: int) -> None:
         """Starts the processes of `ranks`; the first inherits `listening` where it is rank 0."""
         self._ranks = list(ranks)
-        self._children = start(self.address, ranks, devices, folder, listening)
+        self._children = start(self.address, ranks, devices, folder, listening=listening)
         for end in self._children.ends:
             self._poller.register(end, zmq.POLLIN)
 

@@ -19,16 +19,22 @@ from tessera.run.wire import Spawn
 
 COMMAND = (sys.executable, "-P", "-m", "tessera.run.rank")
 END_S = 5.0
+BEGIN_S = 600.0  # for all ranks to be started
 log = logging.getLogger(__name__)
 
 
 def start(
-    address: str, ranks: Sequence[int], devices: Sequence[int], folder: str, listening: int | None = None
+    address: str,
+    ranks: Sequence[int],
+    devices: Sequence[int],
+    folder: str,
+    patience: float = BEGIN_S,
+    listening: int | None = None,
 ) -> Children:
     """Starts processes for `ranks` that find their engine at `address`; rank 0 inherits `listening`. `devices`: the
-    number of the GPU of each."""
+    number of the GPU of each. `patience`: seconds that they wait for the others."""
     spawns = [
-        Spawn(address, os.getpid(), rank, device, folder, None if rank else listening)
+        Spawn(address, os.getpid(), rank, device, folder, patience, None if rank else listening)
         for rank, device in zip(ranks, devices, strict=False)
     ]
     commands = [[*COMMAND, msgspec.json.encode(spawn).decode()] for spawn in spawns]
@@ -45,7 +51,8 @@ def follow(prepared: Prepared) -> None:
     told, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(tell, b"."))
-    children = start(f"tcp://{config.mesh.meeting}", ranks, config.mesh.devices, str(prepared.folder))
+    mesh = config.mesh
+    children = start(f"tcp://{mesh.meeting}", ranks, mesh.devices, str(prepared.folder), mesh.meet_within)
     log.info("ranks %d to %d wait for the engine at %s", ranks[0], ranks[-1], config.mesh.meeting)
     try:
         waiting = select.poll()

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tessera.core.config.types import Config
+from tessera.core.config.types import Config, MeshConfig
 from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
 from tessera.core.mesh import ranks_of
 from tessera.core.messages import Output
@@ -21,7 +21,7 @@ from tessera.run.hub import Hub
 from tessera.run.report import Tally
 from tessera.run.wire import Begin, Done, Drop, Hello, Loaded, Loading, Run, Up
 
-START_S, NODES_S = 120.0, 600.0  # for processes of one host to start, and for other hosts to come
+START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
 HOST = "127.0.0.1"
 
@@ -67,7 +67,7 @@ class Processes:
             here = ranks_of(mesh.tp, mesh.num_nodes, 0)
             self._hub.start(here, mesh.devices, config.model.path, meeting.fileno())
             address = f"{host}:{meeting.getsockname()[1]}"
-        self._until_all(Hello, lambda rank, message: None, NODES_S if several else START_S)
+        self._meet(mesh, mesh.meet_within if several else START_S)
         self._hub.met()
         self._hub.send(Begin(config, address), self._all)
         loaded: dict[int, Loading] = {}
@@ -78,6 +78,17 @@ class Processes:
                 progress(sum(m.done for m in loaded.values()), sum(m.total for m in loaded.values()))
 
         self._until_all(Loaded, note, self._silence)
+
+    def _meet(self, mesh: MeshConfig, seconds: float) -> None:
+        """Until every rank has come."""
+        try:
+            self._until_all(Hello, lambda rank, message: None, seconds)
+        except DeadlineError as error:
+            if mesh.num_nodes == 1:
+                raise
+            flags = f"--nnodes {mesh.num_nodes} --node-rank N --dist-init-addr {mesh.meeting}"
+            why = f"each host needs a server with {flags}, started within --dist-timeout {seconds:g} seconds"
+            raise DeadlineError(f"{error}; {why}") from error
 
     def _until_all(self, kind: type[Up], note: Callable[[int, Loading], None], seconds: float) -> None:
         """Until every rank has said one thing; they may say how far they are. `seconds`: of silence."""

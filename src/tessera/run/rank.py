@@ -51,7 +51,6 @@ from tessera.run.wire import (
 
 log = logging.getLogger(__name__)
 
-BEGIN_S = 600.0  # for the others to be started too
 LOADING_EVERY_S = 0.05
 LOOK_MS = 1000
 LINGER_MS = 2000
@@ -62,6 +61,7 @@ class Link:
     """The rank's end of the wire. Only one thread may use it."""
 
     def __init__(self, address: str, rank: int) -> None:
+        self.address = address
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.routing_id = str(rank).encode()
@@ -81,7 +81,8 @@ class Link:
             poller.register(one, zmq.POLLIN)
         ready = dict(poller.poll(int(seconds * 1000)))
         if not ready:
-            raise DeadlineError(f"the engine has said nothing for {seconds:g} s")
+            where = self.address.removeprefix("tcp://")
+            raise DeadlineError(f"the engine at {where} has said nothing for {seconds:g} s; does the first host run?")
         if self.socket not in ready:
             raise PeerError("the engine has gone")
         message: Down = decode_down(self.socket.recv())
@@ -208,9 +209,10 @@ def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: L
 def serve(link: Link, spawn: Spawn) -> int:
     """Runs the rank until its engine ends it; the exit code."""
     comm: Comm | None = None
+    begin: Down | None = None
     try:
         link.tell(Hello())
-        begin = link.hear(BEGIN_S)
+        begin = link.hear(spawn.patience)
         if not isinstance(begin, Begin):
             raise PeerError(f"the engine said {type(begin).__name__} and not what to be")
         mesh = begin.config.mesh
@@ -224,6 +226,8 @@ def serve(link: Link, spawn: Spawn) -> int:
     except Exception as error:
         if not isinstance(error, TesseraError):
             log.exception("it has failed")
+        elif begin is None:  # and so nobody else may say it
+            log.error("%s", error)
         conflicts = error.conflicts if isinstance(error, ConfigError) else ()
         link.tell(Failed(type(error).__name__, str(error), conflicts))
         return 1

@@ -79,13 +79,15 @@ class End(msgspec.Struct, tag=True, frozen=True):
 
 class Spawn(msgspec.Struct, frozen=True):
     """What a rank's process is told as it starts: where its engine listens, which process starts it, which rank and
-    which device it is to be, the model's folder, and at rank 0 a socket that listens where the ranks meet."""
+    which device it is to be, the model's folder, for how many seconds its engine may be silent until all ranks have
+    come, and at rank 0 a socket that listens where the ranks meet."""
 
     address: str
     parent: int
     rank: int
     device: int
     folder: str
+    patience: float
     listening: int | None = None
 
 

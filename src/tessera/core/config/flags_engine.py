@@ -75,6 +75,7 @@ MESH = (
     Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh", state=Unbuilt("run on one host")),
     Flag("node_rank", whole(0), 0, "Number of this host.", "mesh", state=Unbuilt("run on one host")),
     Flag("dist_init_addr", text, None, "Address (host:port) at which the hosts meet.", "mesh", ("--nccl-init-addr",)),
+    Flag("dist_timeout", positive(), 600.0, "Seconds within which the hosts must have met.", "mesh"),
 )  # fmt: skip
 
 MEMORY = (

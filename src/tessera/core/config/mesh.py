@@ -29,7 +29,7 @@ def mesh_phase(
     _groups(values, built, notes)
     _divisors(values, notes)
     _straddling(mesh, notes)
-    _hosts(mesh, notes)
+    _hosts(values, mesh, notes)
     _devices(mesh, hardware, notes)
     _model(values, mesh, spec, notes)
     _experts(mesh, notes)
@@ -51,6 +51,7 @@ def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshCo
         num_nodes=values.number("nnodes"),
         node_rank=values.number("node_rank"),
         meeting=(values.text("dist_init_addr") or "").removeprefix("tcp://") or None,
+        meet_within=values.real("dist_timeout") or 0.0,
         collectives=collectives,
     )
 
@@ -99,7 +100,7 @@ def _straddling(mesh: MeshConfig, notes: Notes) -> None:
         notes.refuse(flags, why, _use("--moe-dense-tp-size", allowed))
 
 
-def _hosts(mesh: MeshConfig, notes: Notes) -> None:
+def _hosts(values: Asked, mesh: MeshConfig, notes: Notes) -> None:
     nodes, meeting = mesh.num_nodes, mesh.meeting
     if mesh.node_rank >= nodes:
         remedy = f"Use --node-rank from 0 to {nodes - 1}." if nodes > 1 else "Leave --node-rank out, or give --nnodes."
@@ -118,6 +119,8 @@ def _hosts(mesh: MeshConfig, notes: Notes) -> None:
     if nodes not in divisors(mesh.tp):
         reason = f"{mesh.tp} rank(s) cannot be spread evenly over {nodes} hosts"
         notes.refuse((f"--nnodes {nodes}", f"--tp-size {mesh.tp}"), reason, _use("--nnodes", divisors(mesh.tp)))
+    if values.gave("dist_timeout") and nodes == 1:
+        notes.decide("--dist-timeout", "ignored", "only read with --nnodes")
     if meeting is not None and nodes == 1:
         notes.decide("--dist-init-addr", "ignored", "all ranks are on this host, and find each other")
 

@@ -59,10 +59,9 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
     """Which ranks. `device`: "cpu" or "cuda". `tp`: all ranks of an instance, on `num_nodes` hosts that meet at
-    `meeting`, of which this is `node_rank`. `dp`: groups of the attention. `replicas`: instances behind one front, of
-    which this is `replica`.
-    `balance`: how requests are spread over groups or replicas. `collectives`: see `comm/connect.py`; ranks are
-    processes, but with "threads".
+    `meeting` within `meet_within` seconds, of which this is `node_rank`. `dp`: groups of the attention. `replicas`:
+    instances behind one front, of which this is `replica`. `balance`: how requests are spread over groups or replicas.
+    `collectives`: see `comm/connect.py`; ranks are processes, but with "threads".
     """
 
     device: str
@@ -78,6 +77,7 @@ class MeshConfig:
     num_nodes: int = 1
     node_rank: int = 0
     meeting: str | None = None
+    meet_within: float = 600.0
     collectives: str = "shared"
 
     @property
