@@ -148,6 +148,7 @@ class Run:
     others: list[Outbound] = field(default_factory=list)
     most_in_flight: int = 0
     num_outputs: int = 0
+    halved: set[int] = field(default_factory=set)  # indices of steps that ran as two halves
     num_overshoot: int = 0  # tokens drawn past the end of their sequence
 
     def ends(self) -> dict[tuple[str, int], tuple[list[int], str | None]]:
@@ -231,6 +232,8 @@ def _watch(core: EngineCore, run: Run) -> None:
     launch, collect = core.runner.launch, core.runner.collect
 
     def launched(step: Step) -> Any:
+        if len(step.halves) > 1:
+            run.halved.add(step.index)
         run.most_in_flight = max(run.most_in_flight, core.planner.num_in_flight)
         return launch(step)
 
