@@ -41,6 +41,7 @@ from tessera.transfer.wire import (
     messages,
     pack,
     same_user,
+    still_there,
 )
 
 HELLO_S = 10.0  # from the connection to the first word
@@ -244,6 +245,7 @@ class _Readers:
     def __init__(self, name: str, mover: Mover, regions: dict[int, Tensor]) -> None:
         self._name, self._mover, self._regions = name, mover, regions
         self._writers: dict[str, _Writer] = {}
+        self._turns: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._door: tuple[socket.socket, str] | None = None
         self._closed = False
@@ -287,10 +289,15 @@ class _Readers:
             raise PeerError(f"{hello.to} is not here any more, here is {self._name}")
         if not same_user(sock):
             raise PeerError("the writer belongs to another user")
-        self.fence(hello.name, HELLO_S)  # an earlier connection of the same writer
-        writer = _Writer(hello, sock, self._mover.open(hello.exported, self._regions))
         with self._lock:
-            self._writers[hello.name] = writer
+            turn = self._turns.setdefault(hello.name, threading.Lock())
+        with turn:
+            if not still_there(sock):  # it did not wait for its turn, and may have come anew meanwhile
+                raise PeerError(f"{hello.name} has left")
+            self.fence(hello.name, HELLO_S)  # its earlier connection
+            writer = _Writer(hello, sock, self._mover.open(hello.exported, self._regions))
+            with self._lock:
+                self._writers[hello.name] = writer
         if self._closed:
             writer.stop.set()
         return writer

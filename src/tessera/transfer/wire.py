@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -102,6 +103,12 @@ def same_user(sock: socket.socket) -> bool:
         return True
     _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return user in (0, os.getuid())
+
+
+def still_there(sock: socket.socket) -> bool:
+    """Whether the other end has not closed."""
+    readable, _, _ = select.select([sock], [], [], 0)
+    return not readable or sock.recv(1, socket.MSG_PEEK) != b""
 
 
 def pack(message: Message) -> bytes:
