@@ -25,6 +25,9 @@ test: venv
 test-faults: venv
 	@HYPOTHESIS_PROFILE=faults exec $(BIN)/python -m pytest tests/plan/test_handoff_model.py tests/plan/test_handoff_faults.py --timeout 7200 $(ARGS)
 
+test-engines: venv
+	@exec $(BIN)/python tools/test_engines.py $(ARGS)
+
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy $(TYPED) tools
 

@@ -18,5 +18,6 @@ except ConfigError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
+@pytest.mark.engines
 class TestBetweenProcesses(Apart):
     make = partial(make_engine, "mooncake")

@@ -18,6 +18,7 @@ except ConfigError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
+@pytest.mark.engines
 class TestOnOneHost(Apart):
     make = partial(make_engine, "nixl")
 
