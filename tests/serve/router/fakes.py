@@ -44,6 +44,7 @@ class Fake:
     def __init__(self, role: Role, rooms: Rooms, dp: int = 1, listening: socket.socket | None = None) -> None:
         self.role, self.rooms, self.dp = role, rooms, dp
         self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.peers: list[tuple[str, int]] = []  # connections that they came by
         self.aborted: list[str] = []
         self.left: list[tuple[str, float]] = []  # rid, when its client left
         self.others: list[tuple[str, str]] = []
@@ -109,6 +110,7 @@ class Fake:
 
     async def _tokens(self, request: Request) -> Response:
         body = await request.json()
+        self.peers.append((request.client.host, request.client.port) if request.client else ("", 0))
         self.seen.append((request.url.path, body, dict(request.headers)))
         work = asyncio.create_task(self._meet(body))
         gone = asyncio.create_task(self._gone(request))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 
 import httpx
@@ -269,3 +270,49 @@ async def test_draining_lets_what_runs_finish_and_then_ends_it() -> None:
         await drain
         assert "shut down" in refusal(await hung, 503)["message"]
         await until(lambda: bool(fake.left and fake.aborted), 1.0)
+
+
+@in_loop
+async def test_connections_are_used_again() -> None:
+    async with world(worker=1, interval=60) as made:
+        for _ in range(5):
+            await made.http.post("/generate", json={"text": "x"})
+            await bytes_of(made, "/generate", {"text": "x", "stream": True})
+            await until(made.idle)
+        ports = {port for _, port in made.fakes[0].peers}
+        assert len(made.fakes[0].seen) == 10
+        assert len(ports) == 1
+
+
+@in_loop
+async def test_a_storm_of_leaving_clients_and_replaced_servers_leaves_nothing() -> None:
+    chance = random.Random(1)
+    async with world(prefill=2, decode=2, policy="least_loaded", threshold=2, silence=5.0) as made:
+        for fake in made.fakes:
+            fake.gap, fake.lag = 0.02, 0.02
+
+        async def one(number: int) -> int:
+            await asyncio.sleep(chance.random() * 2)
+            body = {"text": [str(number)] * chance.choice([1, 1, 3]), "stream": chance.random() < 0.5}
+            wait = chance.random() * 0.2 if chance.random() < 0.6 else 20.0
+            try:
+                return (await made.http.post("/generate", json=body, timeout=wait)).status_code
+            except httpx.TimeoutException:
+                return 0
+
+        async def replace() -> None:
+            for _ in range(2):
+                await asyncio.sleep(0.5)
+                await made.of("prefill")[0].stop()
+                await asyncio.sleep(0.2)
+                made.of("prefill")[0].start()
+
+        *codes, _ = await asyncio.gather(*(one(i) for i in range(200)), replace())
+        assert set(codes) <= {0, 200, 502, 503}, set(codes)
+        assert codes.count(200) > 40
+        await until(made.idle, 5.0)
+        for server in made.router.fleet.servers:
+            assert server.circuit._tries == 0
+        await until(lambda: not made.router.aborts._running)
+        await made.up()
+        assert (await made.http.post("/generate", json={"text": "after"})).status_code == 200
