@@ -117,7 +117,7 @@ async def test_everything_ends_when_one_does() -> None:
 
 @in_loop
 async def test_one_that_ends_is_started_again_at_its_address_where_that_was_asked() -> None:
-    async with up([], when_one_ends="restart") as made:
+    async with up([], on_failure="restart") as made:
         await made.ready()
         old = made.view.pid("prefill-0")
         os.kill(old, signal.SIGKILL)
@@ -132,8 +132,15 @@ async def test_one_that_ends_is_started_again_at_its_address_where_that_was_aske
 
 
 @in_loop
+async def test_restarts_are_bounded() -> None:
+    async with up(["decode.env.DIE_AFTER=0.1"], on_failure="restart", restarts=1) as made:
+        with pytest.raises(PeerError, match=r"1 restarts in 600 s are all"):
+            await asyncio.wait_for(made.task, 40)
+
+
+@in_loop
 async def test_the_others_are_kept_where_that_was_asked() -> None:
-    async with up([], when_one_ends="keep") as made:
+    async with up([], on_failure="continue") as made:
         await made.ready()
         os.kill(made.view.pid("prefill-0"), signal.SIGKILL)
         await until(lambda: made.view.told("prefill-0 was ended"))

@@ -14,7 +14,7 @@ TASKS = ("gsm8k", "gpqa", "recall")
 SERVING = "serving"  # the group of flags that concern a server's own front
 POLICIES = ("round_robin", "least_loaded", "cache_aware")  # those of the router; not imported, to load nothing heavy
 PLACES = ("here", "ray", "slurm")
-ENDINGS = ("stop", "keep", "restart")
+ENDINGS = ("exit", "restart", "continue")
 OTLP = "localhost:4317"  # as SGLang's
 PREFIX = "engine_"  # of the engine's flags among the options of a command
 USAGE = {
@@ -200,8 +200,9 @@ def _up(parser: argparse.ArgumentParser) -> None:
     add("--job-dir", type=Path, default=Path("job"), help="Folder for --on slurm. Default: job.")
     add("--host", help="Address that the router listens on. Default: the recipe's, else 127.0.0.1.")
     add("--port", type=_at_least(0), help="Port of the router. Default: the recipe's, else 30000; 0: any free one.")
-    add("--when-one-ends", choices=ENDINGS, default="stop", help="What to do when a worker ends by itself: stop all, "
-        "keep the others, or restart it. Default: stop.")  # fmt: skip
+    add("--on-failure", choices=ENDINGS, default="exit", help="What follows when a worker ends by itself: all end "
+        "(exit), it is started anew (restart), or the others go on without it (continue). Default: exit.")  # fmt: skip
+    add("--max-restarts", type=_at_least(1), default=3, help="Most restarts within 10 minutes; one more ends all.")
     add("--start-timeout", type=_at_least(0.1, float), default=1800.0, help="Seconds until all must be ready.")
     add("--log-dir", type=Path, help="Folder to keep each process' lines in as well.")
 

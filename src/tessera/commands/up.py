@@ -79,7 +79,9 @@ def _up(deployment: Deployment, starter: Starter, options: Namespace) -> int:
 
 async def _supervise(deployment: Deployment, starter: Starter, options: Namespace, view: Screen) -> None:
     signals = StopSignals()  # the second one ends this process at once, and the kernel the others with it
-    made = Supervisor(deployment, starter, view, options.when_one_ends, options.start_timeout)
+    made = Supervisor(
+        deployment, starter, view, options.on_failure, patience=options.start_timeout, restarts=options.max_restarts
+    )
     await made.run(signals)
 
 

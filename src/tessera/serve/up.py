@@ -1,7 +1,7 @@
 """`tessera up`: the processes of a deployment from their start to their end. Every wait has a way out.
 
-States of a process: starting, ready (its /health says so), ended. What happens when one ends by itself is asked:
-"stop" everything, "keep" the others, or "restart" it at its old address.
+States of a process: starting, ready (its /health says so), ended. What follows when a worker ends by itself is asked,
+as of `tessera serve`: all end (exit), it is started anew at its old address (restart), or the others go on (continue).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -27,9 +28,10 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3  # between two looks at a process that starts
 PROBE_SECONDS = 5.0
 RESTART_SECONDS = 2.0  # before a process is started again
+WINDOW_SECONDS = 600.0  # within which restarts are counted
 KILLED_SECONDS = 10.0
 State = Literal["starting", "ready", "ended"]
-WhenOneEnds = Literal["stop", "keep", "restart"]
+OnFailure = Literal["exit", "restart", "continue"]
 
 
 @dataclass(slots=True)
@@ -55,19 +57,24 @@ class View(Protocol):
 
 
 class Supervisor:
-    """Runs one deployment. `patience`: seconds from the start until all are ready. `drain`: for an orderly end."""
+    """Runs one deployment. Seconds: `patience` from the start until all are ready, `drain` for an orderly end.
+
+    `restarts`: most within ten minutes.
+    """
 
     def __init__(
         self,
         deployment: Deployment,
         starter: Starter,
         view: View,
-        when_one_ends: WhenOneEnds = "stop",
+        on_failure: OnFailure = "exit",
         patience: float = 1800.0,
         drain: float = 35.0,
+        restarts: int = 3,
     ) -> None:
         self._deployment, self._starter, self._view = deployment, starter, view
-        self._when, self._patience, self._drain = when_one_ends, patience, drain
+        self._on_failure, self._patience, self._drain = on_failure, patience, drain
+        self._most, self._restarts = restarts, deque[float]()
         self._running: dict[str, Running] = {}
         self._ended: asyncio.Queue[Running | None] = asyncio.Queue()  # None: the time to start is over
         self._all_ready = False
@@ -103,9 +110,14 @@ class Supervisor:
 
     async def _one_ended(self, one: Running) -> None:
         how = f"{one.process.name} {how_it_ended(one.code or 0)}"
-        if self._when == "stop" or one.process.role == "router":
+        if self._on_failure == "exit" or one.process.role == "router":
             raise PeerError(f"{how}, so everything ends")
-        if self._when == "restart":
+        if self._on_failure == "restart":
+            now = time.monotonic()
+            self._restarts = deque(began for began in self._restarts if now - began < WINDOW_SECONDS)
+            if len(self._restarts) >= self._most:
+                raise PeerError(f"{how}; {self._most} restarts in {WINDOW_SECONDS:g} s are all (--max-restarts)")
+            self._restarts.append(now)
             await asyncio.sleep(RESTART_SECONDS)
             await self._start(one.process)
 

@@ -191,7 +191,7 @@ def bootstrap_port_of(info: Mapping[str, Any]) -> int | None:
 
 def mode_of(info: Mapping[str, Any]) -> str | None:
     """The part that a server plays (prefill, decode or null); None where it does not tell."""
-    found = _handover(info).get("mode", info.get("disaggregation_mode"))
+    found = _handover(info).get("role", info.get("disaggregation_mode"))
     return found if isinstance(found, str) else None
 
 
