@@ -12,7 +12,7 @@ import pytest
 
 from commands.support import run
 from tessera.core.errors import ConfigError
-from tessera.serve.deployment import Deployment, Site, deploy
+from tessera.serve.deployment import Deployment, Site, deploy, numbered
 from tessera.serve.recipe import changed, load_recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -21,7 +21,7 @@ SEED = load_recipe(RECIPES / "qwen3.5-397b-gb200.yaml")
 
 def here(gpus: int = 8, packed: bool = True) -> Site:
     ports = itertools.count(4000)
-    return Site(lambda node: f"host{node}", lambda: next(ports), gpus, packed=packed, python=("tessera",))
+    return Site(lambda node: f"host{node}", lambda: next(ports), numbered(gpus), packed=packed, python=("tessera",))
 
 
 def after(command: tuple[str, ...], word: str) -> str:

@@ -13,7 +13,7 @@ from tessera.core.config import Hardware
 from tessera.core.errors import ConfigError
 from tessera.serve.recipe import Recipe, changed, load_recipe, read_recipe
 from tessera.serve.recipe_hardware import GPUS, assumed
-from tessera.serve.recipe_plan import plan
+from tessera.serve.recipe_plan import misplaced, plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SEED = RECIPES / "qwen3.5-397b-gb200.yaml"
@@ -129,6 +129,19 @@ def test_a_conflict_between_flags_is_told_of_each() -> None:
     role = changed(read_recipe(PLAIN), ["*.tp=4", "*.ep=3"]).roles[0]
     found = plan(role, Hardware("cpu", 1 << 33))
     assert {v.key for v in found.verdicts if v.fate == "refused"} == {"tp_size", "ep_size"}
+
+
+def test_a_worker_of_two_hosts_is_planned_as_one() -> None:
+    two = assumed("gb200", 2)
+    more = ["*.device=cuda", "*.tp=4"]
+    for nodes, can in ((1, False), (2, True)):
+        recipe = changed(read_recipe(PLAIN), [*more, f"*.nodes={nodes}", "*.workers=1"])
+        found = plan(recipe.roles[0], two)
+        assert (found.resolved is not None) == can, found.conflicts
+        assert bool(misplaced(recipe, two)) == (not can)
+    crowded = changed(read_recipe(PLAIN), ["*.device=cuda", "*.tp=4"])
+    assert "need 4 GPUs on a host that has 2" in str(misplaced(crowded, two)[0])
+    assert misplaced(crowded, Hardware("cpu", 1 << 33)) == ()
 
 
 def test_a_config_json_is_enough_to_plan(tmp_path: Path) -> None:

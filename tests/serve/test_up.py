@@ -63,7 +63,7 @@ class Up:
 
     def __init__(self, changes: list[str], **options: Any) -> None:
         recipe = changed(load_recipe(RECIPES / "abacus-cpu.yaml"), [*QUICK, *changes])
-        site = Site(lambda node: "127.0.0.1", free_port, 0, python=FAKE)
+        site = Site(lambda node: "127.0.0.1", free_port, (), python=FAKE)
         self.signals, self.view = Signals(), Seen()
         self.deployment = deploy(recipe, site, {"port": 0})
         supervisor = Supervisor(self.deployment, Here(dict(os.environ)), self.view, **{"drain": 5.0, **options})

@@ -17,11 +17,11 @@ from tessera.core.config import Hardware
 from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
 from tessera.serve import logs
-from tessera.serve.deployment import Deployment, Site, deploy
+from tessera.serve.deployment import DEVICES, Deployment, Site, deploy, numbered
 from tessera.serve.here import Here, Starter, free_port
 from tessera.serve.recipe import Recipe, changed, load_recipe
 from tessera.serve.recipe_hardware import GPUS, assumed
-from tessera.serve.recipe_plan import Plan, as_data, plan
+from tessera.serve.recipe_plan import Plan, as_data, misplaced, plan
 from tessera.serve.signals import StopSignals
 from tessera.serve.up import Supervisor
 
@@ -45,7 +45,9 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     if wrong := [_named(found, conflict) for found in plans for conflict in found.conflicts]:
         raise ConfigError(wrong)
     gpus = max((_gpus(found) for found in plans), default=0)
-    site = Site(host=lambda node: "127.0.0.1", port=free_port, gpus=gpus)
+    seen = environ.get(DEVICES)
+    devices = numbered(gpus) if seen is None else tuple(seen.split(","))[:gpus]
+    site = Site(host=lambda node: "127.0.0.1", port=free_port, gpus=devices)
     return _up(deploy(recipe, site, router), Here(environ), options)
 
 
@@ -88,13 +90,22 @@ async def _supervise(deployment: Deployment, starter: Starter, options: Namespac
 def _plan(recipe: Recipe, as_json: bool) -> int:
     hardware, told = _hardware(recipe)
     plans = [plan(role, None if _on_cpu(role.flags) else hardware) for role in recipe.roles]
-    can = all(found.resolved is not None for found in plans)
+    wrong = misplaced(recipe, hardware)
+    can = all(found.resolved is not None for found in plans) and not wrong
     ignored = [{"key": d.what, "why": d.why} for d in recipe.ignored]
     if as_json:
         roles = [as_data(found) for found in plans]
         write(
             json.dumps(
-                {"recipe": recipe.name, "hardware": told, "can_run": can, "roles": roles, "ignored": ignored}, indent=2
+                {
+                    "recipe": recipe.name,
+                    "hardware": told,
+                    "can_run": can,
+                    "roles": roles,
+                    "hosts": [str(c) for c in wrong],
+                    "ignored": ignored,
+                },
+                indent=2,
             )
         )
         return 0 if can else 2
@@ -103,6 +114,8 @@ def _plan(recipe: Recipe, as_json: bool) -> int:
         title = f"{found.role.name}: {found.role.workers} worker(s), {'can run' if found.resolved else 'cannot run'}"
         table(title, [(v.key, v.value, v.fate, v.why) for v in found.verdicts], ("key", "value", "", "why"))
         _conclusions(found)
+    if wrong:
+        table("hosts", [(str(conflict),) for conflict in wrong])
     if recipe.ignored:
         table("ignored", [(d.what, d.why) for d in recipe.ignored])
     return 0 if can else 2

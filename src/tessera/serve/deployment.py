@@ -46,14 +46,15 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where it runs. `host(node)`: the address of a host for the others. `port()`: a free one. `gpus`: of each host.
+    """Where it runs. `host(node)`: the address of a host for the others. `port()`: a free one. `gpus`: of each host,
+    by the names that CUDA_VISIBLE_DEVICES knows.
 
     `listen`: the address that workers listen on. `packed`: all of it is one host, so its GPUs are counted out.
     """
 
     host: Callable[[int], str]
     port: Callable[[], int]
-    gpus: int
+    gpus: Sequence[str]
     listen: str = LOCAL
     packed: bool = True
     python: Sequence[str] = PYTHON
@@ -98,23 +99,23 @@ class _Placing:
         """The workers of one role, spread over its hosts in order."""
         values = read(role.flags, Notes())
         ranks = ranks_of(values)
-        cpu = values.word("device") == "cpu" or self._site.gpus == 0
+        cpu = values.word("device") == "cpu" or not self._site.gpus
         nodes = max(role.nodes, 1)
         if role.nodes == 0 or self._site.packed:
             first = 0
         else:
             first, self._first_host = self._first_host, self._first_host + nodes
         self.hosts = max(self.hosts, first + nodes)
-        each = self._nodes_each(role, nodes, ranks)
+        each = self._nodes_each(role, ranks)
         return [
             process
             for index in range(role.workers)
             for process in self._worker(role, index, ranks, cpu, first + index * each % nodes, each)
         ]
 
-    def _nodes_each(self, role: Role, nodes: int, ranks: int) -> int:
+    def _nodes_each(self, role: Role, ranks: int) -> int:
         """Hosts of one worker."""
-        each = max(share(nodes, role.workers) if nodes % role.workers == 0 else 1, 1)
+        each = hosts_each(role)
         if each > 1 and self._site.packed:
             self._refuse(role, f"each worker spans {each} hosts, and this is one", "Use --on ray or --on slurm.")
         elif each not in divisors(ranks):
@@ -144,10 +145,11 @@ class _Placing:
         """The GPUs of one worker on one host, in the order of its hosts' devices."""
         first = self._next_gpu.get(node, 0)
         self._next_gpu[node] = first + count
-        if first + count > self._site.gpus:
-            reason = f"its workers need {first + count} GPUs on a host that has {self._site.gpus}"
+        gpus = self._site.gpus
+        if first + count > len(gpus):
+            reason = f"its workers need {first + count} GPUs on a host that has {len(gpus)}"
             self._refuse(role, reason, "Use fewer workers or ranks, more nodes, or --device cpu.")
-        return {DEVICES: ",".join(str(first + i) for i in range(count))}
+        return {DEVICES: ",".join(gpus[first : first + count])}
 
     def _refuse(self, role: Role, reason: str, remedy: str) -> None:
         self.wrong.append(Conflict((f"{role.name}: {role.workers} worker(s)",), reason, remedy))
@@ -157,6 +159,16 @@ def ranks_of(values: Asked) -> int:
     """Ranks of one worker, those of all its replicas."""
     replicas = 1 if values.on("enable_dp_attention") else values.number("dp_size")
     return values.number("tp_size") * replicas
+
+
+def hosts_each(role: Role) -> int:
+    """Hosts that one worker spans: where there are more of them than workers, they are shared out evenly."""
+    return max(share(role.nodes, role.workers), 1) if role.workers in divisors(max(role.nodes, 1)) else 1
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """The GPUs of a host, as CUDA numbers them."""
+    return tuple(str(i) for i in range(count))
 
 
 def _named(process: Process) -> list[str]:

@@ -21,7 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tessera.core.errors import CapacityError, PeerError
-from tessera.serve.deployment import Process, Site
+from tessera.serve.deployment import Process, Site, numbered
 from tessera.serve.here import TETHER
 from tessera.serve.recipe import Recipe
 
@@ -112,7 +112,7 @@ class Cluster:
         return Site(
             host=self._address,
             port=lambda: next(self._ports),
-            gpus=min(gpus, recipe.gpus_per_node),
+            gpus=numbered(min(gpus, recipe.gpus_per_node)),
             listen="0.0.0.0",
             packed=len(self._hosts) == 1,
         )

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tessera.serve.deployment import Deployment, Process, Site, deploy
+from tessera.serve.deployment import Deployment, Process, Site, deploy, numbered
 from tessera.serve.recipe import Recipe
 
 FIRST_PORT = 31000  # of workers and meetings: a host of a job is its own
@@ -58,7 +58,7 @@ def write_job(recipe: Recipe, router: Mapping[str, Any], folder: Path) -> list[P
     site = Site(
         host=HOST.format,
         port=lambda: next(ports),
-        gpus=0 if _on_cpu(recipe) else recipe.gpus_per_node,
+        gpus=() if _on_cpu(recipe) else numbered(recipe.gpus_per_node),
         listen="0.0.0.0",
         packed=False,
         python=("tessera",),

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from tessera.core.config import BY_KEY, Decision, Flag, Hardware, Notes, Resolved, read, read_environment
 from tessera.core.errors import ConfigError, Conflict, LayoutError, ModelError
 from tessera.run.startup import prepare
-from tessera.serve.recipe import Role
+from tessera.serve.deployment import Site, deploy, hosts_each, numbered
+from tessera.serve.recipe import Recipe, Role
 
+SOMEWHERE = "host:31000"  # where the hosts of a worker meet is not known yet
 Fate = Literal["honoured", "refused", "ignored", "passed on"]
 # Variables that are nobody's flag: who reads them.
 READERS = {
@@ -50,7 +52,7 @@ def plan(role: Role, hardware: Hardware | None) -> Plan:
     conflicts: tuple[Conflict, ...] = ()
     resolved: Resolved | None = None
     try:
-        resolved = prepare(_in_its_folder(role.flags), role.environment, hardware, weights=False).resolved
+        resolved = prepare(_as_started(role), role.environment, hardware, weights=False).resolved
         decisions = resolved.decisions
     except ConfigError as error:
         conflicts, decisions = error.conflicts, _read_alone(role)
@@ -62,10 +64,13 @@ def plan(role: Role, hardware: Hardware | None) -> Plan:
     return Plan(role, tuple(verdicts), conflicts, resolved)
 
 
-def _in_its_folder(flags: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A path to a config.json itself names its folder."""
+def _as_started(role: Role) -> Mapping[str, Any]:
+    """The flags, with what is added at the start. A path to a config.json itself names its folder."""
+    flags, hosts = dict(role.flags), hosts_each(role)
     path = Path(str(flags.get("model_path", "")))
-    return {**flags, "model_path": str(path.parent)} if path.name == "config.json" else flags
+    if path.name == "config.json":
+        flags["model_path"] = str(path.parent)
+    return {**flags, "nnodes": hosts, "dist_init_addr": SOMEWHERE} if hosts > 1 else flags
 
 
 def _read_alone(role: Role) -> tuple[Decision, ...]:
@@ -113,6 +118,17 @@ def _variable(name: str, value: object, decisions: tuple[Decision, ...]) -> Verd
         return Verdict(name, value, "honoured")
     reader = next((why for prefix, why in READERS.items() if name.startswith(prefix)), "nothing of ours reads it")
     return Verdict(name, value, "passed on", f"set for the workers; {reader}")
+
+
+def misplaced(recipe: Recipe, hardware: Hardware | None) -> tuple[Conflict, ...]:
+    """Why the workers do not fit onto the recipe's hosts, each with as many GPUs as `hardware` has."""
+    gpus = numbered(hardware.count) if hardware is not None and hardware.device == "cuda" else ()
+    site = Site(host=str, port=lambda: 1, gpus=gpus, packed=False)
+    try:
+        deploy(recipe, site, {})
+    except ConfigError as error:
+        return error.conflicts
+    return ()
 
 
 def as_data(found: Plan) -> dict[str, Any]:
