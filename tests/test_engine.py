@@ -278,3 +278,10 @@ long = {{**params, 'max_new_tokens': 240}}
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
     assert errors == (["ZeroDivisionError: division by zero"] if "error" in script else []), done.stderr
     assert done.returncode == bool(errors)
+
+
+def test_replicas_are_refused_by_name_and_with_what_to_do() -> None:
+    with pytest.raises(
+        ConfigError, match="--dp-size 2 with no --enable-dp-attention: an Engine in your process is one"
+    ):
+        tessera.Engine(model_path="abacus-hybrid", dp_size=2)

@@ -14,6 +14,9 @@ from core.test_config_mesh import lifted, refused
 from house.source import ROOT
 from matrix.serving import RANDOM, model_of
 from tessera.core.messages import SamplingParams, Submit
+from tessera.plan import scheduler
+from tessera.plan.halves import Cut, cut
+from tessera.plan.step import Part
 from tiny import Run, serve
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True, logprobs=0)
@@ -52,6 +55,19 @@ def test_row_1_dp_attention_and_mixed_chunk() -> None:
 
 def test_row_2_two_batch_overlap_and_mixed_chunk() -> None:
     assert "MIXED" in labels(same(asked(9, 30, 25, 40), **DP, **MIXED, **HALVES), halved=True)
+
+
+def test_a_rule_that_does_not_know_mixed_steps_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crash of other engines: where to split is not defined for the kind of step that prompts and decodes make."""
+
+    def knows_pure_steps(part: Part, share: float, grain: int) -> Cut:
+        ones = part.lengths == 1
+        assert ones.all() or not ones.any(), "no split index for MIXED"
+        return cut(part, share, grain)
+
+    monkeypatch.setattr(scheduler, "cut", knows_pure_steps)
+    with pytest.raises(AssertionError, match="no split index for MIXED"):
+        same(asked(9, 30, 25, 40), **DP, **MIXED, **HALVES)
 
 
 @pytest.mark.parametrize("mesh", [{"tp": 2}, DP], ids=str)
