@@ -15,44 +15,41 @@ from tessera.ops.delta_forms import Form
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
 from tessera.ops.triton_delta_chunk import run_chunks
-from tessera.ops.triton_delta_step import shift, step
+from tessera.ops.triton_delta_step import put_window, shifted, step
 
 SHORT = 8  # tokens up to which a range, of a step whose form is "chunked", takes the recurrence all the same
-ROWS, COLUMNS = 16, 128  # of a program of the convolution
+ROWS, COLUMNS, REPEAT = 16, 128, 4  # of a program of the convolution: tiles of ROWS, REPEAT of them
 
 
 @triton.jit
 def _convolve(
     y_ptr, conv_ptr, conv_state_ptr, mixed_ptr, cu_ptr, rows_ptr, slots_ptr,
     num_tokens, stride_y, stride_window, limit,
-    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
-    """mixed [T, C]: silu of the causal convolution, for rows of ranges longer than `limit`."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    valid = row < num_tokens
-    segment = tl.load(rows_ptr + row, mask=valid, other=0)
-    first = tl.load(cu_ptr + segment)
-    valid &= tl.load(cu_ptr + segment + 1) - first > limit
-    if tl.max(valid.to(tl.int32), 0) == 0:
-        return
-    t, slot = (row - first)[:, None], tl.load(slots_ptr + segment).to(tl.int64)
+    """mixed [T, C]: silu of the causal convolution, for rows of ranges longer than `limit`; REPEAT tiles a program."""
     channel = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    shown = valid[:, None] & (channel < CHANNELS)
-    window_ptr = conv_state_ptr + slot[:, None] * stride_window
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    early = tl.min(tl.where(valid, row - first, KERNEL), 0) < KERNEL - 1
-    for j in tl.static_range(KERNEL):
-        at = t - KERNEL + 1 + j
-        x = tl.load(
-            y_ptr + (row[:, None] - KERNEL + 1 + j).to(tl.int64) * stride_y + channel, mask=shown & (at >= 0), other=0.0
-        )
-        x = x.to(tl.float32)
-        if early:
-            old = window_ptr + channel * (KERNEL - 1) + KERNEL - 1 + at
-            x += tl.load(old, mask=shown & (at < 0), other=0.0).to(tl.float32)
-        total += x * tl.load(conv_ptr + channel * KERNEL + j, mask=channel < CHANNELS, other=0.0).to(tl.float32)
-    mixed = (total / (1 + tl.exp(-total))).to(mixed_ptr.dtype.element_ty)
-    tl.store(mixed_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel, mixed, mask=shown)
+    known = channel < CHANNELS
+    for n in range(REPEAT):
+        row = (tl.program_id(1) * REPEAT + n) * ROWS + tl.arange(0, ROWS)
+        segment = tl.load(rows_ptr + row, mask=row < num_tokens, other=0)
+        first = tl.load(cu_ptr + segment)
+        valid = (row < num_tokens) & (tl.load(cu_ptr + segment + 1) - first > limit)
+        if tl.max(valid.to(tl.int32), 0) > 0:
+            t, shown = (row - first)[:, None], valid[:, None] & known
+            early = tl.min(tl.where(valid, row - first, KERNEL), 0) < KERNEL - 1
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for j in tl.static_range(KERNEL):
+                at = t - KERNEL + 1 + j
+                x_at = y_ptr + (row - KERNEL + 1 + j).to(tl.int64)[:, None] * stride_y + channel
+                x = tl.load(x_at, mask=shown & (at >= 0), other=0.0).to(tl.float32)
+                if early:
+                    slot = tl.load(slots_ptr + segment).to(tl.int64)[:, None]
+                    old = conv_state_ptr + slot * stride_window + channel * (KERNEL - 1) + KERNEL - 1 + at
+                    x += tl.load(old, mask=shown & (at < 0), other=0.0).to(tl.float32)
+                total += x * tl.load(conv_ptr + channel * KERNEL + j, mask=known, other=0.0).to(tl.float32)
+            mixed = (total / (1 + tl.exp(-total))).to(mixed_ptr.dtype.element_ty)
+            tl.store(mixed_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel, mixed, mask=shown)
 
 
 @triton.jit
@@ -69,7 +66,9 @@ def _shift(
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     window_ptr = conv_state_ptr + tl.load(slots_ptr + s).to(tl.int64) * stride_window
     y_ptr += first.to(tl.int64) * stride_y
-    shift(y_ptr, window_ptr, length, channel, channel < CHANNELS, stride_y, KERNEL, TAPS)
+    window = shifted(y_ptr, window_ptr, length, channel, channel < CHANNELS, stride_y, KERNEL, TAPS)
+    tl.debug_barrier()  # all of it has been read
+    put_window(window_ptr, window, channel, channel < CHANNELS, KERNEL, TAPS)
 
 
 @triton.jit
@@ -127,9 +126,9 @@ def _convolved(y: Tensor, inputs: DeltaInputs, conv_state: Tensor, segments: Seg
     mixed = y.new_empty(len(y), num_channels)
     columns = triton.cdiv(num_channels, COLUMNS)
     strides = y.stride(0), conv_state.stride(0)
-    _convolve[columns, triton.cdiv(len(y), ROWS)](
+    _convolve[columns, triton.cdiv(len(y), ROWS * REPEAT)](
         x, inputs.conv, conv_state, mixed, cu, segments.rows, slots, len(y), *strides, limit,
-        CHANNELS=num_channels, KERNEL=kernel, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        CHANNELS=num_channels, KERNEL=kernel, ROWS=ROWS, COLUMNS=COLUMNS, REPEAT=REPEAT, num_warps=4,
     )  # fmt: skip
     _shift[columns, segments.num_segments](
         x, conv_state, cu, slots, *strides, limit,

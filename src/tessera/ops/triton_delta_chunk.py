@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
-from tessera.ops.triton_common import INTERPRETED, dot
+from tessera.ops.triton_common import INTERPRETED, dot, num_processors
 from tessera.ops.triton_delta_step import gates
 
 CHUNK = 64
@@ -189,6 +189,15 @@ class Chunks:
         return cls(table)
 
 
+def _tile(num_states: int, value_dim: int, device: torch.device) -> tuple[int, int]:
+    """(columns, stages) of `_run`: narrow tiles where the states are too few to fill the device.
+
+    (One stage is for products without tensor cores: with them Triton 3.6 then reads beyond its shared memory.)
+    """
+    few = num_states * triton.cdiv(value_dim, 64) <= num_processors(device)
+    return (min(32, value_dim), 3) if few else (min(64, value_dim), 2)
+
+
 def run_chunks(
     mixed: Tensor, y: Tensor, inputs: DeltaInputs, state: Tensor, segments: Segments, limit: int, out: Tensor
 ) -> None:
@@ -214,10 +223,10 @@ def run_chunks(
         mixed, y, inputs.decay, inputs.dt_bias, table, segments.cu_lengths, factors, keys, values, read,
         y.stride(0), num_tokens, key_dim**-0.5,
         B=inputs.b.start, A=inputs.a.start, VALUE=inputs.channels[2].start, DV_PADDED=padded, EXACT=exact,
-        num_warps=8, **sizes,
+        num_warps=4, **sizes,
     )  # fmt: skip
-    columns = min(32, padded)
+    columns, stages = _tile(num_v * segments.num_segments, padded, y.device)
     _run[triton.cdiv(value_dim, columns), num_v, segments.num_segments](
         mixed, keys, values, read, factors, state, out, segments.cu_lengths, segments.slots,
-        state.stride(0), num_tokens, limit, V=columns, STAGES=1 if exact else 2, num_warps=4, **sizes,
+        state.stride(0), num_tokens, limit, V=columns, STAGES=1 if exact else stages, num_warps=4, **sizes,
     )  # fmt: skip

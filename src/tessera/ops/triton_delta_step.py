@@ -1,12 +1,13 @@
 """A gated delta net token by token: decode and short ranges, everything between the projections in one launch.
 
 S segments, T tokens, C channels (q | k | v), Hk key heads, Hv value heads (GROUP of them a key head), DK and DV their
-dims. A program takes one key head of one segment: it holds the whole state of a value head, reads it once and writes it
-once. A range longer than `limit` is left to `triton_delta_chunk`.
+dims. A program takes one value head of one segment: it holds the whole state, reads it once and writes it once. A range
+longer than `limit` is left to `triton_delta_chunk`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,24 +64,34 @@ def _convolved(
 
 
 @triton.jit
-def shift(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL: tl.constexpr, PADDED: tl.constexpr):
-    """Writes the window after the range; whoever still reads the old one is in this program."""
-    nth = tl.arange(0, PADDED)[None, :]
-    channel, valid = channel[:, None], valid[:, None] & (nth < KERNEL - 1)
-    x = column(y_ptr, window_ptr, length - KERNEL + 1 + nth, channel, valid, stride_y, KERNEL)
-    tl.debug_barrier()
-    tl.store(window_ptr + channel * (KERNEL - 1) + nth, x.to(window_ptr.dtype.element_ty), mask=valid)
+def shifted(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """[channels, TAPS]: the window after the range."""
+    nth = tl.arange(0, TAPS)[None, :]
+    valid = valid[:, None] & (nth < KERNEL - 1)
+    return column(y_ptr, window_ptr, length - KERNEL + 1 + nth, channel[:, None], valid, stride_y, KERNEL)
+
+
+@triton.jit
+def put_window(window_ptr, window, channel, valid, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """Writes what `shifted` gave, once nobody reads the old window."""
+    nth = tl.arange(0, TAPS)[None, :]
+    at = window_ptr + channel[:, None] * (KERNEL - 1) + nth
+    tl.store(at, window.to(window_ptr.dtype.element_ty), mask=valid[:, None] & (nth < KERNEL - 1))
 
 
 @triton.jit
 def _step(
-    y_ptr, conv_ptr, window_ptr, state_ptr, decay_ptr, dt_bias_ptr, norm_ptr, out_ptr, cu_ptr, slots_ptr,
+    y_ptr, conv_ptr, window_ptr, state_ptr, decay_ptr, dt_bias_ptr, norm_ptr, out_ptr, cu_ptr, slots_ptr, readers_ptr,
     stride_y, stride_window, stride_state, limit, eps, q_scale,
     MIXED: tl.constexpr, Z: tl.constexpr, B: tl.constexpr, A: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KERNEL: tl.constexpr,
     DK_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v."""
+    """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v.
+
+    `readers` [S, Hk] counts the heads of a group that have read their key head's windows; the last one writes them and
+    puts the count back to 0.
+    """
     head, s = tl.program_id(0), tl.program_id(1)
     first = tl.load(cu_ptr + s)
     length = tl.load(cu_ptr + s + 1) - first
@@ -88,37 +99,38 @@ def _step(
         return
     slot = tl.load(slots_ptr + s).to(tl.int64)
     y_ptr += first.to(tl.int64) * stride_y
-    out_ptr += first.to(tl.int64) * (HEADS * DV)
+    out_ptr += (first.to(tl.int64) * HEADS + head) * DV
     window_ptr += slot * stride_window
-    state_ptr += slot * stride_state
     mixed_ptr = y_ptr + MIXED
     i, j = tl.arange(0, DK_PADDED), tl.arange(0, DV_PADDED)
     key, shown = i < DK, j < DV
-    q_at, k_at = head * DK + i, KEY + head * DK + i
+    memory_at = state_ptr + slot * stride_state + head * (DK * DV) + i[:, None] * DV + j[None, :]
+    memory = tl.load(memory_at, mask=key[:, None] & shown[None, :], other=0.0).to(tl.float32)
+    q_at, k_at, v_at = (head // GROUP) * DK + i, KEY + (head // GROUP) * DK + i, VALUE + head * DV + j
+    q_window = shifted(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
+    k_window = shifted(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
+    v_window = shifted(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
     weight = tl.load(norm_ptr + j, mask=shown, other=0.0).to(tl.float32)
-    for n in range(GROUP):
-        own = head * GROUP + n
-        v_at = VALUE + own * DV + j
-        memory_at = state_ptr + own * (DK * DV) + i[:, None] * DV + j[None, :]
-        memory = tl.load(memory_at, mask=key[:, None] & shown[None, :], other=0.0).to(tl.float32)
-        decay, dt_bias = tl.load(decay_ptr + own), tl.load(dt_bias_ptr + own)
-        for t in range(length):
-            row = y_ptr + t * stride_y
-            q = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0))
-            k = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0))
-            v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
-            g, beta = gates(tl.load(row + A + own), tl.load(row + B + own), decay, dt_bias)
-            memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
-            z = tl.load(row + Z + own * DV + j, mask=shown, other=0.0).to(tl.float32)
-            o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
-            tl.store(out_ptr + t * (HEADS * DV) + own * DV + j, o.to(out_ptr.dtype.element_ty), mask=shown)
-        tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
-    tl.debug_barrier()  # the windows that the convolutions read are written from here on
-    shift(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
-    shift(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
-    for n in range(GROUP):
-        v_at = VALUE + (head * GROUP + n) * DV + j
-        shift(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
+    decay, dt_bias = tl.load(decay_ptr + head), tl.load(dt_bias_ptr + head)
+    for t in range(length):
+        row = y_ptr + t * stride_y
+        q = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0))
+        k = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0))
+        v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
+        g, beta = gates(tl.load(row + A + head), tl.load(row + B + head), decay, dt_bias)
+        memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
+        z = tl.load(row + Z + head * DV + j, mask=shown, other=0.0).to(tl.float32)
+        o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
+        tl.store(out_ptr + t * (HEADS * DV) + j, o.to(out_ptr.dtype.element_ty), mask=shown)
+    tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
+    tl.debug_barrier()  # all of this program have read the windows
+    put_window(window_ptr, v_window, v_at, shown, KERNEL, TAPS)
+    reader = readers_ptr + s * (HEADS // GROUP) + head // GROUP
+    before = 0 if GROUP == 1 else tl.atomic_add(reader, 1)
+    if before == GROUP - 1:
+        put_window(window_ptr, q_window, q_at, key, KERNEL, TAPS)
+        put_window(window_ptr, k_window, k_at, key, KERNEL, TAPS)
+        tl.store(reader, 0)
 
 
 def step(
@@ -127,13 +139,15 @@ def step(
     """`fused.delta_net_of` for ranges of at most `limit` tokens: writes their rows of out [T, Hv * Dv]."""
     _, num_v, key_dim, value_dim = state.shape
     kernel = inputs.conv.shape[1]
-    _step[inputs.key_heads, segments.num_segments](
+    counts = {"size": (segments.num_segments, inputs.key_heads), "dtype": torch.int32, "device": y.device}
+    readers = segments.once(("readers", inputs.key_heads), lambda: torch.zeros(**counts))
+    _step[num_v, segments.num_segments](
         y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
-        segments.cu_lengths, segments.slots, y.stride(0), conv_state.stride(0), state.stride(0),
+        segments.cu_lengths, segments.slots, readers, y.stride(0), conv_state.stride(0), state.stride(0),
         limit, inputs.eps, key_dim**-0.5,
         MIXED=inputs.mixed.start, Z=inputs.z.start, B=inputs.b.start, A=inputs.a.start,
         KEY=inputs.channels[1].start, VALUE=inputs.channels[2].start,
         HEADS=num_v, GROUP=num_v // inputs.key_heads, DK=key_dim, DV=value_dim, KERNEL=kernel,
         DK_PADDED=triton.next_power_of_2(key_dim), DV_PADDED=triton.next_power_of_2(value_dim),
-        TAPS=triton.next_power_of_2(kernel), num_warps=8,
+        TAPS=triton.next_power_of_2(kernel), num_warps=4,
     )  # fmt: skip
