@@ -1,85 +1,86 @@
-"""Speed of the delta net's kernels on a CUDA device: `python bench/kernels_delta.py [--json]`.
+"""Cases of `kernels.py`: a gated delta net between its projections, Qwen3-Next's layer, states in fp32 and in bf16.
 
-Everything between the two projections of Qwen3-Next's layer (16 key heads, 32 value heads of 128), bf16, states in fp32
-and bf16. The limit counts y, outputs and states, read and written once, and the operations of the chunked form.
+The bytes are y, the outputs, the states and the windows, each read or written once; the operations are those of the
+chunked form where ranges are long.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from gpu_timing import Ceilings, Row, ceilings, graph_us
+from kernel_case import Case, distance, random
+from torch import Tensor
 
-from tessera.ops.fused import DeltaInputs
+from tessera.ops import delta
+from tessera.ops.fused import DeltaInputs, delta_net_of
 from tessera.ops.segments import make_segments
 from tessera.ops.triton_delta import delta_net
 
-KEYS, VALUES, DIM, KERNEL = 16, 32, 128, 4
+KEYS, VALUES, DIM, KERNEL, CHUNK = 16, 32, 128, 4, 64
+CHANNELS = (2 * KEYS + VALUES) * DIM
 STEPS = {
     "1 decode": [1],
+    "8 decodes": [1] * 8,
     "64 decodes": [1] * 64,
     "512 decodes": [1] * 512,
     "64 ranges of 4": [4] * 64,
-    "one range of 4096": [4096],
+    "a range of 4096": [4096],
     "8 ranges of 2048": [2048] * 8,
-    "1024 and 256 decodes": [1024] + [1] * 256,
+    "a range of 1024, 256 decodes": [1024] + [1] * 256,
 }
-ROTATED_BYTES = 256 << 20  # states of the calls in turn: beyond what the cache holds
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PLAIN = delta_net_of(delta.causal_conv, delta.gated_delta_rule)
 
 
-def layer() -> tuple[DeltaInputs, int]:
+def cases() -> dict[str, Callable[[str], Case]]:
+    """By name."""
+    return {
+        f"{step}, {dtype} states": partial(_delta, lengths, DTYPES[dtype])
+        for step, lengths in STEPS.items()
+        for dtype in DTYPES
+    }
+
+
+def _layer() -> tuple[DeltaInputs, int]:
     """Parameters, and the width of y = q | k | v, z, b, a."""
-    channels, wide = (2 * KEYS + VALUES) * DIM, VALUES * DIM
-    ends = np.cumsum([channels, wide, VALUES, VALUES]).tolist()
-    starts = [0, *ends]
-    sections = [slice(start, end) for start, end in zip(starts, ends, strict=False)]
+    cuts = pairwise(accumulate((0, CHANNELS, VALUES * DIM, VALUES, VALUES)))
+    mixed, z, b, a = (slice(*cut) for cut in cuts)
     keys = KEYS * DIM
-    cut = slice(0, keys), slice(keys, 2 * keys), slice(2 * keys, channels)
-    new = {"device": "cuda"}
-    inputs = DeltaInputs(
-        *sections, cut, KEYS, VALUES,
-        conv=torch.randn(channels, KERNEL, **new).bfloat16(), decay=-torch.rand(VALUES, **new) * 16,
-        dt_bias=torch.randn(VALUES, **new) - 3, norm=torch.ones(DIM, **new).bfloat16(), eps=1e-6,
-    )  # fmt: skip
-    return inputs, ends[-1]
+    channels = slice(0, keys), slice(keys, 2 * keys), slice(2 * keys, CHANNELS)
+    decay, dt_bias = -16 * torch.rand(VALUES, device="cuda"), torch.randn(VALUES, device="cuda") - 3
+    norm = torch.ones(DIM, device="cuda", dtype=torch.bfloat16)
+    rest = random(CHANNELS, KERNEL), decay, dt_bias, norm, 1e-6
+    return DeltaInputs(mixed, z, b, a, channels, KEYS, VALUES, *rest), a.stop
 
 
-def delta_row(name: str, dtype: torch.dtype, top: Ceilings) -> Row:
-    """One kind of step."""
-    lengths = np.array(STEPS[name], np.int32)
-    inputs, width = layer()
-    count, total = len(lengths), int(lengths.sum())
+def _delta(lengths: list[int], dtype: torch.dtype, name: str) -> Case:
+    count, total, long = len(lengths), sum(lengths), max(lengths) > 8
+    inputs, width = _layer()
+    form = "chunked" if max(lengths) > 1 else "recurrent"
+    slots, window = np.arange(1, count + 1), CHANNELS * (KERNEL - 1)
+
+    def make() -> tuple[Any, ...]:
+        ranges = np.array(lengths, np.int32)
+        segments = make_segments(0 * ranges, ranges, np.zeros((count, 64), np.int32), slots, 64, "cuda")
+        state = torch.randn(count + 1, VALUES, DIM, DIM, device="cuda").to(dtype)
+        return random(total, width), random(count + 1, CHANNELS, KERNEL - 1), state, segments
+
+    def run(made: tuple[Any, ...]) -> Tensor:
+        y, conv, state, segments = made
+        return delta_net(y, inputs, conv, state, segments, form)
+
+    def check(made: tuple[Any, ...], _: Tensor) -> float:
+        y, conv, state, segments = made
+        copies = conv.clone(), state.clone()
+        expected = PLAIN(y, inputs, *copies, segments, form)
+        return max(distance(run(made), expected), distance(state[1:], copies[1][1:]))
+
     size = torch.empty(0, dtype=dtype).element_size()
-    state_bytes = count * VALUES * DIM * DIM * size
-    variants = max(1, min(32, -(-ROTATED_BYTES // state_bytes)))
-    state = torch.randn(variants * count + 1, VALUES, DIM, DIM, device="cuda").to(dtype)
-    conv = torch.randn(variants * count + 1, len(inputs.conv), KERNEL - 1, device="cuda").bfloat16()
-    calls, form = [], "chunked" if lengths.max() > 1 else "recurrent"
-    for i in range(variants):
-        slots = np.arange(count) + 1 + i * count
-        segments = make_segments(lengths * 0, lengths, np.zeros((count, 4096), np.int32), slots, 64, "cuda")
-        y = torch.randn(total, width, device="cuda").bfloat16()
-        calls.append(lambda y=y, segments=segments: delta_net(y, inputs, conv, state, segments, form))
-    num_bytes = 2 * state_bytes + total * (width + VALUES * DIM) * 2 + 2 * count * conv[0].nbytes
-    flops = total * VALUES * (2 * 64 * 7 * DIM / 2 + 6 * DIM * DIM) if lengths.max() > 8 else 0
-    return Row.of("delta_net", f"{name}, state {dtype}".replace("torch.", ""), graph_us(calls), num_bytes, flops, top)
-
-
-def main() -> None:
-    """Prints a table, or JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    top = ceilings()
-    print(json.dumps({"device": top.device, "bandwidth": top.bandwidth, "flops": top.flops}) if asked.json else top)
-    for name in STEPS:
-        for dtype in (torch.float32, torch.bfloat16):
-            row = delta_row(name, dtype, top)
-            print(json.dumps(row.as_dict()) if asked.json else row, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    num_bytes = 2 * count * (VALUES * DIM * DIM * size + 2 * window) + 2 * total * (width + VALUES * DIM)
+    operations = total * VALUES * (6 * DIM * DIM + 10 * CHUNK * DIM) if long else 0
+    return Case(name, num_bytes, operations, num_bytes, make, run, check)

@@ -1,63 +1,88 @@
-"""Speed of the experts' kernels on a CUDA device: `python bench/kernels_moe.py [--json] [--tokens 1 64 ...]`.
+"""Cases of `kernels.py`: routing and experts of the shapes that the engine is measured with.
 
-Random weights, experts chosen at random; the limit counts the bytes of the experts touched and the rows' operations.
+Experts are chosen at random. The bytes are those of the experts that are touched on average, and of the rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
-import torch
-from gpu_timing import Ceilings, Row, ceilings, graph_us
+from kernel_case import Case, distance, random
+from torch import Tensor
 
-from tessera.ops.triton_moe import experts
+from tessera.ops import moe
+from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts
+from tessera.ops.triton_moe_few import few_experts
 from tessera.ops.triton_route import route
 
 SHAPES = {  # experts, hidden, intermediate, chosen
     "dsv2lite": (64, 2048, 1408, 6),
-    "dsv2lite/4": (64, 2048, 352, 6),
+    "dsv2lite a quarter": (64, 2048, 352, 6),
     "qwen3next": (512, 2048, 512, 10),
 }
-TOKENS = (1, 2, 4, 8, 16, 64, 128, 512, 2048, 8192, 16384)
-VARIANTS = 6  # batches in turn
+TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192)
+SWEPT_FEW, SWEPT_SMALL = 16, 512  # tokens up to which the vector products, and the tiles of few rows, are tried
 
 
-def moe_rows(name: str, tokens: tuple[int, ...], top: Ceilings) -> Iterator[Row]:
-    """Router and experts of one shape, for each number of tokens."""
-    num, hidden, inner, top_k = SHAPES[name]
-    new = {"device": "cuda", "dtype": torch.bfloat16}
-    w13, w2 = torch.randn(num, 2 * inner, hidden, **new), torch.randn(num, hidden, inner, **new)
-    w13 *= hidden**-0.5
-    w2 *= inner**-0.5
-    for count in tokens:
-        logits = [torch.randn(count, num, **new) for _ in range(VARIANTS)]
-        yield Row.of("route", f"{name} T={count}", graph_us([lambda a=a: route(a, top_k) for a in logits]), 0, 0, top)
-        calls, touched = [], 0.0
-        for a in logits:
-            x, (ids, weights) = torch.randn(count, hidden, **new), route(a, top_k)
-            calls.append(lambda x=x, ids=ids, weights=weights: experts(x, w13, w2, ids, weights))
-            touched += len(ids.unique()) / VARIANTS
-        num_bytes = touched * 3 * hidden * inner * 2 + 2 * count * hidden * 2
-        flops = 6 * count * top_k * hidden * inner
-        case = f"{name} T={count} touched {touched:.0f}"
-        yield Row.of("experts", case, graph_us(calls), num_bytes, flops, top)
+def cases() -> dict[str, Callable[[str], Case]]:
+    """By name."""
+    made: dict[str, Callable[[str], Case]] = {}
+    for name, shape in SHAPES.items():
+        for tokens in TOKENS:
+            made[f"route {name} {tokens}"] = partial(_route, shape, tokens)
+            made[f"experts {name} {tokens}"] = partial(_experts, shape, tokens)
+    return made
 
 
-def main() -> None:
-    """Prints a table, or JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
-    asked = parser.parse_args()
-    top = ceilings()
-    print(json.dumps({"device": top.device, "bandwidth": top.bandwidth, "flops": top.flops}) if asked.json else top)
-    for name in asked.shapes:
-        for row in moe_rows(name, tuple(asked.tokens), top):
-            print(json.dumps(row.as_dict()) if asked.json else row, flush=True)
+@cache
+def _weights(num: int, hidden: int, inner: int) -> tuple[Tensor, Tensor]:
+    return random(num, 2 * inner, hidden) * hidden**-0.5, random(num, hidden, inner) * inner**-0.5
 
 
-if __name__ == "__main__":
-    main()
+def _route(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
+    num, _, _, top_k = shape
+    num_bytes = tokens * (2 * num + 12 * top_k)
+
+    def check(logits: Tensor, weights: Tensor) -> float:
+        return distance(weights, moe.route(logits, top_k)[1])
+
+    return Case(name, num_bytes, 0, num_bytes, lambda: random(tokens, num), lambda x: route(x, top_k)[1], check)
+
+
+def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
+    num, hidden, inner, top_k = shape
+    weights = _weights(num, hidden, inner)
+
+    def make() -> tuple[Any, ...]:
+        ids, scores = route(random(tokens, num), top_k)
+        return random(tokens, hidden), *weights, ids, scores
+
+    touched = num * (1 - (1 - top_k / num) ** tokens)
+    rows = 4 * tokens * hidden
+    return Case(
+        f"{name}, {touched:.0f} touched", touched * 6 * hidden * inner + rows, 6 * tokens * top_k * hidden * inner,
+        set_bytes=round(touched * 6 * hidden * inner), make=make, run=_run,
+        check=lambda inputs, found: distance(found, moe.experts(*inputs)), variants=_variants(tokens),
+    )  # fmt: skip
+
+
+def _run(inputs: tuple[Any, ...], tiles: Tiles | None = None, few: bool = False) -> Tensor:
+    if tiles is not None:
+        return grouped_experts(*inputs, tiles)
+    return few_experts(*inputs) if few else experts(*inputs)
+
+
+def _variants(tokens: int) -> list[dict[str, Any]]:
+    tried = list(TILES[: 3 if tokens <= SWEPT_SMALL else 4][-3:])
+    tried += [
+        Tiles(t.rows, replace(t.up, boxed=not t.up.boxed), replace(t.down, boxed=not t.down.boxed)) for t in tried
+    ]
+    if tokens > SWEPT_SMALL:
+        up, down = Tile(128, 128, 64, 8, 4, 8, True), Tile(128, 256, 64, 8, 4, 8, True)
+        tried += [Tiles(0, up, down), Tiles(0, replace(up, group=1), replace(down, group=1))]
+        tried += [Tiles(0, replace(up, group=4, stages=3), replace(down, group=4, stages=3))]
+    few: list[dict[str, Any]] = [{"few": True}] if tokens <= SWEPT_FEW else []
+    return few + [{"tiles": tiles} for tiles in tried]

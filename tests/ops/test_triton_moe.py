@@ -18,7 +18,8 @@ from tessera.ops.triton_sort import sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-SMALL = Tiles(1, Tile(16, 16, 16, 4, 2, 1), Tile(16, 16, 16, 4, 2, 2))
+SMALL = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 16, 16, 4, 2, 2))
+BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 2, True), Tile(16, 16, 16, 4, 2, 1, True))
 CHOICES = ["any", "some held", "one expert", "none held"]
 
 
@@ -73,10 +74,14 @@ def _grouped(*inputs: torch.Tensor) -> torch.Tensor:
     return grouped_experts(*inputs, SMALL)
 
 
+def _boxed(*inputs: torch.Tensor) -> torch.Tensor:
+    return grouped_experts(*inputs, BOXES)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("form", [few_experts, _grouped])
+@pytest.mark.parametrize("form", [few_experts, _grouped, _boxed])
 def test_kernels_are_plain(form, choice, dtype):
     _check(form, 20, 6, 40, 24, 3, dtype, choice)
 

@@ -95,7 +95,7 @@ def _step(
     head, s = tl.program_id(0), tl.program_id(1)
     first = tl.load(cu_ptr + s)
     length = tl.load(cu_ptr + s + 1) - first
-    if length > limit:
+    if (length > limit) | (length == 0):
         return
     slot = tl.load(slots_ptr + s).to(tl.int64)
     y_ptr += first.to(tl.int64) * stride_y

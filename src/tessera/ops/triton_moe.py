@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops.triton_common import dot
 from tessera.ops.triton_moe_few import few_experts, pays
@@ -22,14 +23,16 @@ from tessera.ops.triton_sort import sort_rows
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a grouped product is cut: `group` blocks of rows go through all columns before the next ones."""
+    """How a grouped product is cut: `group` blocks of rows go through all columns before the next ones. `boxed`: the
+    weights are fetched by the tensor memory accelerator, in boxes of N x K, where their rows are aligned for it."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
-    group: int
+    group: int = 1
+    boxed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,12 @@ class Tiles:
 
 
 TILES = (
-    Tiles(10, Tile(16, 64, 64, 4, 4, 1), Tile(16, 128, 64, 4, 4, 1)),
-    Tiles(24, Tile(32, 64, 64, 4, 4, 1), Tile(32, 128, 64, 4, 4, 1)),
-    Tiles(80, Tile(64, 64, 64, 4, 4, 1), Tile(64, 128, 64, 4, 4, 1)),
-    Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 8), Tile(128, 256, 64, 8, 3, 8)),
+    Tiles(4, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
+    Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3)),
+    Tiles(110, Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
+    Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 1, True), Tile(128, 256, 64, 8, 3, 1, True)),
 )
-FP32 = Tiles(float("inf"), Tile(16, 32, 32, 4, 2, 1), Tile(16, 32, 32, 4, 2, 1))
+FP32 = Tiles(float("inf"), Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2))
 
 
 def tiles_of(num_rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
@@ -69,9 +72,19 @@ def _block(blocks_ptr, num_blocks, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _weights(w, row, first, column, limit, k, inner, WIDTH: tl.constexpr, BOXED: tl.constexpr):
+    """[K, N]: columns k + inner of rows `row + first ..` of all weights; those from `limit` on are not used."""
+    if BOXED:
+        return w.load([row + first, k]).T
+    else:
+        at = w + (row.to(tl.int64) + column[None, :]) * WIDTH + (k + inner)[:, None]
+        return tl.load(at, mask=(column < limit)[None, :] & (k + inner < WIDTH)[:, None], other=0.0)
+
+
+@triton.jit
 def _gate_up(
-    x_ptr, w_ptr, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
+    x_ptr, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h [R, I] = silu(x w1) * (x w3), w [E, 2I, H]: a program computes N columns of both and their product."""
@@ -82,26 +95,23 @@ def _gate_up(
     held = at < end
     row = tl.load(rows_ptr + at, mask=held, other=0)
     column, inner = tile * N + tl.arange(0, N), tl.arange(0, K)
-    shown = column < INNER
     x = x_ptr + (row // TOP_K).to(tl.int64)[:, None] * stride_x + inner[None, :]
-    w = w_ptr + expert.to(tl.int64) * (2 * INNER * HIDDEN) + column[None, :] * HIDDEN + inner[:, None]
     gate, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
     for k in tl.range(0, HIDDEN, K, num_stages=STAGES):
-        inside = k + inner < HIDDEN
-        a = tl.load(x + k, mask=held[:, None] & inside[None, :], other=0.0)
-        b = tl.load(w + k, mask=shown[None, :] & inside[:, None], other=0.0)
-        gate = dot(a, b, gate)
-        b = tl.load(w + INNER * HIDDEN + k, mask=shown[None, :] & inside[:, None], other=0.0)
-        up = dot(a, b, up)
+        a = tl.load(x + k, mask=held[:, None] & (k + inner < HIDDEN)[None, :], other=0.0)
+        w1 = _weights(w, expert * (2 * INNER), tile * N, column, INNER, k, inner, HIDDEN, BOXED)
+        gate = dot(a, w1, gate)
+        w3 = _weights(w, expert * (2 * INNER) + INNER, tile * N, column, INNER, k, inner, HIDDEN, BOXED)
+        up = dot(a, w3, up)
     h = gate / (1 + tl.exp(-gate)) * up
     h_at = h_ptr + row.to(tl.int64)[:, None] * INNER + column[None, :]
-    tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
+    tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (column < INNER)[None, :])
 
 
 @triton.jit
 def _down(
-    h_ptr, w_ptr, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr,
+    h_ptr, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [R, H] = h w2, w [E, H, I]."""
@@ -112,17 +122,14 @@ def _down(
     held = at < end
     row = tl.load(rows_ptr + at, mask=held, other=0).to(tl.int64)
     column, inner = tile * N + tl.arange(0, N), tl.arange(0, K)
-    shown = column < HIDDEN
     h = h_ptr + row[:, None] * INNER + inner[None, :]
-    w = w_ptr + expert.to(tl.int64) * (HIDDEN * INNER) + column[None, :] * INNER + inner[:, None]
     y = tl.zeros([M, N], tl.float32)
     for k in tl.range(0, INNER, K, num_stages=STAGES):
-        inside = k + inner < INNER
-        a = tl.load(h + k, mask=held[:, None] & inside[None, :], other=0.0)
-        b = tl.load(w + k, mask=shown[None, :] & inside[:, None], other=0.0)
-        y = dot(a, b, y)
+        a = tl.load(h + k, mask=held[:, None] & (k + inner < INNER)[None, :], other=0.0)
+        w2 = _weights(w, expert * HIDDEN, tile * N, column, HIDDEN, k, inner, INNER, BOXED)
+        y = dot(a, w2, y)
     y_at = y_ptr + row[:, None] * HIDDEN + column[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (column < HIDDEN)[None, :])
 
 
 @triton.jit
@@ -152,9 +159,18 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) ->
     assert w13.is_contiguous(), "whole weights"
     assert w2.is_contiguous(), "whole weights"
     ids, weights = ids.contiguous(), weights.contiguous()
-    if pays(ids.numel()):
+    if pays(ids.numel(), num_experts):
         return few_experts(x, w13, w2, ids, weights)
     return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype))
+
+
+def _launch(w: Tensor, tile: Tile) -> dict[str, object]:
+    """What a grouped product is launched with: w [E, rows, columns], as it is or in boxes."""
+    boxed = tile.boxed and w.shape[-1] * w.element_size() % 16 == 0
+    return {
+        "w": TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.n, tile.k]) if boxed else w, "BOXED": boxed,
+        "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "STAGES": tile.stages, "num_warps": tile.warps,
+    }  # fmt: skip
 
 
 def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
@@ -162,21 +178,15 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     (num_tokens, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     by_expert = sort_rows(ids, num_experts, tiles.up.m)
-    num_blocks = len(by_expert.blocks)
+    rows, blocks, num_blocks = by_expert.rows, by_expert.blocks, len(by_expert.blocks)
     h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
-    up, down = tiles.up, tiles.down
-    columns = triton.cdiv(inner, up.n)
+    sizes = {"rows_ptr": rows, "blocks_ptr": blocks, "num_blocks": num_blocks, "HIDDEN": hidden, "INNER": inner}
+    columns = triton.cdiv(inner, tiles.up.n)
     _gate_up[num_blocks * columns,](
-        x, w13, h, by_expert.rows, by_expert.blocks, num_blocks, columns, x.stride(0),
-        HIDDEN=hidden, INNER=inner, TOP_K=top_k,
-        M=up.m, N=up.n, K=up.k, GROUP=up.group, STAGES=up.stages, num_warps=up.warps,
-    )  # fmt: skip
-    columns = triton.cdiv(hidden, down.n)
-    _down[num_blocks * columns,](
-        h, w2, y, by_expert.rows, by_expert.blocks, num_blocks, columns,
-        HIDDEN=hidden, INNER=inner,
-        M=down.m, N=down.n, K=down.k, GROUP=down.group, STAGES=down.stages, num_warps=down.warps,
-    )  # fmt: skip
+        x_ptr=x, h_ptr=h, num_columns=columns, stride_x=x.stride(0), TOP_K=top_k, **sizes, **_launch(w13, tiles.up)
+    )
+    columns = triton.cdiv(hidden, tiles.down.n)
+    _down[num_blocks * columns,](h_ptr=h, y_ptr=y, num_columns=columns, **sizes, **_launch(w2, tiles.down))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = min(triton.next_power_of_2(hidden), 1024)
     _combine[num_tokens, triton.cdiv(hidden, width)](

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW = 32  # routed rows; experts that several of them share are read again, though mostly from the cache
-UP_TILE, UP_WARPS = 8192, 4  # numbers of each of the two halves, and of a weight of the second product
+FEW, SHARED = 16, 8  # routed rows, or 1 / SHARED of the experts: what several rows share is read by each of them
+UP_TILE, UP_WARPS = 4096, 4  # numbers of each of the two halves, and of a weight of the second product
 DOWN_TILE, DOWN_WARPS = 32768, 8
 
 
-def pays(num_rows: int) -> bool:
+def pays(num_rows: int, num_experts: int) -> bool:
     """Whether so few routed rows come out sooner this way."""
-    return num_rows <= FEW
+    return num_rows <= max(FEW, num_experts // SHARED)
 
 
 @triton.jit
