@@ -1,4 +1,4 @@
-"""Times our kernels on a CUDA device against its limits: `python bench/kernels.py attention|delta|moe [--sweep] [--json]`.
+"""Times our kernels on a CUDA device against its limits: `bench/kernels.py attention|delta|moe [--sweep] [--json]`.
 
 A case says how many bytes must move and how many operations must be done; the device's own copy and matrix product,
 measured first, say how long that takes at best. Each case is checked against its plain twin, then captured in a CUDA
