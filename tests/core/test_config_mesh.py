@@ -187,6 +187,12 @@ def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
     assert lifted(dp_size=2).config.mesh.balance == "round_robin"
 
 
+def test_replicas_take_no_part_in_a_hand_over() -> None:
+    built = ALL | {"disaggregation_mode=decode"}
+    text = refused(built=built, disaggregation_mode="decode", dp_size=2)
+    assert any(t.startswith("--disaggregation-mode decode with --dp-size 2: the replicas of a server") for t in text)
+
+
 def test_what_is_only_read_with_something_else_is_told() -> None:
     for flag, asked in (("max_restarts", 2), ("restart_window", 5.0), ("dist_timeout", 5.0)):
         assert decided(lifted(**{flag: asked}), f"--{flag.replace('_', '-')}").value == "ignored"

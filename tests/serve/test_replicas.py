@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 
+from serve.fake_engine import HANG
 from serve.processes import Running, fake_server, gone, health, model_folder, wait_until
 from serve.support import in_loop
 from serve.test_processes import Asking
@@ -253,6 +254,15 @@ def test_restarts_that_fail_are_counted_and_a_first_start_is_never_repeated(fold
     with fake_server(folder, {"FAULT": "load"}, on_failure="restart") as server:
         assert server.code(10) == 1
         assert "started anew" not in server.text
+
+
+def test_an_engine_that_hangs_is_started_anew_too(folder: Path) -> None:
+    with fake_server(folder, on_failure="restart", watchdog_timeout=1.5) as server:
+        url = server.ready()
+        hung = ask(url, prompt=[HANG])
+        assert (hung.status_code, "has not stepped" in hung.text) == (503, True)
+        wait_until(lambda: ask(url).status_code == 200)
+        assert "it is started anew: 1 of 3 times" in server.text
 
 
 def test_a_signal_while_a_replica_starts_anew_leaves_nothing(folder: Path) -> None:

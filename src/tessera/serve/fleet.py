@@ -20,6 +20,7 @@ Advance = Callable[[int, int], None]
 Probe = Callable[[int], Awaitable[float]]
 
 LAST_WORDS_SECONDS = 3.0  # for an engine that has failed to end by itself
+WATCH_SECONDS = 0.5
 
 
 class Fleet:
@@ -61,7 +62,8 @@ class Fleet:
         """Hands on what the engines say, until cancelled. One that ends is dealt with as asked."""
         after = Aftermath(self._known.resolved.config.serving, client)
         try:
-            await asyncio.gather(*(self._keep(number, client, probe, after) for number in range(len(self._engines))))
+            kept = [self._keep(number, client, probe, after) for number in range(len(self._engines))]
+            await asyncio.gather(self._watch(client), *kept)
         except Exception as error:
             log.exception("the engines cannot be looked after any more")
             client.fail(PeerError(f"{type(error).__name__}: {error}"))
@@ -77,6 +79,15 @@ class Fleet:
             self._engines[number].close()
             self._engines[number] = self._started(number)
             replica.renew(self._engines[number].send)
+
+    async def _watch(self, client: EngineClient) -> None:
+        """One that hangs is ended, where something else is to follow than the end of the server; else /health tells."""
+        while self._known.resolved.config.serving.on_failure != "exit":
+            await asyncio.sleep(WATCH_SECONDS)
+            for engine, replica in zip(self._engines, client.replicas, strict=True):
+                if replica.stale and replica.failure is None:
+                    replica.fail(replica.silent())
+                    engine.kill()
 
     async def _live(self, number: int, client: EngineClient, probe: Probe) -> None:
         """Until the engine has ended."""

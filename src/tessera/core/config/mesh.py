@@ -116,6 +116,10 @@ def _hosts(values: Asked, mesh: MeshConfig, notes: Notes) -> None:
         remedy = "Give --enable-dp-attention, or start a server on each host and a router before them."
         flags = (f"--nnodes {nodes}", f"--dp-size {mesh.replicas}")
         notes.refuse(flags, "the replicas of a server are on one host", remedy)
+    if values.word("disaggregation_mode") != "null" and mesh.replicas > 1:
+        remedy = "Give --enable-dp-attention, or start a server for each and a router before them."
+        flags = (f"--disaggregation-mode {values.word('disaggregation_mode')}", f"--dp-size {mesh.replicas}")
+        notes.refuse(flags, "the replicas of a server have one address at which the two sides meet", remedy)
     if nodes not in divisors(mesh.tp):
         reason = f"{mesh.tp} rank(s) cannot be spread evenly over {nodes} hosts"
         notes.refuse((f"--nnodes {nodes}", f"--tp-size {mesh.tp}"), reason, _use("--nnodes", divisors(mesh.tp)))
