@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.ops.products import attend_by_products, products_pay
 from tessera.ops.segments import Segments
 from tessera.ops.upload import upload
 
@@ -38,15 +39,18 @@ class Shape:
 class Bucket:
     """Blocks that share a call. `tokens`: their rows of the step, B * n of them.
 
-    `lines`: which lines of the pool are gathered, in the order [planes, B, heads, P]. `mask` [B or 1, 1, G * n, L] is 0
-    or -inf, None where every query sees all L positions. `stale`: which gathered rows [planes, B, heads, P * token] lie
-    past the end of their block; whatever a page holds there must not be read, not even times zero.
+    `lines`: which lines of the pool are gathered, in the order [planes, B, heads, P]. `length`: L, how many positions
+    of them are attended to; all where `products`, not flash, attend. `mask` [B or 1, 1, G * n, L] is 0 or -inf,
+    None where every query sees all L positions. Past `end`, and in the gathered rows `stale` [planes, B, heads,
+    P * token], a page holds nothing of its block; whatever is there must not be read, not even times zero.
     """
 
     tokens: Tensor | slice
     num_blocks: int
     size: int
     length: int
+    end: int
+    products: bool
     lines: Tensor
     mask: Tensor | None
     stale: Tensor | None
@@ -74,8 +78,10 @@ def gathered(pool: Tensor, shape: Shape, bucket: Bucket) -> Tensor:
     rows = pool.view(-1, token * dim).index_select(0, bucket.lines).view(-1, dim)
     if bucket.stale is not None:
         rows.index_fill_(0, bucket.stale, 0)
-    rows = rows.view(shape.planes, bucket.num_blocks, shape.heads, -1, dim)
-    return rows[..., : bucket.length, :].to(shape.dtype)
+    rows = rows.view(shape.planes, bucket.num_blocks, shape.heads, -1, dim)[..., : bucket.length, :]
+    if bucket.length > bucket.end:
+        rows[..., bucket.end :, :] = 0
+    return rows.to(shape.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float, out: Tensor) -> None:
@@ -86,7 +92,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float, out: T
     heads, dim = k.shape[1], q.shape[-1]
     own = q[bucket.tokens].view(bucket.num_blocks, bucket.size, heads, -1, dim)
     folded = own.permute(0, 2, 3, 1, 4).flatten(2, 3)
-    o = torch.nn.functional.scaled_dot_product_attention(folded, k, v, attn_mask=bucket.mask, scale=scale)
+    if bucket.products:
+        o = attend_by_products(folded, k, v, bucket.mask, scale)
+    else:
+        o = torch.nn.functional.scaled_dot_product_attention(folded, k, v, attn_mask=bucket.mask, scale=scale)
     o = (
         o.unflatten(2, (-1, bucket.size))
         .permute(0, 3, 1, 2, 4)
@@ -153,28 +162,31 @@ def _single(segments: Segments, b: _Block, triangle: Tensor, shape: Shape) -> Bu
     mask = triangle[None, None, :, triangle.shape[1] - b.end :]
     if mask.device.type != "cpu":
         mask = mask.contiguous()  # kernels want its first element aligned
-    return Bucket(slice(b.first, b.first + b.size), 1, b.size, b.end, lines, mask, None)
+    return Bucket(slice(b.first, b.first + b.size), 1, b.size, b.end, b.end, False, lines, mask, None)
 
 
 def _batch(segments: Segments, members: list[_Block], shape: Shape) -> Bucket:
     """One call for blocks of equal size, longest first."""
-    device, size, length = segments.device, members[0].size, members[0].end
+    device, size, end = segments.device, members[0].size, members[0].end
+    taken = -(-end // segments.page_size) * segments.page_size
+    products = products_pay(device, shape.dtype, len(members) * shape.heads * taken * shape.dim)
+    length = taken if products else end
     members = sorted(members, key=lambda b: b.first)
     ends = np.array([b.end for b in members])
     rows = (np.array([b.first for b in members])[:, None] + np.arange(size)).ravel()
     adjoining = bool((np.diff(rows) == 1).all())
     tokens = slice(int(rows[0]), int(rows[-1]) + 1) if adjoining else upload(rows, device)
-    lines = _lines(segments, upload(np.array([b.segment for b in members]), device), length, shape)
+    lines = _lines(segments, upload(np.array([b.segment for b in members]), device), end, shape)
     at = np.arange(length)
     mask = stale = None
     if size > 1 or (ends != length).any():
         own = (ends[:, None] - size + np.arange(size))[:, :, None]  # position of each query
         hidden = upload(np.tile(at > own, (1, shape.group, 1)), device)
-        mask = torch.zeros(hidden.shape, dtype=shape.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
-    if (ends != length).any():
-        block, position = np.nonzero(at >= ends[:, None])
-        taken = -(-length // segments.page_size) * segments.page_size
+        dtype = torch.float32 if products else shape.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
+    if (ends != end).any():
+        block, position = np.nonzero(at[:end] >= ends[:, None])
         plane = np.arange(shape.planes)[:, None, None] * len(members)
         row = ((plane + block) * shape.heads + np.arange(shape.heads)[:, None]) * taken + position
         stale = upload(row.ravel(), device)
-    return Bucket(tokens, len(members), size, length, lines, mask, stale)
+    return Bucket(tokens, len(members), size, length, end, products, lines, mask, stale)
