@@ -30,19 +30,23 @@ def _serve(pipe: Connection, make: Callable[[], Engine], environ: dict[str, str]
         except EOFError:
             return
         try:
-            if method == "register":
-                arguments = (arguments[0], _received(pipe, *arguments[1:]))
-            pipe.send(getattr(engine, method)(*arguments))
+            pipe.send(
+                _register(engine, pipe, *arguments) if method == "register" else getattr(engine, method)(*arguments)
+            )
         except Exception as error:
             pipe.send(error)
 
 
-def _received(pipe: Connection, *shared: Any) -> Tensor:
-    if len(shared) == 1:  # bytes of shared memory, whose descriptor comes separately
-        storage = torch.UntypedStorage._new_shared_fd_cpu(reduction.recv_handle(pipe), shared[0])
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
-    storage = torch.UntypedStorage._new_shared_cuda(*shared)
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _register(engine: Engine, pipe: Connection, region: int, device: str, given: Any) -> Any:
+    """Host memory is shared by its descriptor, which comes separately; on a GPU it must belong to this process."""
+    if device == "cpu":
+        storage = torch.UntypedStorage._new_shared_fd_cpu(reduction.recv_handle(pipe), given)
+        engine.register(region, torch.empty(0, dtype=torch.uint8).set_(storage))
+        return None
+    memory = torch.from_numpy(given).to(device)
+    torch.cuda.synchronize(device)
+    engine.register(region, memory)
+    return memory.untyped_storage()._share_cuda_()
 
 
 class Side:
@@ -76,13 +80,15 @@ class Side:
     close = partialmethod(_call, "close")
 
     def register(self, region: int, memory: Tensor) -> None:
-        """As `Engine.register`; `memory` moves into shared memory first."""
-        storage = memory.untyped_storage()
+        """As `Engine.register`; `memory` becomes memory of both processes."""
         if memory.is_cuda:
-            self._call("register", region, *storage._share_cuda_())
+            plain = memory.view(-1).view(torch.uint8).cpu().numpy()
+            storage = torch.UntypedStorage._new_shared_cuda(*self._call("register", region, str(memory.device), plain))
+            flat = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(storage)[: memory.nbytes]
+            memory.set_(flat.view(memory.dtype).view(memory.shape))
             return
-        handle, size = storage._share_fd_cpu_()
-        self._pipe.send(("register", (region, size)))
+        handle, size = memory.untyped_storage()._share_fd_cpu_()
+        self._pipe.send(("register", (region, "cpu", size)))
         reduction.send_handle(self._pipe, handle, self.process.pid)
         self._reply()
 

@@ -247,8 +247,15 @@ def test_long_runs_are_cut_and_calls_are_bounded() -> None:
 
 
 def test_an_engine_that_is_not_known_is_refused_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"--disaggregation-transfer-backend warp: .* Choose one of local, mooncake"):
+    with pytest.raises(
+        ConfigError, match=r"--disaggregation-transfer-backend warp: .* Choose one of local, cuda_ipc, mooncake"
+    ):
         make_engine("warp")
+
+
+def test_memory_of_a_device_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"regions on meta.*Use cuda_ipc"):
+        HostMover().export({0: torch.zeros(8, dtype=torch.uint8, device="meta")})
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

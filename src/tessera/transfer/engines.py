@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tessera.core.errors import ConfigError, Conflict
 from tessera.transfer.base import Engine
+from tessera.transfer.cuda_ipc import CudaIpcMover
 from tessera.transfer.host import HostMover
 from tessera.transfer.mooncake import MooncakeMover
 from tessera.transfer.mover import Mover
@@ -15,6 +16,7 @@ from tessera.transfer.pull import PullEngine
 # By kind: from the host and the network devices.
 MOVERS: dict[str, Callable[[str, str | None], Mover]] = {
     "local": lambda host, devices: HostMover(),
+    "cuda_ipc": lambda host, devices: CudaIpcMover(),
     "mooncake": MooncakeMover,
     "nixl": NixlMover,
 }

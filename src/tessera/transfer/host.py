@@ -16,7 +16,7 @@ import threading
 import msgspec
 import numpy as np
 
-from tessera.core.errors import PeerError
+from tessera.core.errors import ConfigError, Conflict, PeerError
 from tessera.transfer.base import Runs
 from tessera.transfer.mover import Regions, addressed, calls, starts
 
@@ -50,16 +50,25 @@ class HostMover:
 
     def export(self, regions: Regions) -> bytes:
         """See `Mover.export`."""
+        _check(regions)
         _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)  # fails where there is no Yama, and nothing is needed
         proof = self._nonce.ctypes.data
         return msgspec.msgpack.encode(Exported(os.getpid(), starts(regions), proof, self._nonce.tobytes()))
 
     def open(self, exported: bytes, own: Regions) -> HostSource:
         """See `Mover.open`."""
+        _check(own)
         return HostSource(msgspec.msgpack.decode(exported, type=Exported), own)
 
     def close(self) -> None:
         """Nothing was set up."""
+
+
+def _check(regions: Regions) -> None:
+    if devices := sorted({str(memory.device) for memory in regions.values() if memory.device.type != "cpu"}):
+        flag = "--disaggregation-transfer-backend local"
+        reason = f"there are regions on {', '.join(devices)}, and it copies memory of the host"
+        raise ConfigError([Conflict((flag,), reason, "Use cuda_ipc between GPUs of one host.")])
 
 
 class HostSource:
