@@ -22,7 +22,7 @@ from tiny import all_free, resolved, tiny_model
 MODEL = tiny_model("hybrid")
 LONG = SamplingParams(temperature=0.0, max_new_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
-WAIT_S = 20.0
+WAIT_S = 60.0  # on a device the first step compiles kernels
 
 
 class Engine:
