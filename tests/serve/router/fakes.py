@@ -50,6 +50,7 @@ class Fake:
         self.others: list[tuple[str, str]] = []
         self.status, self.health, self.mode = 200, 200, None
         self.hang = False  # never answer
+        self.die = False  # go away at the next request
         self.break_after: int | None = None  # chunks, then the connection breaks
         self.gap = 0.0  # seconds between chunks
         self.lag = 0.0  # seconds until it answers, once the other has come
@@ -112,6 +113,12 @@ class Fake:
         body = await request.json()
         self.peers.append((request.client.host, request.client.port) if request.client else ("", 0))
         self.seen.append((request.url.path, body, dict(request.headers)))
+        if self.die:
+            assert self.listener is not None
+            self.listening.close()
+            for connection in list(self.listener.server_state.connections):
+                connection.transport.abort()  # type: ignore[union-attr]
+            return Response()
         work = asyncio.create_task(self._meet(body))
         gone = asyncio.create_task(self._gone(request))
         try:

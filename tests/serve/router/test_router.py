@@ -12,6 +12,7 @@ import pytest
 
 from serve.router.fakes import PATHS, World, until, world
 from serve.support import in_loop, refusal
+from tessera.serve.router.connections import Connections
 
 PROMPTS = {"/generate": {"text": "hi"}, "/v1/completions": {"prompt": "hi"}, "/v1/chat/completions": {"messages": []}}
 
@@ -316,3 +317,45 @@ async def test_a_storm_of_leaving_clients_and_replaced_servers_leaves_nothing() 
         await until(lambda: not made.router.aborts._running)
         await made.up()
         assert (await made.http.post("/generate", json={"text": "after"})).status_code == 200
+
+
+@in_loop
+async def test_a_connection_that_the_server_closed_meanwhile_costs_nothing() -> None:
+    closing: list[asyncio.StreamWriter] = []
+    answered = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal answered
+        closing.append(writer)
+        for _ in range(1 + (len(closing) > 1)):  # the first connection serves one request, and breaks on the next
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            answered += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    where = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    connections = Connections(5.0)
+    for _ in range(2):
+        answer = await connections.send(where, "/generate", b"{}", {})
+        assert [chunk async for chunk in answer.chunks()] == [b"ok"]
+        await answer.close()
+    assert (answered, len(closing)) == (2, 2)
+    await connections.close()
+    server.close()
+
+
+@in_loop
+async def test_a_request_that_a_server_died_of_is_given_to_no_other() -> None:
+    async with world(worker=2, interval=60) as made:
+        for _ in range(4):
+            await made.http.post("/generate", json={"text": "x"})
+        await until(made.idle)
+        for fake in made.fakes:
+            fake.die = True
+        refusal(await made.http.post("/generate", json={"text": "deadly"}), 502)
+        assert [len(fake.seen) for fake in made.fakes].count(3) == 1

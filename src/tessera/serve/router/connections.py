@@ -7,13 +7,16 @@ connection is a transport of its own here, and the free ones of a server lie on 
 from __future__ import annotations
 
 import ssl
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 
 import httpx
 
 MOST_FREE = 512  # of a server; more are closed
-KEEP_SECONDS = 15.0  # that a free one is used again; servers close theirs after a while
+KEEP_SECONDS = 3.0  # that a free one is used again: many servers close theirs after 5 (uvicorn's default)
+STALE_SECONDS = 1.0  # within which a request learns that its connection had been closed meanwhile
+STALE = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 CONNECT_SECONDS = 5.0
 
 
@@ -27,8 +30,6 @@ class Connections:
 
     async def send(self, server: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """POSTs to a server, named by its URL; returns once the head of the answer is there. Raises httpx.HTTPError."""
-        free = self._free[server]
-        transport = free.pop() if free else self._make(server)
         request = httpx.Request(
             "POST",
             server + path,
@@ -36,12 +37,27 @@ class Connections:
             headers={"accept-encoding": "identity", **headers},  # bytes are passed on as they come
             extensions={"timeout": self._timeout},
         )
+        free, began = self._free[server], time.monotonic()
+        if not free:
+            return await self._try(self._make(server), request, free)
         try:
-            response = await transport.handle_async_request(request)
+            return await self._try(free.pop(), request, free)
+        except STALE as error:
+            if time.monotonic() - began > STALE_SECONDS:
+                raise
+            try:
+                return await self._try(self._make(server), request, free)
+            except httpx.ConnectError:
+                raise error from None  # it may have had the request, and have died of it: nobody else shall
+
+    async def _try(
+        self, transport: httpx.AsyncHTTPTransport, request: httpx.Request, free: list[httpx.AsyncHTTPTransport]
+    ) -> Answer:
+        try:
+            return Answer(await transport.handle_async_request(request), transport, free)
         except BaseException:
             await transport.aclose()
             raise
-        return Answer(response, transport, free)
 
     def _make(self, server: str) -> httpx.AsyncHTTPTransport:
         if server.startswith("https:") and self._tls is None:

@@ -26,7 +26,7 @@ class Meeting:
     """Where a prefill server meets decode servers. `host`: an IPv6 address comes in brackets. `dp`: its ranks."""
 
     host: str
-    port: int | None
+    port: int
     dp: int = 1
 
 

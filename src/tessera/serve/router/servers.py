@@ -15,6 +15,7 @@ from tessera.serve.router.policy import Policy, Prompt
 from tessera.serve.router.rooms import Meeting
 
 Role = Literal["prefill", "decode", "worker"]
+BOOTSTRAP_PORT = 8998  # where nobody names another, here and in SGLang
 Outcome = Literal["ok", "refused", "failed", "timeout", "cancelled"]
 
 
@@ -67,7 +68,7 @@ class Server:
 
     def meeting(self) -> Meeting:
         """Where decode servers meet it."""
-        port = self.address.bootstrap_port or bootstrap_port_of(self.info)
+        port = self.address.bootstrap_port or bootstrap_port_of(self.info) or BOOTSTRAP_PORT
         return Meeting(self.address.host, port, len(self.ranks))
 
     def show_standing(self) -> None:
