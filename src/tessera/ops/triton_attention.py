@@ -44,11 +44,11 @@ def _tile(
     else:
         k = tl.load(k_base + at)
         v = tl.load(v_base + at)
-    scores = dot(q, tl.trans(k.to(q.dtype)), None) * scale
+    scores = dot(q, tl.trans(k.to(q.dtype)), None)
     if MASKED:
         key = n + tl.arange(0, N)
         scores = tl.where((key <= position[:, None]) & (key < end), scores, float("-inf"))
-    weights, shrink, m, total = fold(scores, m, total)
+    weights, shrink, m, total = fold(scores, scale, m, total)
     acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
     return acc, m, total
 

@@ -40,9 +40,9 @@ def _latent_tile(
     inside = (key < end)[:, None]  # what lies behind the end may be NaN, and 0 * NaN is NaN
     latent = tl.load(pool + at + tl.arange(0, R), mask=inside, other=0.0).to(q_latent.dtype)
     rope = tl.load(pool + at + R + tl.arange(0, DR), mask=inside, other=0.0).to(q_latent.dtype)
-    scores = dot(q_rope, tl.trans(rope), dot(q_latent, tl.trans(latent), None)) * scale
+    scores = dot(q_rope, tl.trans(rope), dot(q_latent, tl.trans(latent), None))
     scores = tl.where(key < tl.minimum(limit, end)[:, None], scores, float("-inf"))
-    weights, shrink, m, total = fold(scores, m, total)
+    weights, shrink, m, total = fold(scores, scale, m, total)
     acc = dot(weights.to(latent.dtype), latent, acc * shrink[:, None])
     return acc, m, total
 
@@ -115,10 +115,10 @@ def _own_tile(
         v = tl.load(v_base + at + tl.arange(0, V), mask=inside, other=0.0)
     else:
         k, rope, v = tl.load(k_base + at + tl.arange(0, D)), tl.load(r_base + d), tl.load(v_base + at + tl.arange(0, V))
-    scores = dot(q_rope, tl.trans(rope), dot(q_nope, tl.trans(k), None)) * scale
+    scores = dot(q_rope, tl.trans(rope), dot(q_nope, tl.trans(k), None))
     if MASKED:
         scores = tl.where(key <= i[:, None], scores, float("-inf"))
-    weights, shrink, m, total = fold(scores, m, total)
+    weights, shrink, m, total = fold(scores, scale, m, total)
     return dot(weights.to(v.dtype), v, acc * shrink[:, None]), m, total
 
 

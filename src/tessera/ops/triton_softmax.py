@@ -27,10 +27,11 @@ def token_offsets(table, n, end, page_stride, token_stride, PAGE: tl.constexpr, 
 
 
 @triton.jit
-def fold(scores, m, total):
-    """A tile of scores [M, N], -inf where hidden: its weights, what the sums so far shrink by, the new m and total."""
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    weights = tl.exp2(scores - m_new[:, None])
+def fold(scores, scale, m, total):
+    """A tile of scores [M, N], -inf where hidden, to be multiplied by `scale` > 0 (in one instruction with the
+    difference): its weights, what the sums so far shrink by, the new m and total."""
+    m_new = tl.maximum(m, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     return weights, shrink, m_new, total * shrink + tl.sum(weights, 1)
 
