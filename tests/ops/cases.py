@@ -61,23 +61,27 @@ def paged(case: Case, *middle: int, tokens: Tensor) -> Tensor:
 def for_a_graph(segments: Segments, pages: int, padding: int = 0, longest: int | None = None) -> Segments:
     """The segments as a graph sees them: padded, tables `pages` wide, and nothing of the batch known on the host.
 
-    `padding` ranges of one token on page 0 follow; what lies behind a sequence's pages is garbage. `longest`: the bound
-    of a range's length.
+    `padding` ranges of one token on page 0 follow, then an empty one and two tokens of no range. What lies behind a
+    sequence's pages is garbage. `longest`: the bound of a range's length.
     """
     lengths = np.append(segments.host_lengths, np.ones(padding, np.int32))
     starts = np.append(segments.host_starts, np.zeros(padding, np.int32))
-    tables = np.full((len(lengths), pages), 2**30, np.int32)
+    tables = np.full((len(lengths) + 1, pages), 2**30, np.int32)
     own = segments.page_table.cpu().numpy()
     for row, end in enumerate((segments.host_starts + segments.host_lengths).tolist()):
         needed = -(-end // segments.page_size)
         tables[row, :needed] = own[row, :needed]
     tables[len(own) :, :1] = 0
     slots = np.append(segments.slots.cpu().numpy(), np.zeros(padding, np.int32))
-    made = make_segments(starts, lengths, tables, slots, segments.page_size, segments.device)
-    unknown = np.full_like(lengths, -1)
-    wide = torch.from_numpy(tables).to(segments.device)
-    longest = longest or made.max_length
-    return replace(made, page_table=wide, host_starts=unknown, host_lengths=unknown, max_length=longest, max_end=-1)
+    made = make_segments(starts, lengths, tables[:-1], slots, segments.page_size, segments.device)
+    columns = {name: torch.nn.functional.pad(getattr(made, name), (0, 1)) for name in ("starts", "lengths", "slots")}
+    tokens = ("positions", "rows", "write_page", "write_offset")
+    columns |= {name: torch.nn.functional.pad(getattr(made, name), (0, 2)) for name in tokens}
+    columns["cu_lengths"] = torch.cat((made.cu_lengths, made.cu_lengths[-1:]))
+    columns["page_table"] = torch.from_numpy(tables).to(segments.device)
+    none = np.zeros(0, np.int32)
+    bounds = {"max_length": longest or made.max_length, "max_end": pages * segments.page_size}
+    return replace(made, **columns, **bounds, host_starts=none, host_lengths=none, _made={})
 
 
 def ends(case: Case) -> list[int]:

@@ -212,7 +212,7 @@ def mla_expanded(
 
 
 def _is_whole(segments: Segments) -> bool:
-    """Whether all ranges are known to be long and to begin at 0."""
+    """Whether all ranges are known to be long and to begin at 0. In a graph they may be so today and not tomorrow."""
     return segments.known and not segments.host_starts.any() and bool((segments.host_lengths > SHORT).all())
 
 
