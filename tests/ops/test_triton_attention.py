@@ -17,7 +17,7 @@ from tessera.ops.triton_attention import SHORT, paged_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [(0, 30), (33, 20), (7, SHORT), (7, SHORT + 1), (0, 1), (40, 1), (15, 1), (16, 1), (61, 3)]
 RANGES = {"mixed": MIXED, "decodes": [(n, 1) for n in (0, 15, 16, 100)], "verify": [(0, 4), (61, 3), (20, 1)]}
-HEADS = [(4, 2, 16), (3, 1, 32), (2, 2, 64)]
+HEADS = [(4, 2, 16), (3, 1, 24), (2, 2, 64), (2, 1, 8)]
 SCALE = 0.3
 
 
@@ -33,7 +33,7 @@ def _expected(q, pool, segments: Segments, scale: float = SCALE):
     return paged_attention_reference(q.double(), pool.double(), segments, scale)
 
 
-@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("page_size", [5, 16, 64])
 @pytest.mark.parametrize("ranges", RANGES)
@@ -99,12 +99,6 @@ def test_a_range_is_computed_alike_in_any_company(length):
     together = paged_attention(q, pool, segments, SCALE, splits=3)
     alone = paged_attention(q[:length], pool, segments.part(0, 1), SCALE, splits=3)
     assert torch.equal(together[:length], alone)
-
-
-def test_refuses_a_head_dim_that_is_no_power_of_two():
-    segments, q, pool = _inputs([(0, 3)], 16, (2, 2, 24), torch.float32)
-    with pytest.raises(AssertionError, match="not 24"):
-        paged_attention(q, pool, segments, SCALE)
 
 
 REAL = [(32, 8, 128), (16, 2, 256), (16, 16, 64), (64, 4, 128)]

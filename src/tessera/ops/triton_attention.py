@@ -16,7 +16,17 @@ from torch import Tensor
 
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, dot
-from tessera.ops.triton_softmax import NEVER, fold, launch_combine, normalised, split_size, token_offsets
+from tessera.ops.triton_softmax import (
+    NEVER,
+    fold,
+    launch_combine,
+    load_rows,
+    normalised,
+    padded,
+    split_size,
+    store_rows,
+    token_offsets,
+)
 from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
 
 SHORT = (
@@ -33,20 +43,14 @@ WIDE = Tile(16, 32, 4, 2)  # fp32, on the plain units
 @triton.jit
 def _tile(
     q, acc, m, total, k_base, v_base, table, n, end, position, scale, page_stride, token_stride,
-    MASKED: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The sums of M rows after the keys n .. n + N - 1."""
-    at = token_offsets(table, n, end, page_stride, token_stride, PAGE, N)[:, None] + tl.arange(0, D)
-    if MASKED:
-        inside = (n + tl.arange(0, N) < end)[:, None]
-        k = tl.load(k_base + at, mask=inside, other=0.0)
-        v = tl.load(v_base + at, mask=inside, other=0.0)  # what lies behind the end may be NaN, and 0 * NaN is NaN
-    else:
-        k = tl.load(k_base + at)
-        v = tl.load(v_base + at)
+    at, key = token_offsets(table, n, end, page_stride, token_stride, PAGE, N), n + tl.arange(0, N)
+    k = load_rows(k_base, at, key < end, D, DP, MASKED)  # what lies behind the end may be NaN,
+    v = load_rows(v_base, at, key < end, D, DP, MASKED)  # and 0 * NaN is NaN
     scores = dot(q, tl.trans(k.to(q.dtype)), None)
     if MASKED:
-        key = n + tl.arange(0, N)
         scores = tl.where((key <= position[:, None]) & (key < end), scores, float("-inf"))
     weights, shrink, m, total = fold(scores, scale, m, total)
     acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
@@ -57,7 +61,7 @@ def _tile(
 def _decode(
     q, pool, out, partial, lse, cu_lengths, starts, lengths, page_table, scale, kv_scale,
     q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
-    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr,
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (segment, key head, split and block of rows) of ranges of up to SHORT tokens."""
@@ -73,32 +77,31 @@ def _decode(
         return
     row = block * M + tl.arange(0, M)
     i, h = row // G, head * G + row % G
-    live, dims = (i < length)[:, None], tl.arange(0, D)
-    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
-    x = tl.load(q + (token * q_token + h * q_head)[:, None] + dims, mask=live, other=0.0)
+    live, token = i < length, (tl.load(cu_lengths + s) + i).to(tl.int64)
+    x = load_rows(q, token * q_token + h * q_head, live, D, DP, True)
     k_base = pool + head * head_stride
     v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
-    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
     for n in range(first, tl.minimum(first + size, end), N):
         acc, m, total = _tile(
             x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
-            True, D, PAGE, N,
+            True, D, DP, PAGE, N,
         )  # fmt: skip
     acc, sums = normalised(acc, m, total)
     acc *= kv_scale
     if SPLITS == 1:
-        tl.store(out + (token * out_token + h * out_head)[:, None] + dims, acc.to(out.dtype.element_ty), mask=live)
+        store_rows(out, token * out_token + h * out_head, acc, live, D, DP)
     else:
         at = (((s * Q + i) * (tl.num_programs(1) * G) + h) * SPLITS + split).to(tl.int64)
-        tl.store(partial + at[:, None] * D + dims, acc, mask=live)
-        tl.store(lse + at, sums, mask=i < length)
+        store_rows(partial, at * D, acc, live, D, DP)
+        tl.store(lse + at, sums, mask=live)
 
 
 @triton.jit
 def _prefill(
     q, pool, out, tiles, cu_lengths, starts, lengths, page_table, scale, kv_scale,
     q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
-    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (key head, tile) of the longer ranges; `tiles` [number, 2]: segment (-1: none) and block of each tile."""
     head, tile = tl.program_id(0), tl.program_id(1)
@@ -109,45 +112,43 @@ def _prefill(
     start, length = tl.load(starts + s), tl.load(lengths + s)
     row = block * M + tl.arange(0, M)
     i, h = row // G, head * G + row % G
-    live, dims = (i < length)[:, None], tl.arange(0, D)
-    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
-    x = tl.load(q + (token * q_token + h * q_head)[:, None] + dims, mask=live, other=0.0)
+    live, token = i < length, (tl.load(cu_lengths + s) + i).to(tl.int64)
+    x = load_rows(q, token * q_token + h * q_head, live, D, DP, True)
     k_base = pool + head * head_stride
     v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
-    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
     seen_by_all = (start + block * M // G + 1) // N * N
     end = start + tl.minimum(length, (block * M + M - 1) // G + 1)
     for n in range(0, seen_by_all, N):
         acc, m, total = _tile(
             x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
-            False, D, PAGE, N,
+            False, D, DP, PAGE, N,
         )  # fmt: skip
     for n in range(seen_by_all, end, N):
         acc, m, total = _tile(
             x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
-            True, D, PAGE, N,
+            True, D, DP, PAGE, N,
         )  # fmt: skip
     acc, _ = normalised(acc, m, total)
     acc *= kv_scale
-    tl.store(out + (token * out_token + h * out_head)[:, None] + dims, acc.to(out.dtype.element_ty), mask=live)
+    store_rows(out, token * out_token + h * out_head, acc, live, D, DP)
 
 
 def paged_attention(
     q: Tensor, pool: Tensor, segments: Segments, scale: float, kv_scale: float = 1.0, *,
     decode: Tile | None = None, prefill: Tile | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `paged_attention_reference`. D is a power of two from 16 to 256; only the last dims must be dense.
+    """See `paged_attention_reference`. Only the last dims must be dense; D is best a power of two.
 
     The pool has q's dtype, or is fp8_e4m3 with values that are to be multiplied by `kv_scale`. `decode`, `prefill` and
     `splits` override what the tables say.
     """
     (num_tokens, num_q, dim), num_kv = q.shape, pool.shape[2]
-    assert dim in (16, 32, 64, 128, 256), f"the Triton kernels want a head dim of 16, 32, 64, 128 or 256, not {dim}"
     assert q.stride(2) == pool.stride(4) == 1, "the elements of a head must be neighbours"
     group, out = num_q // num_kv, q.new_empty(q.shape)
     if num_tokens == 0:
         return out
-    key = (q.element_size(), dim)
+    key = (q.element_size(), padded(dim))
     ranges = (segments.cu_lengths, segments.starts, segments.lengths, segments.page_table)
     strides = (
         q.stride(0),
@@ -158,7 +159,7 @@ def paged_attention(
         segments.page_table.stride(0),
     )
     numbers = (scale * LOG2E.value, kv_scale)
-    shape = {"G": group, "D": dim, "PAGE": segments.page_size}
+    shape = {"G": group, "D": dim, "DP": padded(dim), "PAGE": segments.page_size}
     t = decode or DECODE.get(key, WIDE)
     queries = min(SHORT, segments.max_length)
     blocks = triton.cdiv(queries * group, t.m)

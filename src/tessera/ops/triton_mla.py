@@ -16,7 +16,17 @@ from torch import Tensor
 
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, dot
-from tessera.ops.triton_softmax import NEVER, fold, launch_combine, normalised, split_size, token_offsets
+from tessera.ops.triton_softmax import (
+    NEVER,
+    fold,
+    launch_combine,
+    load_rows,
+    normalised,
+    padded,
+    split_size,
+    store_rows,
+    token_offsets,
+)
 from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
 
 SHORT = 8  # tokens of the longest range that is split; a range's own length decides, whatever the others
@@ -32,14 +42,13 @@ WIDE = Tile(16, 16, 4, 2)  # fp32, on the plain units
 @triton.jit
 def _latent_tile(
     q_latent, q_rope, acc, m, total, pool, table, n, end, limit, scale, page_stride, token_stride,
-    R: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The sums of M rows after the latents n .. n + N - 1; row r sees those below `limit[r]`."""
-    at = token_offsets(table, n, end, page_stride, token_stride, PAGE, N)[:, None]
-    key = n + tl.arange(0, N)
-    inside = (key < end)[:, None]  # what lies behind the end may be NaN, and 0 * NaN is NaN
-    latent = tl.load(pool + at + tl.arange(0, R), mask=inside, other=0.0).to(q_latent.dtype)
-    rope = tl.load(pool + at + R + tl.arange(0, DR), mask=inside, other=0.0).to(q_latent.dtype)
+    at, key = token_offsets(table, n, end, page_stride, token_stride, PAGE, N), n + tl.arange(0, N)
+    inside = key < end  # what lies behind the end may be NaN, and 0 * NaN is NaN
+    latent = load_rows(pool, at, inside, R, RP, True).to(q_latent.dtype)
+    rope = load_rows(pool + R, at, inside, DR, DRP, True).to(q_latent.dtype)
     scores = dot(q_rope, tl.trans(rope), dot(q_latent, tl.trans(latent), None))
     scores = tl.where(key < tl.minimum(limit, end)[:, None], scores, float("-inf"))
     weights, shrink, m, total = fold(scores, scale, m, total)
@@ -51,8 +60,9 @@ def _latent_tile(
 def _absorbed(
     q_latent, q_rope, pool, out, partial, lse, tiles, cu_lengths, starts, lengths, page_table, scale,
     latent_token, latent_head, rope_token, rope_head, out_token, out_head, page_stride, token_stride, table_stride,
-    H: tl.constexpr, R: tl.constexpr, DR: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr,
-    SPLITS: tl.constexpr, TILED: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
+    SHORT: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr, TILED: tl.constexpr, PREFIX: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (segment, block of rows, split) of short ranges, or (tile, 0, 0) of others: PREFIX: what precedes them.
 
@@ -78,43 +88,39 @@ def _absorbed(
     first = split * size
     if first >= start + length:
         return
-    live = (i < length)[:, None]
-    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
-    r, d = tl.arange(0, R), tl.arange(0, DR)
-    x = tl.load(q_latent + (token * latent_token + h * latent_head)[:, None] + r, mask=live, other=0.0)
-    y = tl.load(q_rope + (token * rope_token + h * rope_head)[:, None] + d, mask=live, other=0.0)
+    live, token = i < length, (tl.load(cu_lengths + s) + i).to(tl.int64)
+    x = load_rows(q_latent, token * latent_token + h * latent_head, live, R, RP, True)
+    y = load_rows(q_rope, token * rope_token + h * rope_head, live, DR, DRP, True)
     table = page_table + s.to(tl.int64) * table_stride
-    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, R], tl.float32)
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, RP], tl.float32)
     for n in range(first, tl.minimum(first + size, end), N):
         acc, m, total = _latent_tile(
-            x, y, acc, m, total, pool, table, n, end, limit, scale, page_stride, token_stride, R, DR, PAGE, N
-        )
+            x, y, acc, m, total, pool, table, n, end, limit, scale, page_stride, token_stride,
+            R, RP, DR, DRP, PAGE, N,
+        )  # fmt: skip
     acc, sums = normalised(acc, m, total)
     if SPLITS == 1:
-        tl.store(out + (token * out_token + h * out_head)[:, None] + r, acc.to(out.dtype.element_ty), mask=live)
+        store_rows(out, token * out_token + h * out_head, acc, live, R, RP)
         if PREFIX:
-            tl.store(lse + token * H + h, sums, mask=i < length)
+            tl.store(lse + token * H + h, sums, mask=live)
     else:
         at = (((s * Q + i) * H + h) * SPLITS + split).to(tl.int64)
-        tl.store(partial + at[:, None] * R + r, acc, mask=live)
-        tl.store(lse + at, sums, mask=i < length)
+        store_rows(partial, at * R, acc, live, R, RP)
+        tl.store(lse + at, sums, mask=live)
 
 
 @triton.jit
 def _own_tile(
     q_nope, q_rope, acc, m, total, k_base, v_base, r_base, n, length, i, scale, k_token, r_token,
-    MASKED: tl.constexpr, D: tl.constexpr, DR: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The sums of M rows after the range's own keys n .. n + N - 1."""
     key = n + tl.arange(0, N)
-    at, d = key.to(tl.int64)[:, None] * k_token, key.to(tl.int64)[:, None] * r_token + tl.arange(0, DR)
-    if MASKED:
-        inside = (key < length)[:, None]
-        k = tl.load(k_base + at + tl.arange(0, D), mask=inside, other=0.0)
-        rope = tl.load(r_base + d, mask=inside, other=0.0)
-        v = tl.load(v_base + at + tl.arange(0, V), mask=inside, other=0.0)
-    else:
-        k, rope, v = tl.load(k_base + at + tl.arange(0, D)), tl.load(r_base + d), tl.load(v_base + at + tl.arange(0, V))
+    at = key.to(tl.int64) * k_token
+    k = load_rows(k_base, at, key < length, D, DP, MASKED)
+    rope = load_rows(r_base, key.to(tl.int64) * r_token, key < length, DR, DRP, MASKED)
+    v = load_rows(v_base, at, key < length, V, VP, MASKED)
     scores = dot(q_rope, tl.trans(rope), dot(q_nope, tl.trans(k), None))
     if MASKED:
         scores = tl.where(key <= i[:, None], scores, float("-inf"))
@@ -126,8 +132,8 @@ def _own_tile(
 def _own(
     q_nope, q_rope, expanded, ropes, out, lse, tiles, cu_lengths, lengths, scale,
     nope_token, nope_head, rope_token, rope_head, k_token, r_token,
-    H: tl.constexpr, D: tl.constexpr, DR: tl.constexpr, V: tl.constexpr, PREFIX: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, tile): expanded [T, H, D + V], ropes [T, DR] of the step's tokens; out [T, H, V] dense.
 
@@ -140,33 +146,34 @@ def _own(
     block = tl.load(tiles + 2 * tile + 1)
     length, base = tl.load(lengths + s), tl.load(cu_lengths + s).to(tl.int64)
     i = block * M + tl.arange(0, M)
-    live, token, v = (i < length)[:, None], base + i, tl.arange(0, V)
-    x = tl.load(q_nope + (token * nope_token + h * nope_head)[:, None] + tl.arange(0, D), mask=live, other=0.0)
-    y = tl.load(q_rope + (token * rope_token + h * rope_head)[:, None] + tl.arange(0, DR), mask=live, other=0.0)
+    live, token = i < length, base + i
+    x = load_rows(q_nope, token * nope_token + h * nope_head, live, D, DP, True)
+    y = load_rows(q_rope, token * rope_token + h * rope_head, live, DR, DRP, True)
     k_base, r_base = expanded + base * k_token + h * (D + V), ropes + base * r_token
-    to = out + ((token * H + h) * V)[:, None] + v
-    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, V], tl.float32)
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, VP], tl.float32)
     if PREFIX:
-        sums = tl.load(lse + token * H + h, mask=i < length, other=float("-inf"))
+        sums = tl.load(lse + token * H + h, mask=live, other=float("-inf"))
         m, total = tl.maximum(sums, NEVER), tl.where(sums > NEVER, 1.0, 0.0)
-        acc += tl.load(to, mask=live, other=0.0).to(tl.float32)
+        acc += load_rows(out, (token * H + h) * V, live, V, VP, True).to(tl.float32)
     for n in range(0, (block * M + 1) // N * N, N):
         acc, m, total = _own_tile(
-            x, y, acc, m, total, k_base, k_base + D, r_base, n, length, i, scale, k_token, r_token, False, D, DR, V, N
-        )
+            x, y, acc, m, total, k_base, k_base + D, r_base, n, length, i, scale, k_token, r_token,
+            False, D, DP, DR, DRP, V, VP, N,
+        )  # fmt: skip
     for n in range((block * M + 1) // N * N, tl.minimum(block * M + M, length), N):
         acc, m, total = _own_tile(
-            x, y, acc, m, total, k_base, k_base + D, r_base, n, length, i, scale, k_token, r_token, True, D, DR, V, N
-        )
+            x, y, acc, m, total, k_base, k_base + D, r_base, n, length, i, scale, k_token, r_token,
+            True, D, DP, DR, DRP, V, VP, N,
+        )  # fmt: skip
     acc, _ = normalised(acc, m, total)
-    tl.store(to, acc.to(out.dtype.element_ty), mask=live)
+    store_rows(out, (token * H + h) * V, acc, live, V, VP)
 
 
 def mla_absorbed(
     q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float, *,
     split: Tile | None = None, long: Tile | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `mla_absorbed_reference`. R and Dr are powers of two from 16; only the last dims must be dense.
+    """See `mla_absorbed_reference`. Only the last dims must be dense; R and Dr are best powers of two.
 
     `split`, `long` and `splits` override what the tables say.
     """
@@ -179,14 +186,13 @@ def mla_expanded(
     q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
     own: Tile | None = None, long: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `mla_expanded_reference`. All dims are powers of two from 16; only the last ones must be dense.
+    """See `mla_expanded_reference`. Only the last dims must be dense, best powers of two.
 
     Ranges of up to `SHORT` tokens are absorbed whole. `own` and `long` override what the tables say.
     """
     num_tokens, heads, nope = q_nope.shape
     dim, rank = q_rope.shape[-1], kv_b.shape[-1]
     value = kv_b.shape[1] - nope
-    _check(nope, value, rank, dim)
     out = q_nope.new_empty(num_tokens, heads, value)
     if num_tokens == 0:
         return out
@@ -206,7 +212,8 @@ def mla_expanded(
         _own[(heads, len(tiles))](
             q_nope, q_rope, expanded, cached[:, rank:], out, lse, tiles, segments.cu_lengths, segments.lengths,
             scale * LOG2E.value, *q_nope.stride()[:2], *q_rope.stride()[:2], expanded.stride(0), cached.stride(0),
-            H=heads, D=nope, DR=dim, V=value, PREFIX=not whole, **t.launch,
+            H=heads, D=nope, DP=padded(nope), DR=dim, DRP=padded(dim), V=value, VP=padded(value), PREFIX=not whole,
+            **t.launch,
         )  # fmt: skip
     return out
 
@@ -222,7 +229,6 @@ def _attend(
 ) -> None:  # fmt: skip
     """Writes out [T, H, R]. With `prefix_lse` [T, H], ranges above `SHORT` see only what precedes them."""
     (num_tokens, heads, rank), dim = q_latent.shape, q_rope.shape[-1]
-    _check(rank, dim)
     assert q_latent.stride(2) == q_rope.stride(2) == pool.stride(2) == 1, "a head's elements must be neighbours"
     if num_tokens == 0:
         return
@@ -231,7 +237,7 @@ def _attend(
         *q_latent.stride()[:2], *q_rope.stride()[:2], *out.stride()[:2], *pool.stride()[:2],
         segments.page_table.stride(0),
     )  # fmt: skip
-    shape = {"H": heads, "R": rank, "DR": dim, "PAGE": segments.page_size}
+    shape = {"H": heads, "R": rank, "RP": padded(rank), "DR": dim, "DRP": padded(dim), "PAGE": segments.page_size}
     t = split or SPLIT.get(q_latent.element_size(), WIDE)
     queries = min(SHORT, segments.max_length)
     blocks = triton.cdiv(queries * heads, t.m)
@@ -251,9 +257,3 @@ def _attend(
             q_latent, q_rope, pool, out, None, prefix_lse, tiles, *ranges, scale * LOG2E.value, *strides, **shape,
             SHORT=2**30, Q=1, SPLITS=1, TILED=True, PREFIX=prefix_lse is not None, **t.launch,
         )  # fmt: skip
-
-
-def _check(*dims: int) -> None:
-    for dim in dims:
-        assert dim >= 16, f"the Triton kernels want dims of 16 at least, not {dim}"
-        assert dim == triton.next_power_of_2(dim), f"the Triton kernels want dims that are powers of two, not {dim}"

@@ -27,6 +27,38 @@ def token_offsets(table, n, end, page_stride, token_stride, PAGE: tl.constexpr, 
 
 
 @triton.jit
+def load_rows(base, at, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, DP] from dense rows of D at offsets `at` [rows]; 0 past D and, when MASKED, where not `live` [rows]."""
+    dims = tl.arange(0, DP)
+    where = base + at[:, None] + dims
+    if DP == D:
+        if MASKED:
+            return tl.load(where, mask=live[:, None], other=0.0)
+        else:
+            return tl.load(where)
+    else:
+        inside = (dims < D)[None, :]
+        if MASKED:
+            inside = inside & live[:, None]
+        return tl.load(where, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, at, values, live, D: tl.constexpr, DP: tl.constexpr):
+    """Writes the first D of values [rows, DP] to the live rows at offsets `at` [rows]."""
+    dims = tl.arange(0, DP)
+    inside = live[:, None]
+    if DP != D:
+        inside = inside & (dims < D)[None, :]
+    tl.store(base + at[:, None] + dims, values.to(base.dtype.element_ty), mask=inside)
+
+
+def padded(dim: int) -> int:
+    """A width that a product of tiles can have: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
 def fold(scores, scale, m, total):
     """A tile of scores [M, N], -inf where hidden, to be multiplied by `scale` > 0 (in one instruction with the
     difference): its weights, what the sums so far shrink by, the new m and total."""
@@ -52,7 +84,8 @@ def split_size(end, SPLITS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def combine(
     partial, lse, out, cu_lengths, starts, lengths, out_token, out_head,
-    D: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
     """Program (segment * Q + query, head): joins partial [S * Q, H, SPLITS, D] and lse [S * Q, H, SPLITS] into out."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -63,20 +96,20 @@ def combine(
     end = tl.load(starts + s) + length
     num = tl.cdiv(end, split_size(end, SPLITS, N))
     base = (row * tl.num_programs(1) + head).to(tl.int64) * SPLITS
-    dims = tl.arange(0, D)
-    m, total, acc = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([D], tl.float32)
+    m, total, acc = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
     for first in range(0, num, B):
         split = first + tl.arange(0, B)
         part = tl.load(lse + base + split, mask=split < num, other=float("-inf"))
         m_new = tl.maximum(m, tl.max(part, 0))
         weights = tl.exp2(part - m_new)
-        values = tl.load(partial + (base + split)[:, None] * D + dims, mask=(split < num)[:, None], other=0.0)
+        values = load_rows(partial, (base + split) * D, split < num, D, DP, True)
         shrink = tl.exp2(m - m_new)
         acc = acc * shrink + tl.sum(values * weights[:, None], 0)
         total = total * shrink + tl.sum(weights, 0)
         m = m_new
     token = (tl.load(cu_lengths + s) + i).to(tl.int64)
-    tl.store(out + token * out_token + head * out_head + dims, (acc / total).to(out.dtype.element_ty))
+    dims = tl.arange(0, DP)
+    tl.store(out + token * out_token + head * out_head + dims, (acc / total).to(out.dtype.element_ty), mask=dims < D)
 
 
 def launch_combine(
@@ -85,6 +118,6 @@ def launch_combine(
     """Joins the splits of the ranges of up to `short` tokens into out [T, H, D]; `queries`: rows kept of a segment."""
     combine[(segments.num_segments * queries, out.shape[1])](
         partial, lse, out, segments.cu_lengths, segments.starts, segments.lengths, out.stride(0), out.stride(1),
-        D=out.shape[2], Q=queries, SHORT=short, SPLITS=splits, N=n, B=min(16, triton.next_power_of_2(splits)),
-        num_warps=max(1, out.shape[2] // 64),
+        D=out.shape[2], DP=padded(out.shape[2]), Q=queries, SHORT=short, SPLITS=splits, N=n,
+        B=min(16, triton.next_power_of_2(splits)), num_warps=max(1, padded(out.shape[2]) // 64),
     )  # fmt: skip
