@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from tessera.core.config.ask import Asked
 from tessera.core.config.types import KernelConfig, Notes
-from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec, MoESpec
+from tessera.core.spec import ModelSpec, MoESpec
 
 NAMES = {"torch_native": "torch", "pytorch": "torch"}  # SGLang's names of the same thing
 FOLLOWERS = ("linear_attn_backend", "moe_runner_backend", "sampling_backend")
 ALONE = {"sampling_backend": {"triton": "torch"}}  # what is not there under the attention's name
 CUDA_ONLY = ("triton",)
-HEAD_DIMS = (16, 32, 64, 128, 256)
 RECORDED = {"triton"}  # backends whose launches do not depend on a step's numbers
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
 GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -26,7 +25,7 @@ def kernels_phase(
     if attention == "auto":
         attention, why = "torch", f"the one that this build has on {device}"
         if device == "cuda":
-            misfit = _misfit(spec, dtype)
+            misfit = _misfit(dtype)
             attention = "torch" if misfit else "triton"
             why = f"triton's: {misfit}" if misfit else "our kernels, which run as CUDA graphs"
         notes.decide("attention-backend", attention, why)
@@ -43,7 +42,7 @@ def kernels_phase(
         if asked == "auto" and used[name]:
             notes.decide(name.replace("_", "-"), follows, f"with --attention-backend {attention}")
         chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
-    _devices(values, spec, chosen, device, dtype, notes)
+    _devices(values, chosen, device, dtype, notes)
     attention, delta, moe, sampling = chosen
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
     return KernelConfig(attention, delta, moe, sampling, _graphs(values, run, device, max_running, notes))
@@ -81,9 +80,9 @@ def graph_rows(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def _devices(values: Asked, spec: ModelSpec, chosen: list[str], device: str, dtype: str, notes: Notes) -> None:
+def _devices(values: Asked, chosen: list[str], device: str, dtype: str, notes: Notes) -> None:
     """Refuses kernels that this device, this dtype or this model cannot have."""
-    misfit = _misfit(spec, dtype)
+    misfit = _misfit(dtype)
     for name, found in zip(("attention_backend", *FOLLOWERS), chosen, strict=True):
         flag = f"--{name.replace('_', '-')} {found}"
         if not values.gave(name):
@@ -94,18 +93,9 @@ def _devices(values: Asked, spec: ModelSpec, chosen: list[str], device: str, dty
             notes.refuse((flag, f"--dtype {dtype}"), misfit, "Use torch.")
 
 
-def _misfit(spec: ModelSpec, dtype: str) -> str:
-    """Why Triton's kernels do not run this model; empty when they do."""
-    if dtype == "float64":
-        return "they compute in float32, the model in float64"
-    for mixer in (layer.mixer for layer in spec.layers):
-        if isinstance(mixer, AttentionSpec) and mixer.head_dim not in HEAD_DIMS:
-            return f"they take head dims of {HEAD_DIMS}, not {mixer.head_dim}"
-        if isinstance(mixer, MLASpec):
-            dims = (mixer.latent_dim, mixer.rope.dim, mixer.nope_dim, mixer.value_dim)
-            if any(dim < 16 or dim & (dim - 1) for dim in dims):
-                return f"they take powers of two from 16 on, not latents, ropes, keys and values of {dims}"
-    return ""
+def _misfit(dtype: str) -> str:
+    """Why Triton's kernels do not run a model; empty when they do."""
+    return "they compute in float32, the model in float64" if dtype == "float64" else ""
 
 
 def _quantization(values: Asked, spec: ModelSpec, notes: Notes) -> None:
