@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.cases import assert_close, case, ends, for_a_graph, paged
+from tessera.ops import triton_mla
 from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
-from tessera.ops.triton_mla import SHORT, mla_absorbed, mla_expanded
+from tessera.ops.triton_mla import SHORT, expansion, mla_absorbed, mla_expanded
 from tessera.ops.triton_tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +59,17 @@ def test_dims_that_are_no_powers_of_two(sizes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_dtypes(dtype):
     _assert_plain(*_inputs(MIXED, 16, TINY, dtype))
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 30, 0])
+def test_what_precedes_long_ranges_is_expanded(monkeypatch, most_bytes):
+    """Of some ranges, beside those of which it is not; and not at all where that would take too many bytes."""
+    monkeypatch.setattr(triton_mla, "PAYS", 12)
+    monkeypatch.setattr(triton_mla, "MOST_BYTES", most_bytes)
+    for ranges in ([(33, 20), (7, 9), (0, 1), (5, 30), (0, 11)], [(33, 20), (0, 9)]):
+        inputs = _inputs(ranges, 16, TINY, torch.float32)
+        _assert_plain(*inputs)
+        assert expansion(inputs[0], 1).whole == (len(ranges) == 2 and most_bytes > 0)
 
 
 @settings(max_examples=10)

@@ -1,7 +1,7 @@
 """Norm, rope and cache write of a step's tokens as one kernel each; the plain twins are in `fused.py`.
 
 A program takes one token and a block of heads, in fp32 from the projection to the cache: nothing is rounded between.
-T tokens, H heads, D head dim, R latent rank, Dr rope dim; B heads of a block.
+T tokens, H heads, D head dim, R latent rank, Dr rope dim; B, BQ, BK heads of a block; P, DP, RP: padded widths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from tessera.ops.fused import HeadInputs, LatentInputs
 from tessera.ops.rope import RopeTables
 from tessera.ops.segments import Segments
 
-BLOCK = 8  # heads of a program: with D = 128, eight elements a thread
+BLOCK = 8  # heads of a program at most: with D = 128, eight elements a thread
+ROPE_BLOCK = 16  # of one that only rotates them
 
 
 @triton.jit
@@ -46,60 +47,62 @@ def _weight(norm, at, mask, ZERO_CENTRED: tl.constexpr):
 
 @triton.jit
 def _normed_rotated(
-    x, norm, to, head, cos, sin, position, half, eps, to_head, HEADS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
-    P: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
+    x, norm, to, head, cos, sin, position, eps, to_head,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Heads [B] of x [H, D], normed and their first 2 * half dims rotated, to `to` [H, D] with its own head stride."""
+    """Heads of x [HEADS, D], normed and their first 2 * HALF dims rotated, to `to` with a head stride of its own."""
     live, i = (head < HEADS)[:, None], tl.arange(0, P)
-    first, second = _columns(half, P, INTERLEAVED)
-    inside = live & (i < half)
-    at = head[:, None] * D
+    first, second = _columns(HALF, P, INTERLEAVED)
+    inside, at = live & (i < HALF), head[:, None] * D
     a = tl.load(x + at + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + at + second, mask=inside, other=0.0).to(tl.float32)
-    dims = 2 * half + tl.arange(0, REST)
-    outside = live & (dims < D)
-    rest = tl.load(x + at + dims, mask=outside, other=0.0).to(tl.float32)
+    squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
+    if 2 * HALF < D:  # whole rows, although of some of it only the squares are used: wide loads
+        dims = tl.arange(0, DP)
+        outside = (dims >= 2 * HALF) & (dims < D)
+        rest = tl.load(x + at + dims, mask=live & (dims < D), other=0.0).to(tl.float32)
+        if NORM:
+            squares = tl.sum(rest * rest, 1)
+            rest *= tl.rsqrt(squares / D + eps)[:, None] * _weight(norm, dims, dims < D, ZERO_CENTRED)
+        tl.store(to + head[:, None] * to_head + dims, rest.to(to.dtype.element_ty), mask=live & outside)
     if NORM:
-        squares = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(rest * rest, 1)
         factor = tl.rsqrt(squares / D + eps)[:, None]
-        a *= factor * _weight(norm, first, i < half, ZERO_CENTRED)
-        b *= factor * _weight(norm, second, i < half, ZERO_CENTRED)
-        rest *= factor * _weight(norm, dims, dims < D, ZERO_CENTRED)
-    a, b = _rotated(a, b, cos, sin, position, half, P)
+        a *= factor * _weight(norm, first, i < HALF, ZERO_CENTRED)
+        b *= factor * _weight(norm, second, i < HALF, ZERO_CENTRED)
+    a, b = _rotated(a, b, cos, sin, position, HALF, P)
     at = head[:, None] * to_head
     tl.store(to + at + first, a.to(to.dtype.element_ty), mask=inside)
     tl.store(to + at + second, b.to(to.dtype.element_ty), mask=inside)
-    tl.store(to + at + dims, rest.to(to.dtype.element_ty), mask=outside)
 
 
 @triton.jit
 def _write_heads(
-    y, q_norm, k_norm, q_out, pool, cos, sin, positions, write_page, write_offset, half, eps,
+    y, q_norm, k_norm, q_out, pool, cos, sin, positions, write_page, write_offset, eps,
     q_column, k_column, v_column, y_row, page_stride, plane_stride, head_stride, token_stride,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
-    REST: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
+    HQ: tl.constexpr, HK: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, block of heads): first the blocks of queries, then of keys, then of values."""
+    """Program (token, block of heads): first the blocks of BQ queries, then of BK keys, then of values."""
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + t).to(tl.int64)
     row = y + t * y_row
-    q_blocks: tl.constexpr = (HQ + B - 1) // B
-    k_blocks: tl.constexpr = (HK + B - 1) // B
+    q_blocks: tl.constexpr = (HQ + BQ - 1) // BQ
+    k_blocks: tl.constexpr = (HK + BK - 1) // BK
     if block < q_blocks:
         _normed_rotated(
-            row + q_column, q_norm, q_out + t * HQ * D, block * B + tl.arange(0, B), cos, sin, position, half, eps, D,
-            HQ, D, B, P, REST, INTERLEAVED, NORM, ZERO_CENTRED,
+            row + q_column, q_norm, q_out + t * HQ * D, block * BQ + tl.arange(0, BQ), cos, sin, position, eps, D,
+            HQ, D, DP, HALF, P, INTERLEAVED, NORM, ZERO_CENTRED,
         )  # fmt: skip
         return
     to = pool + tl.load(write_page + t).to(tl.int64) * page_stride + tl.load(write_offset + t) * token_stride
     if block < q_blocks + k_blocks:
-        head = (block - q_blocks) * B + tl.arange(0, B)
         _normed_rotated(
-            row + k_column, k_norm, to, head, cos, sin, position, half, eps, head_stride,
-            HK, D, B, P, REST, INTERLEAVED, NORM, ZERO_CENTRED,
+            row + k_column, k_norm, to, (block - q_blocks) * BK + tl.arange(0, BK), cos, sin, position, eps,
+            head_stride, HK, D, DP, HALF, P, INTERLEAVED, NORM, ZERO_CENTRED,
         )  # fmt: skip
     else:
-        head, dims = (block - q_blocks - k_blocks) * B + tl.arange(0, B), tl.arange(0, DP)
+        head, dims = (block - q_blocks - k_blocks) * BK + tl.arange(0, BK), tl.arange(0, DP)
         live = (head < HK)[:, None] & (dims < D)
         v = tl.load(row + v_column + head[:, None] * D + dims, mask=live, other=0.0)
         tl.store(to + plane_stride + head[:, None] * head_stride + dims, v.to(pool.dtype.element_ty), mask=live)
@@ -157,13 +160,13 @@ def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments)
     if len(y) == 0:
         return q
     assert y.stride(1) == pool.stride(4) == 1, "neighbours in a head must be neighbours in memory"
-    blocks = triton.cdiv(num_q, BLOCK) + 2 * triton.cdiv(num_kv, BLOCK)
-    _write_heads[(len(y), blocks)](
-        y, inputs.q_norm, inputs.k_norm, q, pool, *_rope(inputs.tables, segments), half, inputs.eps,
+    b_q, b_k = (min(BLOCK, triton.next_power_of_2(heads)) for heads in (num_q, num_kv))
+    _write_heads[(len(y), triton.cdiv(num_q, b_q) + 2 * triton.cdiv(num_kv, b_k))](
+        y, inputs.q_norm, inputs.k_norm, q, pool, *_rope(inputs.tables, segments), inputs.eps,
         inputs.q.start, inputs.k.start, inputs.v.start, y.stride(0), *pool.stride()[:4],
-        HQ=num_q, HK=num_kv, D=dim, DP=triton.next_power_of_2(dim), B=BLOCK, P=triton.next_power_of_2(half),
-        REST=triton.next_power_of_2(max(dim - 2 * half, 1)), INTERLEAVED=inputs.interleaved,
-        NORM=inputs.q_norm is not None, ZERO_CENTRED=inputs.zero_centred,
+        HQ=num_q, HK=num_kv, BQ=b_q, BK=b_k, D=dim, DP=triton.next_power_of_2(dim), HALF=half,
+        P=triton.next_power_of_2(half), INTERLEAVED=inputs.interleaved, NORM=inputs.q_norm is not None,
+        ZERO_CENTRED=inputs.zero_centred,
     )  # fmt: skip
     return q
 
@@ -175,9 +178,10 @@ def write_latents(y: Tensor, q: Tensor, inputs: LatentInputs, pool: Tensor, segm
     if len(y) == 0:
         return q_rope
     assert y.stride(1) == q.stride(2) == pool.stride(2) == 1, "neighbours in a head must be neighbours in memory"
-    _write_latents[(len(y), 1 + triton.cdiv(num_heads, BLOCK))](
+    b = min(ROPE_BLOCK, triton.next_power_of_2(num_heads))
+    _write_latents[(len(y), 1 + triton.cdiv(num_heads, b))](
         y, q[..., q.shape[-1] - dim :], inputs.norm, q_rope, pool, *_rope(inputs.tables, segments), dim // 2,
-        inputs.eps, inputs.kv.start, y.stride(0), *q.stride()[:2], *pool.stride()[:2], H=num_heads, R=rank, B=BLOCK,
+        inputs.eps, inputs.kv.start, y.stride(0), *q.stride()[:2], *pool.stride()[:2], H=num_heads, R=rank, B=b,
         P=triton.next_power_of_2(dim // 2), RP=triton.next_power_of_2(rank), INTERLEAVED=inputs.interleaved,
     )  # fmt: skip
     return q_rope

@@ -22,7 +22,12 @@ def token_offsets(table, n, end, page_stride, token_stride, PAGE: tl.constexpr, 
         return page * page_stride + (n % PAGE + tl.arange(0, N)) * token_stride
     else:
         token = n + tl.arange(0, N)
-        page = tl.load(table + token // PAGE, mask=token < end, other=0).to(tl.int64)
+        if N == 2 * PAGE:  # n is a multiple of N
+            page = tl.load(table + n // PAGE)
+            page = tl.where(token < n + PAGE, page, tl.load(table + n // PAGE + 1, mask=n + PAGE < end, other=0))
+            page = page.to(tl.int64)
+        else:
+            page = tl.load(table + token // PAGE, mask=token < end, other=0).to(tl.int64)
         return page * page_stride + (token % PAGE) * token_stride
 
 
