@@ -166,3 +166,13 @@ def test_the_command_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert (code, "worker: --pp-size 2: not built yet" in err) == (2, True)
     code, _, err = run(capsys, "up", str(tmp_path / "none.yaml"))
     assert (code, "it cannot be read" in err) == (2, True)
+    for more, text in (
+        (["--json"], "--json with no --plan: only a plan is printed as JSON"),
+        (["--job-dir", "x"], "--job-dir x: only --on slurm writes a job file"),
+        (
+            ["--plan", "--set", "*.device=cuda", "--set", "resources.gpu_type=abacus"],
+            "gpu_type abacus: it is not known",
+        ),
+    ):
+        code, _, err = run(capsys, "up", str(tmp_path / "r.yaml"), *more)
+        assert (code, text in err) == (2, True), err

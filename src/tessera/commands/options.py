@@ -197,7 +197,7 @@ def _up(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="With --plan: print JSON.")
     add("--on", choices=PLACES, default="here", help="here: processes of this host. ray: a Ray cluster. slurm: write "
         "a job file, and start nothing. Default: here.")  # fmt: skip
-    add("--job-dir", type=Path, default=Path("job"), help="Folder for --on slurm. Default: job.")
+    add("--job-dir", type=Path, help="Folder for --on slurm. Default: job.")
     add("--host", help="Address that the router listens on. Default: the recipe's, else 127.0.0.1.")
     add("--port", type=_at_least(0), help="Port of the router. Default: the recipe's, else 30000; 0: any free one.")
     add("--on-failure", choices=ENDINGS, default="exit", help="What follows when a worker ends by itself: all end "

@@ -7,6 +7,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -28,6 +29,7 @@ from tessera.serve.up import Supervisor
 
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Brings it up. With `--plan`: 0 when every worker can run, else 2."""
+    _together(options)
     device = [f"*.device={options.device}"] if options.device else []
     recipe = changed(load_recipe(options.recipe), [*device, *options.changes])
     if options.plan:
@@ -35,7 +37,7 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     router = {"host": options.host, "port": options.port}
     if options.on == "slurm":
         slurm = import_module("tessera.serve.on_slurm")
-        for path in slurm.write_job(recipe, router, options.job_dir):
+        for path in slurm.write_job(recipe, router, options.job_dir or Path("job")):
             say(f"wrote {path}")
         return 0
     if options.on == "ray":
@@ -49,6 +51,18 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     devices = numbered(gpus) if seen is None else tuple(seen.split(","))[:gpus]
     site = Site(host=lambda node: "127.0.0.1", port=free_port, gpus=devices)
     return _up(deploy(recipe, site, router), Here(environ), options)
+
+
+def _together(options: Namespace) -> None:
+    """Options that mean nothing without others are refused, not passed over."""
+    wrong = []
+    if options.json and not options.plan:
+        wrong.append(Conflict(("--json", "no --plan"), "only a plan is printed as JSON", "Add --plan."))
+    if options.job_dir is not None and (options.on != "slurm" or options.plan):
+        reason = "only --on slurm writes a job file"
+        wrong.append(Conflict((f"--job-dir {options.job_dir}",), reason, "Add --on slurm, or leave it out."))
+    if wrong:
+        raise ConfigError(wrong)
 
 
 def _on_ray() -> Any:
