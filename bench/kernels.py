@@ -1,4 +1,4 @@
-"""Times our kernels on a CUDA device against its limits: `bench/kernels.py attention|delta|moe [--sweep] [--json]`.
+"""Times our kernels on a CUDA device against its limits: `bench/kernels.py GROUP [--sweep] [--json]`.
 
 A case says how many bytes must move and how many operations must be done; the device's own copy and matrix product,
 measured first, say how long that takes at best. Each case is checked against its plain twin, then captured in a CUDA
@@ -25,7 +25,7 @@ import torch
 import triton
 from kernel_case import Case
 
-GROUPS = {"attention": "kernels_attention", "delta": "kernels_delta", "moe": "kernels_moe"}
+GROUPS = {name: f"kernels_{name}" for name in ("attention", "delta", "fp8", "moe")}
 TOLERANCE = 1e-2
 REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
 

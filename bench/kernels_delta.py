@@ -76,8 +76,8 @@ def _delta(lengths: list[int], dtype: torch.dtype, name: str) -> Case:
 
     def check(made: tuple[Any, ...], _: Tensor) -> float:
         y, conv, state, segments = made
-        copies = conv.clone(), state.clone()
-        expected = PLAIN(y, inputs, *copies, segments, form)
+        copies = tuple(kept.to(torch.float32, copy=True) for kept in (conv, state))
+        expected = PLAIN(y.float(), inputs, *copies, segments, form)
         return max(distance(run(made), expected), distance(state[1:], copies[1][1:]))
 
     size = torch.empty(0, dtype=dtype).element_size()

@@ -61,7 +61,7 @@ def tiles_of(num_rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
 
 
 @triton.jit
-def _block(blocks_ptr, num_blocks, num_columns, GROUP: tl.constexpr):
+def work_of(blocks_ptr, num_blocks, num_columns, GROUP: tl.constexpr):
     """(expert, first row, end, tile of columns) of this program."""
     pid = tl.program_id(0)
     first = pid // (GROUP * num_columns) * GROUP
@@ -88,7 +88,7 @@ def _gate_up(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h [R, I] = silu(x w1) * (x w3), w [E, 2I, H]: a program computes N columns of both and their product."""
-    expert, first, end, tile = _block(blocks_ptr, num_blocks, num_columns, GROUP)
+    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
     if expert < 0:
         return
     at = first + tl.arange(0, M)
@@ -115,7 +115,7 @@ def _down(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [R, H] = h w2, w [E, H, I]."""
-    expert, first, end, tile = _block(blocks_ptr, num_blocks, num_columns, GROUP)
+    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
     if expert < 0:
         return
     at = first + tl.arange(0, M)
@@ -175,7 +175,7 @@ def _launch(w: Tensor, tile: Tile) -> dict[str, object]:
 
 def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
     """See `moe.experts_reference`: sort, two grouped products, sum."""
-    (num_tokens, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
+    (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     by_expert = sort_rows(ids, num_experts, tiles.up.m)
     rows, blocks, num_blocks = by_expert.rows, by_expert.blocks, len(by_expert.blocks)
@@ -187,7 +187,13 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     )
     columns = triton.cdiv(hidden, tiles.down.n)
     _down[num_blocks * columns,](h_ptr=h, y_ptr=y, num_columns=columns, **sizes, **_launch(w2, tiles.down))
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return combine(y, ids, weights)
+
+
+def combine(y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """[T, H]: the rows y [T * k, H] of a token times their weights [T, k], added up; those of id -1 are not read."""
+    (num_tokens, top_k), hidden = ids.shape, y.shape[1]
+    out = y.new_empty(num_tokens, hidden)
     width = min(triton.next_power_of_2(hidden), 1024)
     _combine[num_tokens, triton.cdiv(hidden, width)](
         y, ids, weights, out, HIDDEN=hidden, TOP_K=top_k, N=width, num_warps=4

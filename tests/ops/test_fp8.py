@@ -1,0 +1,114 @@
+"""Products in fp8: the scheme against wide products, the kernels against the plain twins. Outputs are poisoned.
+
+Products get inputs that are exact in fp8: Triton's interpreter (no CUDA device) cuts a number off where it makes an fp8
+one of it, where the device rounds. Between the experts' products it therefore loses twice as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ops.cases import TOLERANCE
+from tessera.ops import fp8, triton_fp8
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What is made without values holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _weight(*shape: int, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    values = (torch.randn(*shape, device=DEVICE) * 50).to(torch.float8_e4m3fn)
+    scaled = [-(-size // step) for size, step in zip(shape[-2:], block, strict=True)]
+    return values, (torch.rand(*shape[:-2], *scaled, device=DEVICE) + 0.5) / 50 * shape[-1] ** -0.5
+
+
+def _exact(*shape: int) -> torch.Tensor:
+    """Small whole numbers, with one 7 in every group: scales are powers of two times 7 / 448."""
+    x = torch.randint(-3, 4, shape, device=DEVICE).float()
+    x[:, ::16] = 7
+    return x
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    assert found.dtype == expected.dtype
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert difference <= limit, f"{difference:.3g} of the largest apart"
+
+
+def test_quantizing_keeps_three_bits_of_every_number() -> None:
+    x = torch.randn(5, 300) * torch.logspace(-3, 3, 5)[:, None]
+    x[0, :128] = 0
+    values, scales = fp8.quantize(x)
+    assert (values.dtype, scales.shape) == (torch.float8_e4m3fn, (5, 3))
+    largest = torch.nn.functional.pad(x, (0, 84)).unflatten(1, (3, 128)).abs().amax(-1)
+    again = fp8.requantized(x)
+    step = (largest / 448 * 2**-9).repeat_interleave(128, 1)[:, :300]  # the smallest number, where few bits are left
+    assert ((again - x).abs() <= torch.maximum(x.abs() / 16, step) + 1e-12).all()
+
+
+def test_the_scheme_is_near_the_wide_product() -> None:
+    x, (weight, scales) = torch.randn(4, 256), _weight(96, 256, block=(32, 128))
+    wide = x.to(DEVICE) @ fp8.dequantize(weight, scales, (32, 128)).T
+    _close(fp8.linear_reference(x.to(DEVICE), weight, scales, (32, 128)), wide, 0.05)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("columns", [128, 200])
+def test_quantize_kernel(columns: int) -> None:
+    x = _exact(3, columns + 8)[:, :columns]  # rows with gaps between them
+    x[1] = 0
+    for found, expected in zip(triton_fp8.quantize(x), fp8.quantize(x), strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
+    x, (weight, scales) = _exact(num_tokens, 192), _weight(80, 192, block=block)
+    found = triton_fp8.linear(x, weight, scales, block)
+    assert found.shape == (num_tokens, 80)
+    if num_tokens:
+        _close(found, fp8.linear_reference(x, weight, scales, block), 1e-5)
+
+
+def _experts(num: int, hidden: int, inner: int, block: tuple[int, int]) -> list[torch.Tensor]:
+    return [*_weight(num, 2 * inner, hidden, block=block), *_weight(num, hidden, inner, block=block)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
+def test_experts_kernel(block: tuple[int, int]) -> None:
+    inner, x = 128 if block[0] == 128 else 96, _exact(9, 192)
+    experts = _experts(5, 192, inner, block)
+    ids, weights = torch.rand(9, 5).topk(3, -1).indices.to(DEVICE), torch.rand(9, 3, device=DEVICE)
+    ids[ids == 2] = -1
+    for scales in (experts[1], experts[3]):
+        scales[2] = float("nan")
+    experts[1][2] = float("nan")
+    found = triton_fp8.experts(x, *experts, ids, weights, block)
+    kept = [w.nan_to_num() if w.dtype == torch.float32 else w for w in experts]
+    _close(found, fp8.experts_reference(x, *kept, ids, weights, block), 1e-5 if DEVICE == "cuda" else 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 500, 4096])
+def test_real_sizes(num_tokens: int) -> None:
+    x, (weight, scales) = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16(), _weight(4096, 2048, block=(128, 128))
+    limit = TOLERANCE[torch.bfloat16]
+    _close(triton_fp8.linear(x, weight, scales), fp8.linear_reference(x, weight, scales), limit)
+    experts = _experts(32, 2048, 512, (128, 128))
+    ids = torch.rand(num_tokens, 32, device=DEVICE).topk(6, -1).indices
+    weights = torch.rand(num_tokens, 6, device=DEVICE)
+    found = triton_fp8.experts(x, *experts, ids, weights)
+    _close(found, fp8.experts_reference(x, *experts, ids, weights), limit)
