@@ -149,3 +149,39 @@ def test_keys_that_all_look_alike():
     expected = definition(y.double(), inputs, *(s.double() for s in states), here.segments, "chunked")
     states = (s.to(DEVICE) for s in states)
     _close(triton_delta.delta_net(y.to(DEVICE), _on(inputs, DEVICE), *states, c.segments, "chunked"), expected, y.dtype)
+
+
+@pytest.mark.gpu
+def test_replayed_for_other_ranges():
+    """A graph recorded for some ranges serves any others of as many tokens; and twice in a row, as layers do."""
+    heads = REAL["abacus"]
+    steps = [[(0, 70), (3, 1), (0, 9), (7, 2)], [(5, 1), (0, 60), (2, 20), (1, 1)], [(0, 20), (9, 20), (0, 40), (8, 2)]]
+    inputs, width = _inputs(heads, 4, torch.bfloat16)
+    here = _on(inputs, DEVICE)
+    made = [for_a_graph(case(ranges, 16, seed, DEVICE).segments, 20) for seed, ranges in enumerate(steps)]
+    fixed = made[0]
+    y = torch.randn(fixed.num_tokens, width, device=DEVICE).bfloat16()
+    states = [
+        torch.randn(8, len(inputs.conv), 3, device=DEVICE).bfloat16(),
+        torch.randn(8, *heads[1:], device=DEVICE),
+    ]
+    start = [s.clone() for s in states]
+    triton_delta.delta_net(y, here, *states, fixed, "chunked")
+    torch.cuda.synchronize()
+    fixed._made.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        triton_delta.delta_net(y, here, *states, fixed, "chunked")
+        found = triton_delta.delta_net(y, here, *states, fixed, "chunked")
+    for other in reversed(made):
+        for name in ("cu_lengths", "starts", "lengths", "slots", "positions", "rows"):
+            getattr(fixed, name).copy_(getattr(other, name))
+        for now, then in zip(states, start, strict=True):
+            now.copy_(then)
+        graph.replay()
+        expected = [s.clone() for s in start]
+        for _ in range(2):
+            out = triton_delta.delta_net(y, here, *expected, other, "chunked")
+        assert torch.equal(found, out)
+        for now, then in zip(states, expected, strict=True):
+            assert torch.equal(now, then)

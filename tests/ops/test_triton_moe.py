@@ -186,3 +186,24 @@ def test_real_tiles(choice, tiles):
 @pytest.mark.parametrize("num_experts", [64, 512])
 def test_real_routing(num_experts, options):
     _routed_alike(torch.randn(3000, num_experts, device=DEVICE), 8, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 40, 700])
+def test_replayed_for_other_rows(num_tokens):
+    """A graph recorded for one choice of experts serves any other."""
+    num, hidden, inner, top_k = REAL["abacus"]
+    w13, w2 = _weights(num, hidden, inner, torch.bfloat16)
+    x, ids = torch.randn(num_tokens, hidden, device=DEVICE).bfloat16(), _ids("any", num_tokens, num, top_k).to(DEVICE)
+    weights = torch.rand(num_tokens, top_k, device=DEVICE)
+    experts(x, w13, w2, ids, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = experts(x, w13, w2, ids, weights)
+    for choice in CHOICES:
+        x.copy_(torch.randn_like(x))
+        ids.copy_(_ids(choice, num_tokens, num, top_k))
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, experts(x, w13, w2, ids, weights))
