@@ -40,7 +40,7 @@ PREFILL = {
 
 def other_value(flag: Flag) -> object:
     """A valid value that asks for something."""
-    for value in (*flag.choices, *flag.unbuilt) or (True, "2", "0.3", "some text"):
+    for value in (*flag.choices, *flag.unbuilt) or (True, "2", "7", "0.3", "some text"):
         try:
             parsed = flag.parse(value)
         except ValueError:

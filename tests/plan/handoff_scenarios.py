@@ -5,7 +5,7 @@ from __future__ import annotations
 from plan.fake import request
 from plan.pair import HOME, Pair, Side, Write, config, paired
 from tessera.core.messages import Submit
-from tessera.plan.handoff import Closed, Gone, Heard, Over, Reserve, Unmet, Why
+from tessera.plan.handoff import Closed, Gone, Over, Unmet, Why
 
 PROMPT = [1, 2, 3, 4, 5, 1, 2, 3, 4]  # two pages of 4 and a token, the last one; 2 chunks of 5
 
@@ -122,19 +122,24 @@ def told_at_once() -> Pair:
 
 
 def asked_too_late() -> Pair:
-    """A reservation that comes after it was given up begins nothing."""
+    """A reservation that comes after it was given up begins nothing, though its room is used again."""
     p = pair(decode=tight())
-    both(p, "first", 1)
+    decode, prefill = p.sides["decode"], p.sides["prefill"]
+    first = paired(request("first", PROMPT, 3), PROMPT, 1)
+    decode.submit(first)
+    p.run_errands()
     p.deliver(p.bag.pop())  # they meet
     p.run_errands()
-    (asked,) = [item for item in p.bag if isinstance(item.what, Heard) and isinstance(item.what.letter, Reserve)]
-    decode = p.sides["decode"]
+    (asked,) = p.bag
     decode.abort("first")
     p.run_errands()
     p.bag.remove(asked)
     carry(p)
+    prefill.submit(first)
+    assert prefill.ends["first", 0].finish == "abort", "it is wanted no more"
     p.bag.append(asked)
     carry(p)
+    prefill.submit(paired(request("again", PROMPT, 3), PROMPT, 1))
     work(p, "prefill")
     own(p)
     p.drain()
@@ -274,7 +279,24 @@ def lost_answer() -> Pair:
     return p
 
 
+def aborted_before_it_is_asked_for() -> Pair:
+    """Decode has no room yet, or has not met prefill yet, when it is aborted: prefill is told at once."""
+    for met in (False, True):
+        p = pair(decode=tight())
+        if met:
+            both(p, "other", 1)
+            carry(p)
+        both(p, "first", 2)
+        p.sides["decode"].abort("first")
+        p.run_errands()
+        carry(p)
+        assert p.sides["prefill"].ends["first", 0].finish == "abort"
+        p.drain()
+    return p
+
+
 ALL = (
+    aborted_before_it_is_asked_for,
     aborted_while_written,
     out_of_time_while_written,
     dead_while_writing,

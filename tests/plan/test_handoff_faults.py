@@ -167,7 +167,22 @@ def nothing_is_said_twice(patch: Patch) -> None:
     patch.setattr(Taker, "_tick", lambda self, room: iter(()))
 
 
+def only_what_was_asked_for_is_given_up_aloud(patch: Patch) -> None:
+    """Prefill is not told of rooms for which decode has reserved nothing."""
+    original = Taker._cancel
+
+    def cancel(self: Taker, room: Taking, why: Why) -> Iterator[Action]:
+        early = room.stage != handoff_taker.ASKED
+        for action in original(self, room, why):
+            if not (early and isinstance(action, Tell)):
+                yield action
+        self.unsaid.clear()
+
+    patch.setattr(Taker, "_cancel", cancel)
+
+
 FAULTS = [
+    (only_what_was_asked_for_is_given_up_aloud, scenarios.aborted_before_it_is_asked_for),
     (pages_are_freed_by_a_timer, scenarios.aborted_while_written),
     (pages_are_freed_by_a_timer, scenarios.out_of_time_while_written),
     (pages_are_freed_without_a_fence, scenarios.dead_while_writing),

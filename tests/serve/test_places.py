@@ -73,3 +73,50 @@ async def test_where_requests_follow_rooms_one_without_is_refused(name: str) -> 
             assert (await http.post(path, json={**good, **fields})).status_code == 200
         assert (await http.get("/health_generate")).status_code == 200
         assert places(made) == [(None, 3), (1, None), (0, None)]
+
+
+def met(made: World) -> list[tuple[int | None, str | None]]:
+    """Room of every request that the engine has seen, and where its prefill server is met."""
+    submits = [m for m in made.engine.seen if isinstance(m, Submit)]
+    return [(m.bootstrap_room, str(m.bootstrap) if m.bootstrap else None) for m in submits]
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+@in_loop
+async def test_a_decode_server_learns_where_the_prompt_is_computed(name: str) -> None:
+    path, _, good = ENDPOINTS[name]
+    pair = {"bootstrap_host": "10.0.0.1", "bootstrap_room": 7}
+    async with world(role="decode") as (made, http):
+        for fields in (pair, {**pair, "bootstrap_port": 9000}, {**pair, "bootstrap_port": None}, {}):
+            assert (await http.post(path, json={**good, **fields})).status_code == 200, fields
+        assert met(made) == [(7, "10.0.0.1:8998"), (7, "10.0.0.1:9000"), (7, "10.0.0.1:8998"), (None, None)]
+
+
+@in_loop
+async def test_each_prompt_of_a_batch_has_its_own_pair() -> None:
+    hosts = {"bootstrap_host": ["a", "b"], "bootstrap_port": [1, 2], "bootstrap_room": [5, 9]}
+    async with world(role="decode") as (made, http):
+        for path, key in (("/v1/completions", "prompt"), ("/generate", "input_ids")):
+            assert (await http.post(path, json={key: [[7], [8]], **hosts})).status_code == 200
+            assert sorted(met(made)) == [(5, "a:1"), (9, "b:2")]
+            made.engine.seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("role", "fields", "field"),
+    [
+        ("decode", {"bootstrap_room": 7}, "bootstrap_host"),
+        ("decode", {"bootstrap_host": "a"}, "bootstrap_room"),
+        ("prefill", {"bootstrap_host": "a"}, "bootstrap_room"),
+        ("null", {"bootstrap_host": "a", "bootstrap_room": 7}, "bootstrap_host"),
+        ("null", {"bootstrap_port": 1, "bootstrap_room": 7}, "bootstrap_port"),
+        ("decode", {"bootstrap_host": "a", "bootstrap_port": 0, "bootstrap_room": 7}, "bootstrap_port"),
+        ("decode", {"bootstrap_host": ["a", "b"], "bootstrap_room": 7}, "bootstrap_host"),
+    ],
+)
+@in_loop
+async def test_half_of_what_a_hand_over_needs_is_refused_by_name(role: str, fields: dict[str, Any], field: str) -> None:
+    async with world(role=role) as (made, http):
+        answer = await http.post("/v1/completions", json={"prompt": [7], **fields})
+        assert refusal(answer)["param"] == field
+        assert not met(made)

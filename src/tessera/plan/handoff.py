@@ -107,9 +107,10 @@ class Closed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Over(msgspec.Struct, tag=True, frozen=True):
-    """The room has ended at decode. `why` None: the prompt was taken."""
+    """The room has ended at decode, perhaps before anything was reserved. `why` None: the prompt was taken."""
 
     generation: int
+    room: int
     why: Why | None = None
 
 

@@ -32,8 +32,9 @@ from tessera.plan.handoff import (
 )
 from tessera.plan.step import Clock
 
-# Stages of a room. Half of a pair: only the request is here, only the reservation, or a request that was refused.
-EXPECTED, OFFERED, REFUSED = "expected", "offered", "refused"
+# Stages of a room. Half of a pair: only the request is here, only the reservation, a request that was refused, or one
+# that has not come and that decode wants no more.
+EXPECTED, OFFERED, REFUSED, UNWANTED = "expected", "offered", "refused", "unwanted"
 SENDING, STOPPING, TOLD = "sending", "stopping", "told"  # STOPPING: it has failed, and writes are under way
 
 
@@ -104,6 +105,11 @@ class Giver:
 
     def _open(self, key: int, number: int, prompt: Prompt) -> Iterator[Action]:
         room = self.rooms.get(number)
+        if room is not None and room.stage == UNWANTED:
+            self._forget(room)
+            yield End(key, room.why)
+            yield Free(key)
+            return
         if room is not None and room.stage not in (OFFERED, REFUSED):
             yield End(key, Why(f"bootstrap_room {number} is in use; every request needs one of its own", "request"))
             yield Free(key)
@@ -118,13 +124,15 @@ class Giver:
     def _refuse(self, number: int, why: Why) -> Iterator[Action]:
         room = self.rooms.get(number)
         if room is None:
-            self._keep(number, why)
+            self._keep(number, REFUSED, why)
+        elif room.stage == UNWANTED:
+            self._forget(room)
         elif room.stage == OFFERED:
             yield from self._close(room, why)
 
-    def _keep(self, number: int, why: Why) -> None:
-        """Who asks for this room later is told."""
-        room = Giving(number, REFUSED, self.now + self.config.bootstrap_s)
+    def _keep(self, number: int, stage: str, why: Why) -> None:
+        """The other half of the pair, when it comes, is told."""
+        room = Giving(number, stage, self.now + self.config.bootstrap_s)
         room.why = why
         self.rooms[number] = room
 
@@ -141,6 +149,9 @@ class Giver:
                 yield Tell(peer, Closed(generation, why))
             return
         room = self.rooms.get(reserve.room)
+        if room is not None and room.stage == UNWANTED:
+            self._forget(room)
+            room = None
         if room is not None and room.stage not in (EXPECTED, REFUSED):
             why = Why(f"bootstrap_room {reserve.room} is in use by another request; every one needs its own", "request")
             closed[generation] = why
@@ -214,6 +225,10 @@ class Giver:
             yield Tell(peer, Closed(over.generation, over.why))
         if room is not None:
             yield from self._fail(room, over.why)
+        elif (half := self.rooms.get(over.room)) is None:
+            self._keep(over.room, UNWANTED, over.why)
+        elif half.stage == EXPECTED:
+            yield from self._fail(half, over.why)
 
     def _fail(self, room: Giving, why: Why) -> Iterator[Action]:
         """Ends a room before its time; decode is told when nothing is under way any more."""
@@ -224,7 +239,7 @@ class Giver:
             self._forget(room)
         elif room.stage == EXPECTED and room.reserve is None:
             self._forget(room)
-            self._keep(room.room, why)
+            self._keep(room.room, REFUSED, why)
             yield Free(room.key)
         elif room.stage == SENDING:
             room.stage = STOPPING
@@ -272,7 +287,7 @@ class Giver:
     def _tick(self, room: Giving) -> Iterator[Action]:
         if room.stage == SENDING or self.now < room.deadline:
             return
-        if room.stage == REFUSED:
+        if room.stage in (REFUSED, UNWANTED):
             self._forget(room)
         elif room.stage == OFFERED:
             why = Why(f"no request came to the prefill server for room {room.room} in {self.config.bootstrap_s:g} s")

@@ -68,6 +68,7 @@ class Taker:
         self.rooms: dict[int, Taking] = {}
         self.peers: dict[Address, str] = {}
         self.meeting: set[Address] = set()
+        self.unsaid: dict[Address, list[Over]] = {}  # of rooms that ended before the server was met
         self.fencing: dict[str, tuple[Address, set[int]]] = {}  # and the ranks that have not fenced it yet
 
     @property
@@ -117,11 +118,14 @@ class Taker:
     def _met(self, address: Address, peer: str) -> Iterator[Action]:
         self.meeting.discard(address)
         self.peers[address] = peer
+        for over in self.unsaid.pop(address, ()):
+            yield Tell(peer, over)
         for room in self._at(address, MEETING):
             yield from self._want(room)
 
     def _unmet(self, address: Address, why: Why) -> Iterator[Action]:
         self.meeting.discard(address)
+        self.unsaid.pop(address, None)
         for room in self._at(address, MEETING):
             yield from self._cancel(room, why)
 
@@ -162,10 +166,10 @@ class Taker:
             )
             yield Free(room.key)
             yield End(room.key, why)
-            yield Tell(peer, Over(room.key, why))
+            yield Tell(peer, Over(room.key, room.room, why))
         else:
             yield Arrive(room.key)
-            yield Tell(peer, Over(room.key))
+            yield Tell(peer, Over(room.key, room.room))
 
     def _cancel(self, room: Taking, why: Why) -> Iterator[Action]:
         """Ends a room before its time. What a writer may know of stays until the writer says that it is through."""
@@ -175,13 +179,18 @@ class Taker:
         if room.stage != ASKED:
             del self.rooms[room.key]
             yield Free(room.key)
+            over = Over(room.key, room.room, why)
+            if room.stage == WANTING and room.peer in self.peers.values():
+                yield Tell(room.peer, over)
+            elif room.stage == MEETING and room.address in self.meeting:
+                self.unsaid.setdefault(room.address, []).append(over)
             return
         room.stage, room.deadline = LEAVING, self.now + self.config.reply_s
         yield from self._over(room, why)
 
     def _over(self, room: Taking, why: Why) -> Iterator[Action]:
         room.retry_at = self.now + self.config.retry_s
-        yield Tell(room.peer, Over(room.key, why))
+        yield Tell(room.peer, Over(room.key, room.room, why))
 
     def _tick(self, room: Taking) -> Iterator[Action]:
         if room.key not in self.rooms or room.peer in self.fencing:

@@ -13,26 +13,32 @@ from tessera.comm.single import SingleComm
 from tessera.comm.waits import interleave
 from tessera.core.config.types import Config, MeshConfig
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import cache_table
+from tessera.core.tensors import CacheSpec, cache_table
 from tessera.core.weights import weight_table
 from tessera.models.build import build_model
 from tessera.models.decoder import Decoder
 from tessera.models.load import Progress, load_weights
 from tessera.models.source import Source
 from tessera.ops.backend import chosen
+from tessera.plan.handoff import HandoffConfig
 from tessera.plan.scheduler import PlannerConfig
 from tessera.run.batch import Input
 from tessera.run.graphs import CudaGraphs, Graphs, Sizes
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker
 from tessera.run.pools import Pools
-from tessera.run.processes import Processes
+from tessera.run.poster import Poster
+from tessera.run.processes import Processes, Tell, unheard
 from tessera.run.rowparams import RowParams
-from tessera.run.runner import Runner
+from tessera.run.runner import Post, Runner
 from tessera.run.sampler import Sampler
+from tessera.run.seat import Seat
 from tessera.run.table import RowTable
+from tessera.transfer.engines import make_engine
+from tessera.transfer.manifest import member
 
 Instance = Runner | Group | Processes
+Caches = tuple[CacheSpec, ...]
 
 
 class Driven:
@@ -76,29 +82,48 @@ def planner_config(config: Config) -> PlannerConfig:
         max_queued=scheduling.max_queued,
         split_from=scheduling.split_from,
         split_share=scheduling.split_share,
+        handoff=handoff_config(config),
     )
 
 
-def build_instance(config: Config, spec: ModelSpec, source: Source, progress: Progress | None = None) -> Instance:
+def handoff_config(config: Config) -> HandoffConfig | None:
+    """How the planner hands over, if it does."""
+    handover, mesh = config.handover, config.mesh.mesh
+    if handover.role == "null":
+        return None
+    return HandoffConfig(
+        role=handover.role,
+        num_writers=mesh.size_of("attn"),
+        num_ranks=mesh.size,
+        bootstrap_s=handover.bootstrap_timeout,
+        meet_s=handover.decode_bootstrap_timeout,
+        waiting_s=handover.waiting_timeout,
+    )
+
+
+def build_instance(
+    config: Config, spec: ModelSpec, source: Source, progress: Progress | None = None, tell: Tell = unheard
+) -> Instance:
     """All ranks of one instance: one in this process, several as processes, which read the model themselves.
 
-    With `--collectives threads` several are threads of this process.
+    With `--collectives threads` several are threads of this process. `tell`: told, in any thread, what ranks have to
+    say about hand-overs.
     """
     if config.mesh.mesh.size == 1:
-        return build_runner(config, spec, source, progress)
+        return build_runner(config, spec, source, progress, tell=tell)
     if config.mesh.collectives != "threads":
-        return Processes(config, progress)
-    return _threads(config, spec, source, progress)
+        return Processes(config, progress, tell)
+    return _threads(config, spec, source, progress, tell)
 
 
-def _threads(config: Config, spec: ModelSpec, source: Source, progress: Progress | None) -> Group:
+def _threads(config: Config, spec: ModelSpec, source: Source, progress: Progress | None, tell: Tell) -> Group:
     mesh = config.mesh.mesh
     meeting = LocalGroup(mesh)
     runners, loaded = [], [0 for _ in range(mesh.size)]
     for rank in range(mesh.size):
         executor = Worker(f"tessera-rank-{rank}", failed=partial(meeting.fail, rank))
         told = progress and partial(_of_all, progress, loaded, rank)
-        runners.append(build_runner(config, spec, source, told, executor, rank, meeting.comm(rank)))
+        runners.append(build_runner(config, spec, source, told, executor, rank, meeting.comm(rank), tell=tell))
     return Group(runners, meeting)
 
 
@@ -117,10 +142,11 @@ def build_runner(
     rank: int = 0,
     comm: Comm | None = None,
     device: torch.device | None = None,
+    tell: Tell = unheard,
 ) -> Runner:
     """Loads the weights and allocates the pools of one rank. `comm`: its collectives, where there are others.
 
-    `device`: which one, where there are several.
+    `device`: which one, where there are several. `tell`: see `build_instance`.
     """
     mesh, memory, device = config.mesh.mesh, config.memory, device or _home(config.mesh)
     backend = chosen(config.kernels)
@@ -145,6 +171,7 @@ def build_runner(
         executor or default_executor(config),
         dp_rank=mesh.coordinate(rank, "dp"),
         debug=config.logging.checks,
+        post=make_post(config, caches, pools, rank, tell),
         graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
     )
 
@@ -155,6 +182,16 @@ def _home(mesh: MeshConfig) -> torch.device:
         return torch.device(mesh.device)
     torch.cuda.set_device(mesh.devices[0])
     return torch.device(mesh.device, mesh.devices[0])
+
+
+def make_post(config: Config, caches: Caches, pools: Pools, rank: int, tell: Tell) -> Post | None:
+    """A rank's end of hand-overs: its transfer engine, which knows the pools. None where nothing is handed over."""
+    handover, host = config.handover, config.serving.host
+    if handover.role == "null":
+        return None
+    engine = make_engine(handover.engine, host, handover.devices)
+    held = member(handover.engine, engine, caches, pools.tensors, pools.num_pages, pools.num_slots)
+    return Post(Poster(engine, config.mesh.mesh, rank, tell), Seat(held, engine.name))
 
 
 def default_executor(config: Config) -> Executor:

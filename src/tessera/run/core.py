@@ -20,9 +20,11 @@ from tessera.models.source import Source
 from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner
 from tessera.run.build import build_instance, planner_config
+from tessera.run.handover import Handover
 from tessera.run.hardware import cores
 from tessera.run.inbox import Inbox
 from tessera.run.loop import StepLoop, failures
+from tessera.run.processes import unheard
 from tessera.run.report import Reporter
 from tessera.run.startup import Prepared
 
@@ -48,12 +50,17 @@ class EngineCore:
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
         self._events = open_events(resolved.config)
-        self.runner = build_instance(resolved.config, spec, source, progress)
+        handed_over = resolved.config.handover.role != "null"
+        self.handover = Handover(resolved.config, spec, self._inbox.post) if handed_over else None
+        tell = self.handover.tell if self.handover is not None else unheard
+        self.runner = build_instance(resolved.config, spec, source, progress, tell)
+        if self.handover is not None:
+            self.handover.open(self.runner.seats)
         hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)
         planner = self.planner if self._events is None else Recorder(self.planner, self._events.write)
-        self._loop = StepLoop(planner, self.runner, self._inbox, sink, report, in_flight, hook)
+        self._loop = StepLoop(planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover)
 
     def post(self, message: Inbound) -> None:
         """Hands a message to the loop. A `Submit` after the end is answered with an error output at once."""
@@ -66,6 +73,8 @@ class EngineCore:
         try:
             self._loop.run(Ready(self.info()))
         finally:
+            if self.handover is not None:
+                self.handover.close()
             self.runner.close()
             if self._events is not None:
                 self._events.close()
@@ -84,6 +93,7 @@ class EngineCore:
             "vocab_size": self.spec.vocab_size,
             "context_length": self.resolved.config.model.context_length,
             "num_layers": len(self.spec.layers),
+            "bootstrap": str(self.handover.bootstrap) if self.handover is not None else None,
         }
 
 

@@ -12,8 +12,10 @@ from tessera.comm.local import LocalGroup
 from tessera.core.errors import PeerError
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
+from tessera.run.poster import Order
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
+from tessera.run.seat import Seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,11 @@ class Group:
         if errors:
             raise next((error for error in errors if not isinstance(error, PeerError)), errors[0])
         parts, outputs = [], []
-        for rank in self._first:
-            done, told = self.runners[rank].collect(launched.ranks[rank])
-            parts += done.parts
-            outputs += told
+        for rank, ticket in enumerate(launched.ranks):
+            done, told = self.runners[rank].collect(ticket)
+            if rank in self._first:
+                parts += done.parts
+                outputs += told
         return StepDone(launched.index, tuple(parts)), outputs
 
     def drop(self, request_id: str, choice: int) -> None:
@@ -59,6 +62,21 @@ class Group:
 
     def check(self) -> None:
         """They are in this process, and fail when they run."""
+
+    @property
+    def waits(self) -> bool:
+        """Nothing is told by `check` alone."""
+        return False
+
+    @property
+    def seats(self) -> list[Seat]:
+        """How other servers reach each rank."""
+        return [seat for runner in self.runners for seat in runner.seats]
+
+    def order(self, order: Order) -> None:
+        """See `Reachable.order`."""
+        for runner in self.runners:
+            runner.order(order)
 
     def close(self) -> None:
         """Ends all ranks; one that waits for another stops waiting."""

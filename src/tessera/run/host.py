@@ -29,11 +29,12 @@ def upload_columns(columns: Sequence[NDArray[Any]], device: torch.device) -> tup
 
 
 class Download:
-    """Device tensors on their way to the host. `wait()` blocks, without spinning, until they are there."""
+    """Device tensors on their way to the host. `wait()` blocks, without spinning, until they are there, and until all
+    that `device` was given before is done."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
-        if tensors and tensors[0].device.type == "cuda":
+        if device.type == "cuda":
             self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
             for host, tensor in zip(self._host, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)

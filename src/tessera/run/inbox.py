@@ -6,17 +6,21 @@ import queue
 import threading
 
 from tessera.core.messages import Inbound
+from tessera.plan.handoff import Wire
+from tessera.run.poster import Order
+
+Message = Inbound | Wire | Order  # of the front; of other servers and of ranks about them; for ranks
 
 
 class Inbox:
     """Messages for the step loop, in the order in which they were posted."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
 
-    def post(self, message: Inbound) -> bool:
+    def post(self, message: Message) -> bool:
         """Queues a message; False when the inbox is closed and the message was not taken."""
         with self._lock:
             if self._closed:
@@ -24,7 +28,7 @@ class Inbox:
             self._queue.put(message)
             return True
 
-    def drain(self, timeout: float = 0.0) -> list[Inbound]:
+    def drain(self, timeout: float = 0.0) -> list[Message]:
         """Everything queued. Blocks, without spinning, up to `timeout` seconds for the first message."""
         messages = []
         try:
@@ -35,7 +39,7 @@ class Inbox:
         except queue.Empty:
             return messages
 
-    def close(self) -> list[Inbound]:
+    def close(self) -> list[Message]:
         """Refuses all later posts and returns what was still queued."""
         with self._lock:
             self._closed = True

@@ -13,15 +13,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from tessera.core.messages import Fatal, Fault, Inbound, Outbound, Output, Outputs, StepReport, Submit, Tick
+from tessera.core.messages import Fatal, Fault, Outbound, Output, Outputs, StepReport, Submit, Tick
 from tessera.plan.events import Event
+from tessera.plan.handoff import Errand
 from tessera.plan.step import Clock, Step, StepDone
-from tessera.run.inbox import Inbox
+from tessera.run.inbox import Inbox, Message
+from tessera.run.poster import Connect, Order, Part, Shut
 from tessera.run.report import Tally
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # an idle loop wakes this often, to show that it is alive
+LOOK_S = 0.002  # and this often while ranks owe news
 
 
 class Plans(Protocol):
@@ -40,6 +43,16 @@ class Plans(Protocol):
 
     def next_step(self) -> Step | None:
         """The next step, or None when there is nothing to do now."""
+
+    def errands(self) -> list[Errand]:
+        """What is to be told to other servers, or done about them."""
+
+
+class Outside(Protocol):
+    """Who runs errands to other servers."""
+
+    def do(self, errand: Errand) -> None:
+        """Begins an errand; what comes of it comes to the inbox."""
 
 
 class Ticket(Protocol):
@@ -67,6 +80,13 @@ class Runs(Protocol[TicketT]):
 
     def check(self) -> None:
         """Asked at times when there is nothing to run. Raises when it could run nothing any more."""
+
+    @property
+    def waits(self) -> bool:
+        """Something is under way outside of steps that is told only when `check` asks."""
+
+    def order(self, order: Order) -> None:
+        """Gives all ranks an order about another server."""
 
 
 class Live:
@@ -125,6 +145,7 @@ class StepLoop(Generic[TicketT]):
         report: Reports,
         max_in_flight: int = 2,
         turn_hook: Callable[[], None] | None = None,
+        outside: Outside | None = None,
     ) -> None:
         self.planner, self.runner, self.inbox, self.sink, self.report = planner, runner, inbox, sink, report
         self.max_in_flight = max_in_flight
@@ -135,6 +156,8 @@ class StepLoop(Generic[TicketT]):
         self._last_collect = 0.0
         self._idle = True
         self._hook = turn_hook
+        self._outside = outside
+        self._told = 0.0  # when the last Tick was sent
 
     def run(self, ready: Outbound) -> None:
         """Sends `ready` and blocks until the engine ends. A failure becomes error outputs and a `Fatal`."""
@@ -154,12 +177,15 @@ class StepLoop(Generic[TicketT]):
                 raise
 
     def _turn(self) -> None:
-        messages = self.inbox.drain(IDLE_WAIT_S if self._idle else 0.0)
+        waits = self.runner.waits
+        messages = self.inbox.drain((LOOK_S if waits else IDLE_WAIT_S) if self._idle else 0.0)
         now = self.last_tick = time.monotonic()
-        if self._idle and not messages:
+        if waits or (self._idle and not messages):
             self.runner.check()
+        if self._idle and not messages and now - self._told >= IDLE_WAIT_S * waits:
+            self._told = now
             self.sink(Tick(now))
-        self._settle(self.planner.apply([Clock(now), *self._note(messages)]))
+        self._apply([Clock(now), *self._note(messages)])
         while len(self._flying) < self.max_in_flight:
             step = self.planner.next_step()
             if step is None:
@@ -167,16 +193,29 @@ class StepLoop(Generic[TicketT]):
             if not self._flying:
                 self._last_collect = time.monotonic()
             self._flying.append(self.runner.launch(step))
+        self._run_errands()
         self._idle = not self._flying
         if self._flying:
             self._collect()
         elif messages:
             self._send_reports(self.report.idle())
 
-    def _note(self, messages: list[Inbound]) -> list[Inbound]:
+    def _apply(self, events: list[Event]) -> None:
+        self._settle(self.planner.apply(events))
+        self._run_errands()
+
+    def _run_errands(self) -> None:
+        if self._outside is not None:
+            for errand in self.planner.errands():
+                self._outside.do(errand)
+
+    def _note(self, messages: list[Message]) -> list[Event]:
         """The messages for the planner. A request whose id is under way is refused here, lest it end the other."""
-        taken: list[Inbound] = []
+        taken: list[Event] = []
         for message in messages:
+            if isinstance(message, Connect | Part | Shut):
+                self.runner.order(message)
+                continue
             if not isinstance(message, Submit) or self._live.add(message):
                 taken.append(message)
                 continue
@@ -197,7 +236,7 @@ class StepLoop(Generic[TicketT]):
         now = time.monotonic()
         seconds, self._last_collect = now - self._last_collect, now
         self._send(outputs)
-        self._settle(self.planner.apply([Clock(now), done]))
+        self._apply([Clock(now), done])
         self._send_reports(self.report(done, launched.tallies, seconds))
 
     def _send(self, outputs: list[Output]) -> None:

@@ -67,7 +67,10 @@ class SlotWatch:
         self.positions = np.full(num_slots, -1, np.int64)
 
     def apply(self, change: Change) -> None:
-        """Copies carry the position along; a zeroed slot stands at 0."""
+        """Copies carry the position along; a zeroed slot stands at 0, one that came from elsewhere where it ended."""
+        for enter in change.enter:
+            if enter.arrived and enter.slot >= 0:
+                self.positions[enter.slot] = enter.start
         held = self.positions[change.slot_copies[:, 0]]
         self.positions[change.zero_slots] = 0
         self.positions[change.slot_copies[:, 1]] = held

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tessera.core.config.types import Config, MeshConfig
 from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
@@ -18,12 +19,20 @@ from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.hub import Hub
+from tessera.run.poster import News, Order, Part
 from tessera.run.report import Tally
-from tessera.run.wire import Begin, Done, Drop, Hello, Loaded, Loading, Run, Up
+from tessera.run.seat import Seat
+from tessera.run.wire import Begin, Do, Done, Drop, Hello, Loaded, Loading, Run, Told
 
 START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
 HOST = "127.0.0.1"
+Tell = Callable[[News], None]
+UpT = TypeVar("UpT", Hello, Loaded)
+
+
+def unheard(news: News) -> None:
+    """For an instance that hands nothing over."""
 
 
 @dataclass(slots=True)
@@ -41,7 +50,7 @@ class Processes:
     come; from the other calls `PeerError` that says which rank has failed, and how.
     """
 
-    def __init__(self, config: Config, progress: Progress | None = None) -> None:
+    def __init__(self, config: Config, progress: Progress | None = None, tell: Tell = unheard) -> None:
         if config.mesh.node_rank > 0:
             flag, remedy = f"--node-rank {config.mesh.node_rank}", "Use `tessera serve`, or run this on the first host."
             raise ConfigError([Conflict((flag,), "the engine is on the first host", remedy)])
@@ -49,6 +58,9 @@ class Processes:
         self._all = range(mesh.size)
         self._first = mesh.group(0, "dp")
         self._silence = config.serving.watchdog_timeout
+        self._tell, self._expected = tell, 0  # news that ranks still owe
+        self._attn = mesh.size_of("attn")
+        self.seats: list[Seat] = []
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
         self._last = -1
         self._dropped: dict[tuple[str, int], int] = {}  # and the last step that may still bring something of it
@@ -77,7 +89,8 @@ class Processes:
             if progress is not None and len(loaded) == len(self._all):
                 progress(sum(m.done for m in loaded.values()), sum(m.total for m in loaded.values()))
 
-        self._until_all(Loaded, note, self._silence)
+        said = self._until_all(Loaded, note, self._silence)
+        self.seats = [seat for rank in self._all if (seat := said[rank].seat) is not None]
 
     def _meet(self, mesh: MeshConfig, seconds: float) -> None:
         """Until every rank has come."""
@@ -90,9 +103,9 @@ class Processes:
             why = f"each host needs a server with {flags}, started within --dist-timeout {seconds:g} seconds"
             raise DeadlineError(f"{error}; {why}") from error
 
-    def _until_all(self, kind: type[Up], note: Callable[[int, Loading], None], seconds: float) -> None:
+    def _until_all(self, kind: type[UpT], note: Callable[[int, Loading], None], seconds: float) -> dict[int, UpT]:
         """Until every rank has said one thing; they may say how far they are. `seconds`: of silence."""
-        missing = set(self._all)
+        missing, said = set(self._all), {}
         while missing:
             found = self._hub.receive(seconds)
             if found is None:
@@ -100,15 +113,18 @@ class Processes:
             rank, message = found
             if isinstance(message, kind):
                 missing.discard(rank)
+                said[rank] = message
             elif isinstance(message, Loading):
                 note(rank, message)
             else:
                 raise PeerError(f"rank {rank} said {type(message).__name__} out of turn")
+        return said
 
     def launch(self, step: Step) -> Sent:
         """Starts a step on every rank."""
         self._hub.send(Run(step), self._all)
         self._last = step.index
+        self._expected += sum(len(part.sends) for part in step.parts) * self._attn
         return Sent(step.index)
 
     def collect(self, launched: Sent) -> tuple[StepDone, list[Output]]:
@@ -130,9 +146,14 @@ class Processes:
         if found is None:
             return False
         rank, message = found
-        if not isinstance(message, Done):
-            raise PeerError(f"rank {rank} said {type(message).__name__} out of turn")
-        self._done[rank].append(message)
+        match message:
+            case Done():
+                self._done[rank].append(message)
+            case Told(news):
+                self._expected -= 1
+                self._tell(news)
+            case _:
+                raise PeerError(f"rank {rank} said {type(message).__name__} out of turn")
         return True
 
     def _wanted(self, output: Output, index: int) -> bool:
@@ -148,6 +169,16 @@ class Processes:
         """Raises when a rank has gone while there was nothing to run."""
         while self._take(0):
             pass
+
+    @property
+    def waits(self) -> bool:
+        """Ranks owe news of orders, or of what they write elsewhere: `check` takes them."""
+        return self._expected > 0
+
+    def order(self, order: Order) -> None:
+        """See `Reachable.order`."""
+        self._expected += 0 if isinstance(order, Part) else len(self._all)
+        self._hub.send(Do(order), self._all)
 
     def close(self) -> None:
         """Ends all ranks."""

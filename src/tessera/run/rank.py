@@ -30,9 +30,11 @@ from tessera.models.folder import open_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
+from tessera.run.poster import News
 from tessera.run.runner import Launched, Runner
 from tessera.run.wire import (
     Begin,
+    Do,
     Done,
     Down,
     Drop,
@@ -43,6 +45,7 @@ from tessera.run.wire import (
     Loading,
     Run,
     Spawn,
+    Told,
     Up,
     decode_down,
     encode,
@@ -122,17 +125,36 @@ class Waiter:
                 os.eventfd_write(self.ended, 1)
 
 
+class NewsBox:
+    """News of other threads, for the one that may use the link: `there` is readable when there are some."""
+
+    def __init__(self) -> None:
+        self.there = os.eventfd(0, os.EFD_NONBLOCK)
+        self._queue: queue.SimpleQueue[News] = queue.SimpleQueue()
+
+    def put(self, news: News) -> None:
+        """From any thread."""
+        self._queue.put(news)
+        os.eventfd_write(self.there, 1)
+
+    def take(self) -> list[News]:
+        """All since the last time."""
+        return [self._queue.get() for _ in range(os.eventfd_read(self.there))]
+
+
 class Steps:
     """Runs what comes over a link on a runner. `answers`: it tells what it drew."""
 
-    def __init__(self, link: Link, runner: Runner, answers: bool) -> None:
+    def __init__(self, link: Link, runner: Runner, news: NewsBox, answers: bool) -> None:
         self._link, self._runner, self._answers = link, runner, answers
         self._waiter = Waiter()
+        self._news = news
         self._flying: deque[Launched] = deque()
         self._poller = zmq.Poller()
         self._poller.register(link.socket, zmq.POLLIN)
         self._poller.register(self._waiter.ended, zmq.POLLIN)
         self._poller.register(link.gone, zmq.POLLIN)
+        self._poller.register(news.there, zmq.POLLIN)
 
     def run(self) -> None:
         """Returns at `End`. Raises what a step raised."""
@@ -141,6 +163,9 @@ class Steps:
             if self._waiter.ended in ready:
                 for _ in range(self._waiter.count()):
                     self._collect()
+            if self._news.there in ready:
+                for told in self._news.take():
+                    self._link.tell(Told(told))
             if self._link.socket in ready:
                 message = self._link.hear(0)
                 if isinstance(message, End):
@@ -157,6 +182,8 @@ class Steps:
                 self._waiter.put(launched)
             case Drop(request_id, choice):
                 self._runner.drop(request_id, choice)
+            case Do(order):
+                self._runner.order(order)
             case _:
                 raise PeerError(f"the engine said {type(message).__name__} out of turn")
 
@@ -197,13 +224,13 @@ def join(begin: Begin, spawn: Spawn, device: torch.device) -> Comm:
     )
 
 
-def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: Link) -> Runner:
+def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: Link, news: NewsBox) -> Runner:
     """The runner of a rank, with weights from its folder."""
     folder = Path(spawn.folder)
     spec = read_model(folder)
     table = weight_table(spec, config.mesh.mesh)
     source = open_source(folder, spec, table, config.model.load_format, config.model.seed)
-    return build_runner(config, spec, source, LoadingReports(link), None, spawn.rank, comm, device)
+    return build_runner(config, spec, source, LoadingReports(link), None, spawn.rank, comm, device, news.put)
 
 
 def serve(link: Link, spawn: Spawn) -> int:
@@ -220,9 +247,10 @@ def serve(link: Link, spawn: Spawn) -> int:
         torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), mesh.ranks_here), 1))
         device = torch.device(mesh.device, spawn.device if mesh.device == "cuda" else None)
         comm = join(begin, spawn, device)
-        runner = load(begin.config, spawn, comm, device, link)
-        link.tell(Loaded())
-        Steps(link, runner, spawn.rank in mesh.mesh.group(0, "dp")).run()
+        news = NewsBox()
+        runner = load(begin.config, spawn, comm, device, link, news)
+        link.tell(Loaded(runner.post.seat if runner.post is not None else None))
+        Steps(link, runner, news, spawn.rank in mesh.mesh.group(0, "dp")).run()
     except Exception as error:
         if not isinstance(error, TesseraError):
             log.exception("it has failed")

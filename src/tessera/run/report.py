@@ -28,8 +28,11 @@ def tally(part: Part, table: RowTable) -> Tally:
     prompt = (part.starts < table.num_prompt[part.rows]) | (part.lengths > 1)
     num_prompt = int(np.count_nonzero(prompt))
     cached = sum(e.num_cached for e in part.change.enter if e.choice == 0 and len(e.tokens) == e.num_prompt)
+    arrived = [e.row for e in part.change.enter if e.arrived]
     names = {(False, False): "IDLE", (True, False): "EXTEND", (False, True): "DECODE", (True, True): "MIXED"}
     label = names[num_prompt > 0, num_prompt < len(prompt)]
+    if arrived and np.isin(arrived, part.rows).any():
+        label = "PREBUILT"
     return Tally(label, num_prompt, int(part.lengths[prompt].sum()), cached)
 
 

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from tessera.core.messages import Output
 from tessera.ops.precision import wide
-from tessera.plan.step import Change, Ints, Part, Step, StepDone
+from tessera.plan.step import Change, Ints, Part, Send, Step, StepDone
 from tessera.run.batch import Batch, Input, Wanted, drawn_of, make_batch
 from tessera.run.graphs import Graphs, Size, columns_of
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
+from tessera.run.poster import Order, Poster
 from tessera.run.report import Tally, tally
 from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores, scored_only
 from tessera.run.rowparams import RowParams
 from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, plan_prompt_scores
+from tessera.run.seat import Seat
 from tessera.run.table import Known, RowTable, Sequence
 
 
@@ -69,7 +71,7 @@ class Replay:
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A step under way. `drawn` and `scored`: whose each drawn and each prompt position is; `through`: sequences that
-    draw nothing and end with this step. `tallies`: for logs."""
+    draw nothing and end with this step. `tallies`: for logs. `sends`: what is to be written elsewhere then."""
 
     index: int
     work: Work
@@ -78,6 +80,15 @@ class Launched:
     through: list[Sequence]
     tallies: list[Tally]
     result: Future[Download]
+    sends: tuple[Send, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A rank's end of hand-overs."""
+
+    poster: Poster
+    seat: Seat
 
 
 class Runner:
@@ -95,10 +106,12 @@ class Runner:
         dp_rank: int = 0,
         debug: bool = False,
         graphs: Graphs | None = None,
+        post: Post | None = None,
     ) -> None:
         self.model, self.table, self.params, self.pools, self.sampler = model, table, params, pools, sampler
         self.page_size, self.dp_rank, self.graphs = page_size, dp_rank, graphs
         self._executor = executor or Inline()
+        self.post = post
         self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
 
     def launch(self, step: Step) -> Launched:
@@ -118,6 +131,7 @@ class Runner:
             through,
             [tally(part, self.table)],
             self._executor.submit(lambda: self._execute(work)),
+            part.sends,
         )
 
     def _work(
@@ -164,7 +178,7 @@ class Runner:
         self.params.write(work.entered)
         batch = work.batch
         if batch is None:
-            return Download([])
+            return Download([], self.pools.device)
         if isinstance(batch, Replay):
             return self._run_graph(batch, work.draw_plan)
         hidden = self.model.forward(batch.inputs(self.table.tokens), self.pools.tensors)
@@ -177,16 +191,16 @@ class Runner:
             results += self.sampler.score_prompts(
                 wanted, self.model.logits, batch.prompts, work.prompt_scores, self.model.vocab_size
             )
-        return Download(results)
+        return Download(results, self.pools.device)
 
     def _run_graph(self, replay: Replay, plan: DrawPlan) -> Download:
         """The likeliest tokens of all ranges come with the graph; where somebody asks for more, it is done after it."""
         assert self.graphs is not None
         ran = self.graphs.run(replay.size, replay.columns)
         if plan is GREEDY:
-            return Download([ran.tokens])
+            return Download([ran.tokens], self.pools.device)
         logits = ran.logits[replay.draws.index]
-        return Download(self._draw(logits.to(wide(logits.dtype)), replay.draws, plan))
+        return Download(self._draw(logits.to(wide(logits.dtype)), replay.draws, plan), self.pools.device)
 
     def _draw(self, logits: Tensor, draws: Wanted, plan: DrawPlan) -> list[Tensor]:
         if not len(draws):
@@ -198,6 +212,8 @@ class Runner:
     def collect(self, launched: Launched) -> tuple[StepDone, list[Output]]:
         """Waits for a step; its tokens, which sequences ended, and the outputs. Raises what the step raised."""
         arrays = launched.result.result().wait()
+        if launched.sends and self.post is not None:
+            self.post.poster.post(launched.sends)
         work, batch = launched.work, launched.work.batch
         done, outputs = no_part(), []
         if isinstance(batch, Replay) and work.draw_plan is GREEDY:
@@ -219,6 +235,23 @@ class Runner:
     def check(self) -> None:
         """It is in this process, and fails when it runs."""
 
+    @property
+    def waits(self) -> bool:
+        """Nothing is told by `check` alone."""
+        return False
+
+    @property
+    def seats(self) -> list[Seat]:
+        """How other servers reach it."""
+        return [] if self.post is None else [self.post.seat]
+
+    def order(self, order: Order) -> None:
+        """See `Reachable.order`."""
+        assert self.post is not None
+        self.post.poster.order(order)
+
     def close(self) -> None:
-        """Waits for steps under way."""
+        """Waits for steps under way; what is being written elsewhere fails."""
         self._executor.close()
+        if self.post is not None:
+            self.post.poster.close()

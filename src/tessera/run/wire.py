@@ -1,8 +1,8 @@
 """The wire between an engine and its ranks: messages by msgspec, arrays as their raw bytes. No pickle: ranks may be on
 other hosts.
 
-Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer; `Failed` at any
-time, as the last. Engine -> rank: `Begin`, then `Run`, `Drop`, and `End` as the last.
+Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer, and `Told`;
+`Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Drop`, `Do`, and `End` as the last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from tessera.core.config.types import Config
 from tessera.core.errors import Conflict
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
+from tessera.run.poster import News, Order
 from tessera.run.report import Tally
+from tessera.run.seat import Seat
 
 HEARTBEAT_MS, SILENCE_MS = 1000, 4000
 
@@ -34,7 +36,15 @@ class Loading(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
-    """The rank has met the others and can run steps."""
+    """The rank has met the others and can run steps. `seat`: how ranks of other servers reach it, if they may."""
+
+    seat: Seat | None = None
+
+
+class Told(msgspec.Struct, tag=True, frozen=True):
+    """What became of an order, or of something that was to be written elsewhere."""
+
+    news: News
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -73,6 +83,12 @@ class Drop(msgspec.Struct, tag=True, frozen=True):
     choice: int
 
 
+class Do(msgspec.Struct, tag=True, frozen=True):
+    """An order about other servers."""
+
+    order: Order
+
+
 class End(msgspec.Struct, tag=True, frozen=True):
     """Finish what is under way and leave."""
 
@@ -100,23 +116,23 @@ def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
-Down = Begin | Run | Drop | End
-Up = Hello | Loading | Loaded | Done | Failed
+Down = Begin | Run | Drop | Do | End
+Up = Hello | Loading | Loaded | Done | Told | Failed
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """An array as (dtype, shape, bytes)."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
     raise TypeError(f"the wire cannot hold a {type(value).__name__}")
 
 
-def _array(kind: Any, value: Any) -> object:
+def array(kind: Any, value: Any) -> object:
     """The array again, with memory of its own: torch takes no arrays that may not be written."""
     dtype, shape, data = value
     return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
-encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
-decode_down = msgspec.msgpack.Decoder(Down, dec_hook=_array).decode
-decode_up = msgspec.msgpack.Decoder(Up, dec_hook=_array).decode
+encode = msgspec.msgpack.Encoder(enc_hook=plain).encode
+decode_down = msgspec.msgpack.Decoder(Down, dec_hook=array).decode
+decode_up = msgspec.msgpack.Decoder(Up, dec_hook=array).decode

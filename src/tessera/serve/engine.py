@@ -49,8 +49,7 @@ class Engine:
         folder = config.model.tokenizer_path
         template = config.model.chat_template
         assets = load_assets(prepared.folder, Path(folder) if folder else None, template, folder is None)
-        mesh, vocab = config.mesh, prepared.spec.vocab_size
-        limits = Limits(config.model.context_length, vocab, num_dp=mesh.num_dp, rooms=mesh.follows_rooms)
+        limits = Limits.of(config, prepared.spec.vocab_size)
         reader = Reader(limits, assets.tokenizer, assets.template, assets.sampling_defaults, config.model.seed)
         self.tokenizer = assets.tokenizer
         self._local = LocalEngine(lambda sink: prepared_core(prepared, sink, progress), config.serving.watchdog_timeout)

@@ -49,11 +49,13 @@ SAMPLING = {
 }
 SEED = integer(-(1 << 63), (1 << 64) - 1)
 PLACE = {  # where a request runs; for a list of prompts one for all, or one each
-    name: each(integer(0, most), MAX_BATCH)
-    for name, most in (
-        ("data_parallel_rank", MAX_TOKENS),
-        ("routed_dp_rank", MAX_TOKENS),  # SGLang's other name of it
-        ("bootstrap_room", (1 << 63) - 1),
+    name: each(check, MAX_BATCH)
+    for name, check in (
+        ("data_parallel_rank", integer(0, MAX_TOKENS)),
+        ("routed_dp_rank", integer(0, MAX_TOKENS)),  # SGLang's other name of it
+        ("bootstrap_room", integer(0, (1 << 63) - 1)),
+        ("bootstrap_host", string),
+        ("bootstrap_port", integer(1, 65535)),
     )
 }
 
@@ -61,7 +63,7 @@ NO_GRAMMAR = Refused("answers cannot be constrained to a grammar yet; check the 
 NO_TOOLS = Refused("answers come as text; describe the tools in the prompt", ([],))
 NO_IMAGES = Refused("this model reads text only", ([], {}, False))
 NO_LORA = Refused("merge the adapter into the checkpoint", ([], ""))
-NO_HANDOVER = Refused("this server does prefill and decode itself", ([], {}))
+NO_HANDOVER = Refused("prefill and decode meet by bootstrap_host, bootstrap_port and bootstrap_room", ([], {}))
 NO_PROCESSOR = Refused("no code is taken from requests", ([], {}, ""))
 NO_SESSION = Refused("send the whole conversation; its prefix is served from the cache", ({},))
 NO_STATES = Refused("only tokens and their logprobs are returned", (False,))
@@ -89,8 +91,7 @@ REFUSED = {
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), NO_GRAMMAR),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), NO_GRAMMAR),
     **dict.fromkeys(("lora_path", "lora_id"), NO_LORA),
-    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_pair_key"), NO_HANDOVER),
-    **dict.fromkeys(("kv_transfer_params", "ec_transfer_params", "decode_tp_size"), NO_HANDOVER),
+    **dict.fromkeys(("bootstrap_pair_key", "kv_transfer_params", "ec_transfer_params", "decode_tp_size"), NO_HANDOVER),
     **dict.fromkeys(("custom_logit_processor", "custom_params", "logits_processors", "vllm_xargs"), NO_PROCESSOR),
     **dict.fromkeys(("session_params",), NO_SESSION),
     **dict.fromkeys(("return_hidden_states", "return_routed_experts", "return_cached_tokens_details"), NO_STATES),

@@ -181,6 +181,5 @@ def make_reader(starting: Starting) -> Reader:
     assets = load_assets(
         folder, Path(tokenizer) if tokenizer else None, config.model.chat_template, skip_tokenizer=tokenizer is None
     )
-    mesh, most = config.mesh, config.serving.max_body_size
-    limits = Limits(config.model.context_length, starting.vocab_size, most, mesh.num_dp, mesh.follows_rooms)
+    limits = Limits.of(config, starting.vocab_size)
     return Reader(limits, assets.tokenizer, assets.template, assets.sampling_defaults, config.model.seed)

@@ -6,9 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from tessera.core.errors import RequestError
+from tessera.core.messages import Address
 from tessera.serve.checks import bad, pick
 
+BOOTSTRAP = ("bootstrap_host", "bootstrap_port")
 RANKS = ("data_parallel_rank", "routed_dp_rank")  # SGLang's two names of it
+
+
+def met_at(values: Mapping[str, Any], index: int, count: int, role: str, port: int) -> Address | None:
+    """Where the prefill server of prompt `index` of `count` is met; read at decode. `port`: where none is named.
+
+    Raises RequestError for half of what a hand-over needs.
+    """
+    asked = {name: pick(values[name], index, count, name) for name in BOOTSTRAP if name in values}
+    room, host = "bootstrap_room" in values, asked.get("bootstrap_host")
+    if asked and role == "null":
+        name, why = next(iter(asked)), "this server does prefill and decode itself (--disaggregation-mode null)"
+        raise RequestError(f"{name} is not read here: {why}. Leave it out", name)
+    if asked and not room:
+        why = "a hand-over needs one, the same at both servers"
+        raise RequestError(f"bootstrap_room is missing: {why}", "bootstrap_room")
+    if role == "decode" and room and host is None:
+        why = "this is a decode server (--disaggregation-mode decode), which must know the prefill server of a room"
+        raise RequestError(f"bootstrap_host is missing: {why}", "bootstrap_host")
+    return None if host is None else Address(host, asked.get("bootstrap_port", port))
 
 
 def place_of(values: Mapping[str, Any], index: int, count: int, num_dp: int, rooms: bool) -> dict[str, int | None]:

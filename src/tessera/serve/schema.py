@@ -8,30 +8,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tessera.core.config.types import Config
 from tessera.core.errors import RequestError
-from tessera.core.messages import SamplingParams, Submit, choice_seed
+from tessera.core.messages import Address, SamplingParams, Submit, choice_seed
 from tessera.serve.chat import ChatTemplate, read_messages, template_values
 from tessera.serve.checks import bad, pick, shown
 from tessera.serve.fields import CHAT, COMPLETION, GENERATE, MAX_BATCH
-from tessera.serve.places import place_of
+from tessera.serve.places import met_at, place_of
 from tessera.serve.text import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of `max_tokens` for completions
 GENERATE_TOKENS = 128  # SGLang's default of `max_new_tokens`
 NO_TOKENIZER = "this server runs with --skip-tokenizer-init"
 SPACE = 1 << 63
+BOOTSTRAP_PORT = 8998  # the default of --disaggregation-bootstrap-port
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the model and the server allow. `vocab_size`: ids of the embedding, padding not counted. `num_dp`:
-    data-parallel ranks, of which a request may name one. `rooms`: a request that names none must have a room."""
+    data-parallel ranks, of which a request may name one. `rooms`: a request that names none must have a room. `role`:
+    the server's in hand-overs; `bootstrap_port`: of a prefill server, where a request names none."""
 
     context_length: int
     vocab_size: int
     max_body: int = 32 << 20
     num_dp: int = 1
     rooms: bool = False
+    role: str = "null"
+    bootstrap_port: int = BOOTSTRAP_PORT
+
+    @classmethod
+    def of(cls, config: Config, vocab_size: int) -> Limits:
+        """Those of a server so configured."""
+        mesh, handover = config.mesh, config.handover
+        return cls(
+            config.model.context_length,
+            vocab_size,
+            config.serving.max_body_size,
+            mesh.num_dp,
+            mesh.follows_rooms,
+            handover.role,
+            handover.bootstrap_port or BOOTSTRAP_PORT,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,7 @@ class Item:
     text: str | None = None
     dp_rank: int | None = None
     bootstrap_room: int | None = None
+    bootstrap: Address | None = None
 
     def submit(self, request_id: str, received: float) -> Submit:
         """The message to the engine."""
@@ -67,6 +87,7 @@ class Item:
             received,
             self.dp_rank,
             self.bootstrap_room,
+            self.bootstrap,
         )
 
 
@@ -203,7 +224,11 @@ class Reader:
         if options and not values.get("stream"):
             raise RequestError("stream_options needs stream: true", "stream_options")
         limits = self.limits
-        places = [place_of(values, i, len(items), limits.num_dp, limits.rooms) for i in range(len(items))]
+        places = [
+            place_of(values, i, len(items), limits.num_dp, limits.rooms)
+            | {"bootstrap": met_at(values, i, len(items), limits.role, limits.bootstrap_port)}
+            for i in range(len(items))
+        ]
         return Request(
             [replace(item, **place) for item, place in zip(items, places, strict=True)],
             values.get("model"),

@@ -16,6 +16,10 @@ BUILT: frozenset[str] = frozenset(
         "enable_dp_lm_head",
         "enable_two_batch_overlap",
         "replicas",
+        "disaggregation_mode=prefill",
+        "disaggregation_mode=decode",
+        "disaggregation_transfer_backend=mooncake",
+        "disaggregation_transfer_backend=nixl",
         "nnodes",
         "node_rank",
     }

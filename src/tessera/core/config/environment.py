@@ -14,7 +14,7 @@ from tessera.core.config.types import Decision
 
 OURS = "TESSERA_"
 THEIRS = ("SGLANG_", "MC_")
-NO_HANDOVER = "only read where prefill and decode run as separate servers, which is not built yet"
+POOLS = "caches are registered as they are allocated; no pool of Mooncake's own is used"
 NO_PEERS = "there is one rank"
 
 
@@ -41,16 +41,17 @@ VARIABLES = (
     Variable(OURS, "LOG_LEVEL", "log_level"),
     Variable(OURS, "MODEL_PATH", "model_path"),
     Variable(OURS, "PORT", "port"),
-    Variable("SGLANG_", "DISAGGREGATION_HEARTBEAT_MAX_FAILURE", reason=NO_HANDOVER),
-    Variable("SGLANG_", "DISAGGREGATION_BOOTSTRAP_TIMEOUT", reason=NO_HANDOVER),
-    Variable("SGLANG_", "DISAGGREGATION_WAITING_TIMEOUT", reason=NO_HANDOVER),
-    Variable("SGLANG_", "DECODE_BOOTSTRAP_TIMEOUT", reason=NO_HANDOVER),
-    Variable("SGLANG_", "HACK_SEQ_BOOTSTRAP_ROOM", reason=NO_HANDOVER),
-    Variable("SGLANG_", "MOONCAKE_CUSTOM_MEM_POOL", reason=NO_HANDOVER),
+    Variable("SGLANG_", "DISAGGREGATION_HEARTBEAT_INTERVAL", "disaggregation_heartbeat_interval"),
+    Variable("SGLANG_", "DISAGGREGATION_HEARTBEAT_MAX_FAILURE", "disaggregation_heartbeat_max_failure"),
+    Variable("SGLANG_", "DISAGGREGATION_BOOTSTRAP_TIMEOUT", "disaggregation_bootstrap_timeout"),
+    Variable("SGLANG_", "DISAGGREGATION_WAITING_TIMEOUT", "disaggregation_waiting_timeout"),
+    Variable("SGLANG_", "DECODE_BOOTSTRAP_TIMEOUT", "disaggregation_decode_bootstrap_timeout"),
+    Variable("SGLANG_", "HACK_SEQ_BOOTSTRAP_ROOM", reason="every request brings its own bootstrap_room"),
+    Variable("SGLANG_", "MOONCAKE_CUSTOM_MEM_POOL", reason=POOLS),
     Variable("SGLANG_", "USE_MESSAGE_QUEUE_BROADCASTER", reason=NO_PEERS),
     Variable("SGLANG_", "DISABLE_TP_MEMORY_INBALANCE_CHECK", reason=NO_PEERS),
     Variable("SGLANG_", "DG_CACHE_DIR", reason="DeepGEMM is not used"),
-    Variable("MC_", "FORCE_MNNVL", reason=NO_HANDOVER),
+    Variable("MC_", "FORCE_MNNVL", reason=POOLS),
 )
 
 

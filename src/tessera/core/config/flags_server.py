@@ -5,7 +5,6 @@ from __future__ import annotations
 from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, size, switch, text, whole
 
 NO_DRAFTS = Ignored("only read with --speculative-algorithm")
-NO_HANDOVER = Ignored("only read with --disaggregation-mode prefill or decode")
 ALGORITHM = "leave it out; decoding is one token a step"
 MODE = "leave it out; one server does prefill and decode"
 
@@ -20,13 +19,24 @@ SPECULATION = (
 )  # fmt: skip
 
 HANDOVER = (
-    Flag("disaggregation_mode", text, "null", "Part that this server plays.", "hand-over", choices=("null",),
+    Flag("disaggregation_mode", text, "null", "Part that this server plays: it computes prompts for others, answers "
+         "what others computed, or does both itself (null).", "hand-over", choices=("null",),
          unbuilt=("prefill", "decode"), instead=MODE),
-    Flag("disaggregation_transfer_backend", text, "mooncake", "What moves the bytes.", "hand-over",
-         choices=("mooncake", "nixl", "local", "ascend", "fake"), state=NO_HANDOVER),
-    Flag("disaggregation_bootstrap_port", whole(1, 65535), 8998, "Port at which the two meet.", "hand-over",
-         state=NO_HANDOVER),
-    Flag("disaggregation_ib_device", text, None, "Network devices for the bytes.", "hand-over", state=NO_HANDOVER),
+    Flag("disaggregation_transfer_backend", text, "auto", "What moves the bytes: local is for one host.", "hand-over",
+         choices=("auto", "local"), unbuilt=("mooncake", "nixl", "ascend", "fake"),
+         instead="use 'local' on one host, mooncake or nixl across hosts"),
+    Flag("disaggregation_bootstrap_port", whole(0, 65535), 8998, "Port of the prefill server at which the two meet; 0: "
+         "any free one.", "hand-over"),
+    Flag("disaggregation_ib_device", text, None, "Network devices for the bytes.", "hand-over"),
+    Flag("disaggregation_bootstrap_timeout", positive(), 300.0,
+         "Seconds that a request waits at prefill for the decode server that shall have it.", "hand-over"),
+    Flag("disaggregation_waiting_timeout", positive(), 300.0,
+         "Seconds that a request waits at decode for free pages, and again for its prompt.", "hand-over"),
+    Flag("disaggregation_decode_bootstrap_timeout", positive(), 30.0,
+         "Seconds that a request waits at decode for a prefill server to answer.", "hand-over"),
+    Flag("disaggregation_heartbeat_interval", positive(), 5.0, "Seconds between two signs of life.", "hand-over"),
+    Flag("disaggregation_heartbeat_max_failure", whole(1), 2, "Signs of life missed until a server is gone.",
+         "hand-over"),
 )  # fmt: skip
 
 SERVING = (

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tessera.core.config.ask import Asked, read
 from tessera.core.config.built import BUILT
+from tessera.core.config.handover import handover_phase
 from tessera.core.config.kernels import kernels_phase
 from tessera.core.config.memory import memory_phase
 from tessera.core.config.mesh import mesh_phase
@@ -70,6 +71,7 @@ def resolve(
             values.on("enable_trace"),
             values.word("otlp_traces_endpoint"),
         ),
+        handover=handover_phase(values, device, notes),
     )
     if notes.conflicts:
         raise ConfigError(notes.conflicts)

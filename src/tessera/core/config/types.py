@@ -203,6 +203,27 @@ class ServingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoverConfig:
+    """Prefill and decode as separate servers (`plan/handoff.py`). `role`: "null", "prefill" or "decode". Seconds.
+
+    `engine`: what moves the bytes, by network devices `devices`. Servers meet at `bootstrap_port` of the prefill server
+    (0: any free one). `bootstrap_timeout`: for the other half of a pair at prefill; `waiting_timeout`: for pages, then
+    for the prompt, at decode; `decode_bootstrap_timeout`: for a prefill server to answer. A peer that has not been
+    heard for `silence` is gone; it is spoken to every `heartbeat_interval`.
+    """
+
+    role: str = "null"
+    engine: str = "local"
+    bootstrap_port: int = 8998
+    devices: str | None = None
+    bootstrap_timeout: float = 300.0
+    waiting_timeout: float = 300.0
+    decode_bootstrap_timeout: float = 30.0
+    silence: float = 10.0
+    heartbeat_interval: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class LoggingConfig:
     """What is logged. `decode_interval`: decode steps between two lines. `checks`: everything is checked each step.
     `events`: file of the event log. `trace`: spans are recorded and go to the collector `collector`."""
@@ -227,6 +248,7 @@ class Config:
     kernels: KernelConfig
     serving: ServingConfig
     logging: LoggingConfig
+    handover: HandoverConfig = HandoverConfig()
 
     def public(self) -> dict[str, dict[str, object]]:
         """The configuration as plain data for /server_info and tables; secrets only as "set"."""

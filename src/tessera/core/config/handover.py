@@ -1,0 +1,47 @@
+"""Phase of `resolve`: whether this server computes prompts for others, or answers what others computed."""
+
+from __future__ import annotations
+
+from tessera.core.config.ask import Asked
+from tessera.core.config.flags_server import HANDOVER
+from tessera.core.config.types import HandoverConfig, Notes
+
+ROLES = ("prefill", "decode")
+ENGINE = "local"
+
+
+def handover_phase(values: Asked, device: str, notes: Notes) -> HandoverConfig:
+    """The part that this server plays, and by which deadlines."""
+    role = values.word("disaggregation_mode")
+    if role not in ROLES:
+        for flag in HANDOVER:
+            if flag.name != "disaggregation_mode" and values.gave(flag.name):
+                notes.decide(flag.spellings[0], "ignored", "only read with --disaggregation-mode prefill or decode")
+    engine = values.word("disaggregation_transfer_backend")
+    if engine == "auto":
+        engine = ENGINE
+        if role in ROLES:
+            why = "moves bytes between processes of one host; across hosts name another"
+            notes.decide("disaggregation-transfer-backend", engine, why)
+    if role in ROLES and engine == "local" and device == "cuda":
+        notes.refuse(
+            ("--disaggregation-transfer-backend local", f"--device {device}"),
+            "it reads the memory of processes, not that of devices",
+            "Use mooncake or nixl.",
+        )
+    seconds = [
+        values.real(f"disaggregation_{name}")
+        for name in ("bootstrap_timeout", "waiting_timeout", "decode_bootstrap_timeout", "heartbeat_interval")
+    ]
+    bootstrap, waiting, decode, interval = [s for s in seconds if s is not None]  # they have defaults
+    return HandoverConfig(
+        role=role if role in ROLES else "null",
+        engine=engine,
+        bootstrap_port=values.number("disaggregation_bootstrap_port"),
+        devices=values.text("disaggregation_ib_device"),
+        bootstrap_timeout=bootstrap,
+        waiting_timeout=waiting,
+        decode_bootstrap_timeout=decode,
+        silence=interval * values.number("disaggregation_heartbeat_max_failure"),
+        heartbeat_interval=interval,
+    )

@@ -1,0 +1,80 @@
+"""Hand-overs of an engine: its manifest, its courier, and who hears what its ranks have to say."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from tessera.core.config.types import Config
+from tessera.core.messages import Address
+from tessera.core.spec import ModelSpec
+from tessera.core.tensors import cache_table
+from tessera.plan.handoff import Errand, Wire
+from tessera.run.courier import Courier
+from tessera.run.poster import Connected, News, Order
+from tessera.run.seat import Seat
+from tessera.transfer.manifest import Manifest, new_instance
+
+SAMPLE = 1 << 12  # bytes of each weight file, from its middle and its end
+
+
+class Handover:
+    """Made before the ranks are, so that they have somebody to tell; `open` when they are there."""
+
+    def __init__(self, config: Config, spec: ModelSpec, post: Callable[[Wire | Order], object]) -> None:
+        self._config, self._spec, self._post = config, spec, post
+        self._courier: Courier | None = None
+
+    def tell(self, news: News) -> None:
+        """A rank has something to say. From any thread."""
+        if not isinstance(news, Connected):
+            self._post(news)
+        elif self._courier is not None:
+            self._courier.news(news)
+
+    def open(self, seats: list[Seat]) -> None:
+        """Other servers may come. Raises `ConfigError` when a port cannot be had."""
+        config = self._config
+        manifest = Manifest(
+            instance=new_instance(),
+            weights=weights_version(config),
+            mesh=config.mesh.mesh,
+            page_size=config.memory.page_size,
+            caches=cache_table(self._spec, config.memory.page_size, config.memory.dtypes),
+            members=tuple(seat.member for seat in seats),
+        )
+        names = tuple(seat.name for seat in seats)
+        self._courier = Courier(config.handover, config.serving.host, manifest, names, self._post)
+
+    @property
+    def bootstrap(self) -> Address | None:
+        """Where decode servers meet this one; None at decode."""
+        return self._courier.bootstrap if self._courier is not None else None
+
+    def do(self, errand: Errand) -> None:
+        """Runs an errand of the planner."""
+        assert self._courier is not None
+        self._courier.do(errand)
+
+    def close(self) -> None:
+        """Ends every session."""
+        if self._courier is not None:
+            self._courier.close()
+
+
+def weights_version(config: Config) -> str:
+    """Tells checkpoints apart by names, sizes and samples of the files, not by where they lie."""
+    found = hashlib.sha256(f"{config.model.dtype}".encode())
+    files = sorted(Path(config.model.path).glob("*.safetensors"))
+    if config.model.load_format == "dummy" or not files:
+        found.update(f"{config.model.load_format} {config.model.seed}".encode())
+        return found.hexdigest()[:16]
+    for path in files:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for at in (max(size // 2, 0), max(size - SAMPLE, 0)):
+                file.seek(at)
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()[:16]

@@ -1,0 +1,161 @@
+"""Promise: a prompt that one server computed and another answers gets the tokens of one device, whatever the two
+layouts; and when either side goes, or is left, both are told and everything is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from run.pd import Pair, Server
+from tessera.core.messages import SamplingParams, Submit
+from tiny import Run, TinyModel, serve, tiny_model
+
+MODELS = {name: tiny_model(name) for name in ("qwen3", "hybrid", "mla")}
+EXACT = {"dtype": "float64", "chunked_prefill_size": 16, "watchdog_timeout": 60.0}
+LONG = SamplingParams(temperature=0.0, max_new_tokens=200, ignore_eos=True)
+
+
+def dp(tp: int, groups: int) -> dict[str, Any]:
+    return {"tp": tp, "dp": groups, "enable_dp_attention": True}
+
+
+def prompt(i: int, length: int) -> list[int]:
+    return [2 + (i * 7 + k * (1 + i % 3)) % 90 for k in range(length)]
+
+
+def requests(count: int) -> list[Submit]:
+    """Short and long ones, greedy and sampled, some with logprobs, some with several choices; one of one token."""
+    made = []
+    for i in range(count):
+        params = SamplingParams(
+            temperature=float(i % 2),
+            seed=i,
+            max_new_tokens=3 + i % 6,
+            logprobs=2 if i % 3 == 0 else -1,
+            repetition_penalty=1.3 if i % 5 == 0 else 1.0,
+        )
+        made.append(Submit(f"r{i}", prompt(i, 1 + (i * 5) % 70), params, 1 + (i % 4 == 3)))
+    return made
+
+
+def single(model: TinyModel, asked: list[Submit]) -> Run:
+    return serve(model, asked, **EXACT)
+
+
+def check_equal(pair: Pair, asked: list[Submit]) -> None:
+    wanted, found = single(pair.model, asked), pair.answer(asked)
+    assert not pair.decode.errors
+    assert not pair.prefill.errors
+    for key, answer in found.items():
+        expected = wanted.answers[key]
+        assert (answer.tokens, answer.finish) == (expected.tokens, expected.finish), key
+        assert len(answer.logprobs) == len(expected.logprobs)
+        for ours, theirs in zip(answer.logprobs, expected.logprobs, strict=True):
+            assert ours.top_ids == theirs.top_ids
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-8)
+    assert all(not answer.tokens for answer in pair.prefill.answers.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "prefill", "decode"),
+    [
+        ("qwen3", {}, {}),
+        ("qwen3", {"tp": 4}, {"tp": 2}),
+        ("hybrid", {}, {}),
+        ("hybrid", {"tp": 4}, dp(4, 2) | {"ep": 2, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}),
+        ("hybrid", {"tp": 2}, {"tp": 4, "enable_mixed_chunk": True}),
+        ("hybrid", dp(2, 2), {"tp": 4, "disable_overlap_schedule": True}),
+        ("mla", dp(4, 2) | {"enable_two_batch_overlap": True, "tbo_min_tokens": 4}, {"tp": 2}),
+        ("mla", {"tp": 1}, dp(2, 2)),
+    ],
+)
+def test_the_answers_are_those_of_one_rank(name: str, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+    with Pair(MODELS[name], prefill, decode, **EXACT) as pair:
+        check_equal(pair, requests(24))
+        labels = {report.label for report in pair.decode.reports}
+        assert "PREBUILT" in labels
+        assert not {report.label for report in pair.prefill.reports} & {"PREBUILT", "DECODE", "MIXED"}
+
+
+def test_more_requests_than_room() -> None:
+    """Pages for few: some wait at decode for pages, some are preempted there and computed again."""
+    few = {"max_total_tokens": 400, "max_running_requests": 6, "context_length": 128}
+    with Pair(MODELS["qwen3"], {}, few, **EXACT) as pair:
+        check_equal(pair, requests(48))
+
+
+def test_an_abort_at_either_side_ends_both() -> None:
+    with Pair(MODELS["hybrid"], {}, {}, **EXACT) as pair:
+        for i in range(12):
+            pair.post(Submit(f"a{i}", prompt(i, 60), LONG))
+        for i in range(12):
+            (pair.prefill, pair.decode)[i % 2].abort(f"a{i}")
+        pair.decode.ended((f"a{i}", 0) for i in range(1, 12, 2))
+        pair.prefill.ended((f"a{i}", 0) for i in range(12))
+        for i in range(0, 12, 2):  # it may have been taken before prefill was told
+            pair.decode.abort(f"a{i}")
+        pair.decode.ended((f"a{i}", 0) for i in range(12))
+        pair.prefill.free()
+        pair.decode.free()
+        check_equal(pair, requests(6))
+
+
+def test_a_prefill_server_that_is_replaced_is_used_without_a_restart_of_decode() -> None:
+    with Pair(MODELS["hybrid"], {"tp": 2}, {}, **EXACT) as pair:
+        check_equal(pair, requests(6))
+        address = pair.prefill.address
+        pair.prefill.close()
+        pair.prefill = Server(
+            pair.model, "prefill", **{**pair.flags["prefill"], "disaggregation_bootstrap_port": address.port}
+        )
+        again = [msgspec.structs.replace(request, request_id=f"again {request.request_id}") for request in requests(6)]
+        check_equal(pair, again)
+
+
+def test_nobody_at_the_address() -> None:
+    with Pair(MODELS["qwen3"], {}, {}, **EXACT) as pair:
+        pair.prefill.close()
+        submit = Submit("r", prompt(0, 20), LONG, bootstrap_room=1, bootstrap=pair.prefill.address)
+        pair.decode.post(submit)
+        pair.decode.ended([("r", 0)])
+        assert str(pair.prefill.address) in pair.decode.errors["r"]
+        pair.decode.free()
+        pair.prefill = pair.decode  # for the end
+    assert pair.decode.core.planner.idle
+
+
+def test_a_pair_that_does_not_fit_is_refused_naming_the_tensor() -> None:
+    with Pair(MODELS["hybrid"], {"page_size": 8}, {}, **EXACT) as pair:
+        pair.post(Submit("r", prompt(0, 20), LONG))
+        pair.decode.ended([("r", 0)])
+        assert "layers.3.kv" in pair.decode.errors["r"]
+        assert "pages of 8 tokens" in pair.decode.errors["r"]
+        pair.decode.free()
+        pair.prefill.abort("r")
+        pair.prefill.free()
+
+
+def test_half_a_pair_is_told_at_its_deadline() -> None:
+    short = {"disaggregation_bootstrap_timeout": 1.0, "disaggregation_waiting_timeout": 1.0}
+    with Pair(MODELS["qwen3"], {}, {}, **EXACT, **short) as pair:
+        pair.prefill.post(Submit("p", prompt(0, 20), LONG, bootstrap_room=1))
+        pair.decode.post(Submit("d", prompt(0, 20), LONG, bootstrap_room=2, bootstrap=pair.prefill.address))
+        pair.prefill.ended([("p", 0)])
+        pair.decode.ended([("d", 0)])
+        assert "no decode server asked for room 1" in pair.prefill.errors["p"]
+        assert "room 2" in pair.decode.errors["d"] or "waited 1 s" in pair.decode.errors["d"]
+        pair.prefill.free()
+        pair.decode.free()
+
+
+def test_what_cannot_be_handed_over_is_refused_by_name() -> None:
+    with Pair(MODELS["qwen3"], {}, {}, **EXACT) as pair:
+        scored = SamplingParams(temperature=0.0, max_new_tokens=4, prompt_logprobs=1)
+        pair.post(Submit("scored", prompt(0, 20), scored))
+        pair.prefill.post(Submit("alone", prompt(0, 20), LONG))
+        pair.decode.ended([("scored", 0)])
+        pair.prefill.ended([("scored", 0), ("alone", 0)])
+        assert "logprobs of the prompt" in pair.decode.errors["scored"]
+        assert "bootstrap_room" in pair.prefill.errors["alone"]
