@@ -26,19 +26,31 @@ BATCHES = [("text", ["a", "b"]), ("input_ids", [[1], [2, 3]]), ("prompt", ["a", 
 
 
 @given(st.sampled_from(BATCHES), st.integers(1, 16), st.data())
-def test_rooms_of_a_batch_are_distinct_and_name_the_rank(
+def test_rooms_of_a_batch_are_distinct_and_dealt_out(
     prompts: tuple[str, list[object]], dp: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(0, dp - 1))
-    prefill, decode = legs({prompts[0]: prompts[1]}, Meeting("h", 1, dp), rank, random.getrandbits)
+    named = data.draw(st.booleans())
+    body = {prompts[0]: prompts[1], **({"disagg_prefill_dp_rank": rank} if named else {})}
+    prefill, decode = legs(body, Meeting("h", 1, dp), rank, random.getrandbits)
     assert prefill["bootstrap_room"] == decode["bootstrap_room"]
     assert len(set(decode["bootstrap_room"])) == 2
-    assert all(0 <= room < 1 << 63 and room % dp == rank for room in decode["bootstrap_room"])
+    assert all(0 <= room < 1 << 63 for room in decode["bootstrap_room"])
+    second = rank if named else (rank + 1) % dp
+    assert [room % dp for room in decode["bootstrap_room"]] == [rank, second]
     assert decode["bootstrap_host"] == ["h", "h"]
-    assert (prefill.get("routed_dp_rank"), decode.get("disagg_prefill_dp_rank")) == (
-        (rank, rank) if dp > 1 else (None,) * 2
-    )
-    assert "routed_dp_rank" not in decode
+    told = rank if named and dp > 1 else None
+    assert (prefill.get("routed_dp_rank"), decode.get("disagg_prefill_dp_rank")) == (told, told)
+
+
+@given(st.integers(1, 8), st.data())
+def test_one_prompt_names_its_rank(dp: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, dp - 1))
+    for prompt in ("a", ["a"]):
+        prefill, decode = legs({"text": prompt}, Meeting("h", 1, dp), rank, random.getrandbits)
+        told = rank if dp > 1 else None
+        assert (prefill.get("routed_dp_rank"), decode.get("disagg_prefill_dp_rank")) == (told, told)
+        assert "routed_dp_rank" not in decode
 
 
 @given(st.integers(0, (1 << ROOM_BITS) - 1), st.integers(1, 64))

@@ -3,7 +3,8 @@
 Sources: SGLang `sglang_router/mini_lb.py` and the gateway's `pd_router.rs`. Both servers get `bootstrap_host`,
 `bootstrap_port` (of the prefill server) and `bootstrap_room` (a random number of 63 bits): lists of them for a batch of
 prompts. The prefill server's data-parallel rank travels explicitly: to it as `routed_dp_rank`, to the decode server as
-`disagg_prefill_dp_rank`; rooms are congruent to it modulo the number of ranks, for servers that go by the room. A
+`disagg_prefill_dp_rank`; rooms are congruent to it modulo the number of ranks, for servers that go by the room. The
+prompts of a batch are dealt out over the ranks by their rooms alone, since only one rank can be named for all. A
 request's own `routed_dp_rank` (or `data_parallel_rank`, its older name) is that of the decode server.
 """
 
@@ -36,9 +37,11 @@ def legs(body: Mapping[str, Any], at: Meeting, rank: int, room: Callable[[int], 
     `room(bits)` gives random bits. The prefill server's answer is not shown to anybody, so it need not stream. Raises
     RequestError.
     """
-    rank = _asked_rank(body, at.dp, rank)
-    count = batch_size(body)
-    rooms = [_room(room(ROOM_BITS), rank, at.dp) for _ in range(count or 1)]
+    asked, count = _asked_rank(body, at.dp), batch_size(body)
+    explicit = asked is not None or (count or 1) == 1  # SGLang takes one rank for all prompts of a batch
+    first = rank if asked is None else asked
+    ranks = [first if explicit else dealt(first + i, at.dp) for i in range(count or 1)]
+    rooms = [_room(room(ROOM_BITS), rank, at.dp) for rank in ranks]
     shared: Body
     if count is None:
         shared = {"bootstrap_host": at.host, "bootstrap_port": at.port, "bootstrap_room": rooms[0]}
@@ -48,8 +51,8 @@ def legs(body: Mapping[str, Any], at: Meeting, rank: int, room: Callable[[int], 
     prefill = {**kept, **shared, "stream": False}
     prefill.pop("stream_options", None)
     decode = {**kept, **shared, **{name: body[name] for name in DECODE_RANK if name in body}}
-    if at.dp > 1:
-        prefill["routed_dp_rank"] = decode["disagg_prefill_dp_rank"] = rank
+    if at.dp > 1 and explicit:
+        prefill["routed_dp_rank"] = decode["disagg_prefill_dp_rank"] = first
     return prefill, decode
 
 
@@ -90,10 +93,10 @@ def _room(bits: int, rank: int, dp: int) -> int:
     return bits - dealt(bits, dp) + rank
 
 
-def _asked_rank(body: Mapping[str, Any], dp: int, rank: int) -> int:
+def _asked_rank(body: Mapping[str, Any], dp: int) -> int | None:
     asked = body.get("disagg_prefill_dp_rank")
     if asked is None:
-        return rank
+        return None
     if not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked < dp:
         message = f"disagg_prefill_dp_rank: found {asked!r}, the prefill server has the ranks 0 to {dp - 1}"
         raise RequestError(message, "disagg_prefill_dp_rank")

@@ -173,7 +173,7 @@ class Fleet:
         url = policy.choose({url: server.in_flight for url, server in found.items()}, prompt)
         policy.took(url, prompt)
         server = found[url]
-        return Use(server, prompts, server.rank() if role == "prefill" else None)
+        return Use(server, prompts, server.rank() if role == "prefill" and prompts == 1 else None)
 
 
 def ranks_of(info: Mapping[str, Any]) -> int:
