@@ -42,8 +42,8 @@ def test_which_engine_moves_the_bytes_is_said_where_nobody_chose_it() -> None:
 
 
 def test_an_engine_that_cannot_read_the_device_is_refused() -> None:
-    (reason,) = refusals(None, Hardware("cuda", 1 << 34), disaggregation_mode="prefill")
+    gpu = Hardware("cuda", 1 << 34)
+    (reason,) = refusals(None, gpu, disaggregation_mode="prefill")
     assert "--disaggregation-transfer-backend local" in reason
-    assert not refusals(
-        None, Hardware("cuda", 1 << 34), disaggregation_mode="prefill", disaggregation_transfer_backend="nixl"
-    )
+    asked = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"}
+    assert config_of(None, gpu, **asked).handover.engine == "nixl"
