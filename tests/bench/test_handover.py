@@ -1,0 +1,36 @@
+"""The benchmark of the hand-over says what it promises: copies by pair of layouts, speed by engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "bench" / "handover.py"
+
+
+def lines(*arguments: str) -> list[dict[str, Any]]:
+    """What it writes as JSON."""
+    command = [sys.executable, str(SCRIPT), *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_equal_layouts_need_a_run_for_each_page_layer_and_rank() -> None:
+    found = lines("plans", "--models", "abacus-hybrid", "--tokens", "640")
+    pages, layers = 10, 2
+    for ranks, line in zip((1, 2), found, strict=False):
+        assert line["pairs of ranks"] == ranks
+        assert line["runs, pages in order"] == layers * ranks
+        assert line["runs, pages scattered"] <= pages * layers * ranks
+    assert len(found) == 6
+
+
+def test_it_measures_the_engine_of_one_host_against_a_copy() -> None:
+    (local,) = lines("speed", "--engines", "local", "--mib", "16", "--rounds", "1")
+    assert local["engine"] == "local"
+    for length in ("16 KiB", "256 KiB", "16 MiB"):
+        ours, plain = local[length].split(" / ")
+        assert min(float(ours), float(plain)) > 0
