@@ -110,10 +110,20 @@ def test_the_seeds_recipe_resolves_without_a_gpu_and_no_key_is_passed_over() -> 
             assert [v.key for v in found.verdicts] == [*role.flags, *role.environment]
             assert all(v.why for v in found.verdicts if v.fate != "honoured")
             refused = {v.key for v in found.verdicts if v.fate == "refused"}
-            assert bool(refused) == (found.resolved is None)
+            assert bool(found.conflicts) == (found.resolved is None)
+            assert not refused or found.conflicts
             fates = {v.key: v.fate for v in found.verdicts}
             assert (fates["trust_remote_code"], fates["tp_size"]) == ("ignored", "honoured")
             assert fates["NCCL_CUMEM_ENABLE"] == "passed on"
+
+
+def test_the_seeds_recipe_can_run_on_cpu_with_a_model_of_this_package() -> None:
+    for role in seed("*.device=cpu").roles:
+        found = plan(role, Hardware("cpu", 1 << 34, bf16=True))
+        assert found.conflicts == ()
+        fates = {v.key: v.fate for v in found.verdicts}
+        for key in ("tp_size", "disaggregation_mode", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "chunked_prefill_size"):
+            assert fates[key] == "honoured", key
 
 
 def test_a_role_that_can_run_says_its_bytes() -> None:
