@@ -15,6 +15,7 @@ from tessera.models.parts import Tools, Weights
 from tessera.ops.backend import TORCH, Backend
 from tessera.ops.linear import PackedLinear
 from tessera.ops.rope import rope_tables
+from tessera.ops.tied import Ends, plain_rows
 
 
 def build_model(
@@ -28,7 +29,7 @@ def build_model(
 ) -> Decoder:
     """The model on rank `rank` of `mesh`, from what `models/load.py` loaded. Serves up to `max_positions` positions.
 
-    A tied head multiplies with the embedding's own rows, unpacked: packing would keep a second copy.
+    The caller drops `tensors`: a tied embedding may be kept in another form.
     """
     weights = Weights({t.name: t for t in weight_table(spec, mesh)}, tensors, mesh, rank)
     embed = weights.tensor("embed")
@@ -38,5 +39,5 @@ def build_model(
         for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
     }
     tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred)
-    head = backend.pack(embed, shared=True) if spec.tied else weights.linear("head")
-    return Decoder(spec, weights, tools, head)
+    ends = backend.tie(embed) if spec.tied else Ends(plain_rows(embed), weights.linear("head"))
+    return Decoder(spec, weights, tools, ends)

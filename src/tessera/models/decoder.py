@@ -6,10 +6,9 @@ by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from tessera.comm.together import Together, together
 from tessera.comm.waits import Waits, drain
@@ -21,6 +20,7 @@ from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.linear import PackedLinear, linear
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
+from tessera.ops.tied import Ends
 
 
 class Layer:
@@ -51,8 +51,8 @@ class Layer:
 class Embedding:
     """Rows of the vocabulary that this rank holds; the others' rows come in by a sum."""
 
-    def __init__(self, weights: Weights, vocabulary: Together) -> None:
-        self.weight, self.together = weights.tensor("embed"), vocabulary
+    def __init__(self, weights: Weights, rows: Callable[[Tensor], Tensor], vocabulary: Together) -> None:
+        self.rows, self.together = rows, vocabulary
         held = weights.held("embed")
         self.first, self.count = held[0], len(held)
 
@@ -60,7 +60,7 @@ class Embedding:
         """tokens [T] -> [T, hidden]."""
         local = (yield from self.together.bring(tokens, counts)) - self.first
         outside = (local < 0) | (local >= self.count)
-        part = embedding(local.clamp(0, self.count - 1), self.weight).masked_fill(outside[:, None], 0)
+        part = self.rows(local.clamp(0, self.count - 1)).masked_fill(outside[:, None], 0)
         return (yield from self.together.home(part, counts))
 
 
@@ -84,10 +84,11 @@ class Decoder:
     `counts`: how many rows every DP rank of the instance has in this step; this one's alone where it is the only one.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, tools: Tools, head: PackedLinear) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, tools: Tools, ends: Ends) -> None:
         self.spec, self.tools = spec, tools
         vocabulary = together(tools.comm, "vocab")
-        self.embed, self.head = Embedding(weights, vocabulary), Head(head, vocabulary, tools, spec.vocab_size)
+        self.embed = Embedding(weights, ends.rows, vocabulary)
+        self.head = Head(ends.head, vocabulary, tools, spec.vocab_size)
         self.layers = [
             Layer(layer, weights.at(f"layers.{i}"), tools, f"layers.{i}") for i, layer in enumerate(spec.layers)
         ]

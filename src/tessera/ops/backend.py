@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
-from tessera.ops import attention, delta, draw, fused, linear, mla, moe, norm, sample
+from tessera.ops import attention, delta, draw, fused, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
 
 
@@ -18,6 +18,7 @@ class Backend:
 
     name: str
     pack: Callable[..., linear.PackedLinear]
+    tie: Callable[[Tensor], tied.Ends]
     paged_attention: Callable[..., Tensor]
     mla_absorbed: Callable[..., Tensor]
     mla_expanded: Callable[..., Tensor]
@@ -38,6 +39,7 @@ class Backend:
 REFERENCE = Backend(
     name="reference",
     pack=linear.pack_reference,
+    tie=tied.tie_reference,
     paged_attention=attention.paged_attention_reference,
     mla_absorbed=mla.mla_absorbed_reference,
     mla_expanded=mla.mla_expanded_reference,
@@ -58,6 +60,7 @@ REFERENCE = Backend(
 TORCH = Backend(
     name="torch",
     pack=linear.pack,
+    tie=tied.tie,
     paged_attention=attention.paged_attention,
     mla_absorbed=mla.mla_absorbed,
     mla_expanded=mla.mla_expanded,

@@ -32,20 +32,27 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     return packed.product(x, packed.weight, packed.bias)
 
 
-def pack_reference(weight: Tensor, bias: Tensor | None = None, shared: bool = False) -> PackedLinear:
-    """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`, unless it is `shared`:
-    then it stays as it is, for others who read it (a head tied to the embedding)."""
+def pack_reference(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`."""
     return PackedLinear(weight, bias, *weight.shape, torch.nn.functional.linear)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, shared: bool = False) -> PackedLinear:
-    """See `pack_reference`. bfloat16 on a CPU gets the product that reads its weight once and at full speed."""
+def pack(weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> PackedLinear:
+    """See `pack_reference`. bfloat16 on a CPU gets the product that reads its weight once and at full speed.
+
+    `packs` False: the weight stays as it is, for others who read it.
+    """
     shape = weight.shape
     if swaps_pay(weight):
         return PackedLinear(weight, bias, *shape, swapped)
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and has_bf16() and not has_amx() and not shared:
+    if packs and prepacks(weight):
         return PackedLinear(prepack(weight), bias, *shape, prepacked)
     return pack_reference(weight, bias)
+
+
+def prepacks(weight: Tensor) -> bool:
+    """Whether `prepacked` is the fastest product with this weight: bfloat16 on a CPU that multiplies it without AMX."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and has_bf16() and not has_amx()
 
 
 def swaps_pay(weight: Tensor) -> bool:

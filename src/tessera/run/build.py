@@ -154,6 +154,7 @@ def build_runner(
     context = config.model.context_length
     tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
     decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, context)
+    del tiles  # what the model keeps in another form
     caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows = config.scheduling.max_running
     sizes = Sizes(*config.kernels.graphs)
