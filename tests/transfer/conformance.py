@@ -135,6 +135,7 @@ class Apart(Conformance):
 
     make: ClassVar[Callable[[], Engine]]
     environ: ClassVar[dict[str, str]] = {}
+    repeats: ClassVar[int] = 1  # of each batch that is to take a while
 
     @pytest.fixture
     def sides(self) -> Iterator[Callable[[], Side]]:
@@ -161,7 +162,7 @@ class Apart(Conformance):
         reader.register(0, target)
         peer = writer.connect(reader.endpoint(), DEADLINE_S)
         at = np.arange(0, 1 << 26, 1 << 16)
-        batch = np.stack([0 * at, at, 0 * at, at, 0 * at + (1 << 16)], 1)
+        batch = np.tile(np.stack([0 * at, at, 0 * at, at, 0 * at + (1 << 16)], 1), (self.repeats, 1))
         tickets = {writer.write(peer, batch) for _ in range(4)}
         return writer, reader, target, tickets
 

@@ -128,6 +128,7 @@ def test_pairs_are_those_of_the_two_groups() -> None:
         pairs = plan.pairs(src_dp, dst_dp)
         assert {a for a, _ in pairs} == {2 * src_dp, 2 * src_dp + 1}
         assert {b for _, b in pairs} == {4 * dst_dp + r for r in range(4)}
+    assert plan.readers(3) == (2, 3, 6, 7, 10, 11), "the second half of every group"
 
 
 def test_runs_keep_the_contract_of_the_engines() -> None:

@@ -21,6 +21,7 @@ NUM_GPUS = torch.cuda.device_count()
 class TestOnOneGpu(Apart):
     make = partial(make_engine, "cuda_ipc")
     devices = ("cuda:0", "cuda:0")
+    repeats = 64
 
 
 @pytest.mark.gpu
@@ -28,6 +29,7 @@ class TestOnOneGpu(Apart):
 class TestBetweenGpus(Apart):
     make = partial(make_engine, "cuda_ipc")
     devices = ("cuda:0", "cuda:1")
+    repeats = 64
 
     def test_short_and_long_runs_of_many_regions(self, sides: Callable[[], Side]) -> None:
         """As pages of 64 tokens with half of the heads, and slots of several megabytes."""

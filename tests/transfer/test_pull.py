@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tessera.core.errors import ConfigError, DeadlineError, PeerError
+from tessera.transfer import engines as engine_table
 from tessera.transfer import pull, wire
 from tessera.transfer.base import Runs
 from tessera.transfer.engines import make_engine
@@ -256,6 +257,19 @@ def test_an_engine_that_is_not_known_is_refused_with_the_choices() -> None:
 def test_memory_of_a_device_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"regions on meta.*Use cuda_ipc"):
         HostMover().export({0: torch.zeros(8, dtype=torch.uint8, device="meta")})
+
+
+@pytest.mark.parametrize(("asked", "found"), [("0.0.0.0", "10.1.2.3"), ("", "10.1.2.3"), ("10.9.9.9", "10.9.9.9")])
+def test_peers_are_told_an_address_they_can_reach(monkeypatch: pytest.MonkeyPatch, asked: str, found: str) -> None:
+    told = []
+    monkeypatch.setitem(engine_table.MOVERS, "tcp", lambda host, devices: told.append(host) or OverTcp())
+    monkeypatch.setattr(engine_table, "outward", lambda host: "10.1.2.3")
+    make_engine("tcp", asked)
+    assert told == [found]
+
+
+def test_this_host_has_an_address() -> None:
+    assert engine_table.outward("0.0.0.0").count(".") == 3
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

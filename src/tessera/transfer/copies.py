@@ -55,6 +55,12 @@ class CopyPlan:
         src, dst = self._source.manifest.group(src_dp), self._destination.manifest.group(dst_dp)
         return tuple((src[a], dst[b]) for a, b in sorted(self._pages.keys() | self._slots.keys()))
 
+    def readers(self, src_rank: int) -> tuple[int, ...]:
+        """The destination ranks, of all DP groups, to which a source rank may have something to copy."""
+        groups = range(self._destination.manifest.num_dp_ranks)
+        src_dp = self._source.manifest.mesh.coordinate(src_rank, "dp")
+        return tuple(sorted({b for group in groups for a, b in self.pairs(src_dp, group) if a == src_rank}))
+
     def paged(
         self, src_rank: int, dst_rank: int, src_pages: Sequence[int] | Ints, dst_pages: Sequence[int] | Ints
     ) -> Runs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Callable
 
 from tessera.core.errors import ConfigError, Conflict
@@ -22,6 +24,11 @@ MOVERS: dict[str, Callable[[str, str | None], Mover]] = {
 }
 
 
+ANYWHERE = {"", "0.0.0.0", "::"}
+_BEYOND = ("192.0.2.1", 9)  # an address of nobody (RFC 5737); nothing is sent there
+_log = logging.getLogger(__name__)
+
+
 def make_engine(kind: str, host: str = "127.0.0.1", devices: str | None = None) -> Engine:
     """One rank's engine. `host`: the address at which peers reach this one (the engines of one host do without).
 
@@ -31,4 +38,17 @@ def make_engine(kind: str, host: str = "127.0.0.1", devices: str | None = None) 
     if kind not in MOVERS:
         flag = f"--disaggregation-transfer-backend {kind}"
         raise ConfigError([Conflict((flag,), "there is no such engine", f"Choose one of {', '.join(MOVERS)}.")])
-    return PullEngine(MOVERS[kind](host, devices))
+    mover = MOVERS[kind](outward(host) if host in ANYWHERE else host, devices)
+    if mover.host not in (None, host):
+        _log.info("transfer engine %s is reached at %s, since --host %s is no address", kind, mover.host, host)
+    return PullEngine(mover)
+
+
+def outward(host: str) -> str:
+    """This host's address towards others, in place of one that stands for all of them."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(_BEYOND)
+        except OSError:  # no route: nobody is beyond
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
