@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tessera.run.poster import Connected, News, Order
 from tessera.run.seat import Seat
 from tessera.transfer.manifest import Manifest, new_instance
 
+log = logging.getLogger(__name__)
 SAMPLE = 1 << 12  # bytes of each weight file, from its middle and its end
 
 
@@ -46,6 +48,8 @@ class Handover:
         )
         names = tuple(seat.name for seat in seats)
         self._courier = Courier(config.handover, config.serving.host, manifest, names, self._post)
+        if self.bootstrap is not None:
+            log.info("Decode servers meet this one at %s", self.bootstrap)
 
     @property
     def bootstrap(self) -> Address | None:
