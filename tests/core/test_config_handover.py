@@ -43,7 +43,10 @@ def test_which_engine_moves_the_bytes_is_said_where_nobody_chose_it() -> None:
 
 def test_an_engine_that_cannot_read_the_device_is_refused() -> None:
     gpu = Hardware("cuda", 1 << 34)
-    (reason,) = refusals(None, gpu, disaggregation_mode="prefill")
-    assert "--disaggregation-transfer-backend local" in reason
+    assert config_of(None, gpu, disaggregation_mode="prefill").handover.engine == "cuda_ipc"
+    for device, engine in ((gpu, "local"), (None, "cuda_ipc")):
+        asked = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": engine}
+        (reason,) = refusals(None, *([device] if device else []), **asked)
+        assert f"--disaggregation-transfer-backend {engine} with --device" in reason
     asked = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"}
     assert config_of(None, gpu, **asked).handover.engine == "nixl"

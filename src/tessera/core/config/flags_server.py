@@ -22,9 +22,10 @@ HANDOVER = (
     Flag("disaggregation_mode", text, "null", "Part that this server plays: it computes prompts for others, answers "
          "what others computed, or does both itself (null).", "hand-over", choices=("null",),
          unbuilt=("prefill", "decode"), instead=MODE),
-    Flag("disaggregation_transfer_backend", text, "auto", "What moves the bytes: local is for one host.", "hand-over",
-         choices=("auto", "local"), unbuilt=("mooncake", "nixl", "ascend", "fake"),
-         instead="use 'local' on one host, mooncake or nixl across hosts"),
+    Flag("disaggregation_transfer_backend", text, "auto", "What moves the bytes: local (CPU) and cuda_ipc "
+         "(GPUs) inside one host, the others across hosts.", "hand-over", choices=("auto", "local", "cuda_ipc"),
+         unbuilt=("mooncake", "nixl", "ascend", "fake"),
+         instead="use 'local' or 'cuda_ipc' inside one host, mooncake or nixl across hosts"),
     Flag("disaggregation_bootstrap_port", whole(0, 65535), 8998, "Port of the prefill server at which the two meet; 0: "
          "any free one.", "hand-over"),
     Flag("disaggregation_ib_device", text, None, "Network devices for the bytes.", "hand-over"),

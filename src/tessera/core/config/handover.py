@@ -7,7 +7,7 @@ from tessera.core.config.flags_server import HANDOVER
 from tessera.core.config.types import HandoverConfig, Notes
 
 ROLES = ("prefill", "decode")
-ENGINE = "local"
+INSIDE = {"local": "cpu", "cuda_ipc": "cuda"}  # the engines of one host, and whose memory they read
 
 
 def handover_phase(values: Asked, device: str, notes: Notes) -> HandoverConfig:
@@ -19,15 +19,15 @@ def handover_phase(values: Asked, device: str, notes: Notes) -> HandoverConfig:
                 notes.decide(flag.spellings[0], "ignored", "only read with --disaggregation-mode prefill or decode")
     engine = values.word("disaggregation_transfer_backend")
     if engine == "auto":
-        engine = ENGINE
+        engine = "cuda_ipc" if device == "cuda" else "local"
         if role in ROLES:
             why = "moves bytes between processes of one host; across hosts name another"
             notes.decide("disaggregation-transfer-backend", engine, why)
-    if role in ROLES and engine == "local" and device == "cuda":
+    if role in ROLES and INSIDE.get(engine, device) != device:
         notes.refuse(
-            ("--disaggregation-transfer-backend local", f"--device {device}"),
-            "it reads the memory of processes, not that of devices",
-            "Use mooncake or nixl.",
+            (f"--disaggregation-transfer-backend {engine}", f"--device {device}"),
+            f"it copies memory of {INSIDE[engine]} only",
+            "Use auto, mooncake or nixl.",
         )
     seconds = [
         values.real(f"disaggregation_{name}")
