@@ -22,23 +22,19 @@ from tessera.ops.triton_tiles import Tile
 
 HEADS = {"qwen3-8b": (32, 8, 128), "qwen3next": (16, 2, 256)}
 RANGES = [
-    ("decode", (1, 1023, 1)), ("decode", (64, 1023, 1)), ("decode", (512, 1023, 1)), ("verify", (64, 1020, 4)),
+    *(("decode", (num, 1023, 1)) for num in (1, 16, 64, 512)), ("verify", (64, 1020, 4)),
     ("prefill", (4, 0, 4096)), ("chunks", (4, 3072, 1024)),
 ]  # fmt: skip
-DECODES = [Tile(16, n, w, s) for n, w, s in product((32, 64, 128), (4,), (3, 4, 5))] + [
-    Tile(16, 64, 2, 4), Tile(16, 128, 8, 4), Tile(16, 64, 8, 4),
+DECODES = [
+    Tile(16, 64, 2, 4), Tile(16, 32, 4, 5), Tile(16, 64, 4, 5), Tile(16, 32, 4, 3), Tile(16, 128, 4, 3),
 ]  # fmt: skip
 FLASH = {
-    128: [Tile(128, 64, 8, s) for s in (2, 3, 4)] + [Tile(128, 128, 8, s) for s in (2, 3)]
-    + [Tile(64, 64, 4, s) for s in (2, 3, 4)] + [Tile(64, 128, 4, 3), Tile(128, 32, 8, 4)],
-    256: [Tile(128, 64, 8, s) for s in (2, 3)] + [Tile(128, 32, 8, s) for s in (2, 3)]
-    + [Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(64, 64, 8, 3), Tile(128, 128, 8, 2)],
-}  # fmt: skip
-MLA_SPLITS = [Tile(16, n, w, s) for n, w, s in product((32, 64), (4, 8), (3, 4))] + [
-    Tile(16, 16, 4, 4), Tile(16, 32, 8, 5), Tile(16, 128, 8, 3),
-]  # fmt: skip
-MLA_OWN = [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)]
-MLA_LONG = [Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 3), Tile(64, 32, 8, 3)]
+    128: [Tile(128, 128, 8, 2), *(Tile(128, 64, 8, s) for s in (2, 3)), Tile(64, 64, 4, 4)],
+    256: [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)],
+}
+MLA_SPLITS = [Tile(16, 64, 4, 4), Tile(16, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 8, 5)]
+MLA_OWN = [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 3)]
+MLA_LONG = [Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)]
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128
 
 
@@ -73,7 +69,7 @@ def attention(name: str, shape: str, num: int, start: int, length: int, page_siz
     tiles = {"decode": DECODES} if length <= triton_attention.SHORT else {"prefill": FLASH[dim]}
     variants: list[dict[str, Any]] = [{kind: tile} for kind, choice in tiles.items() for tile in choice]
     if length == 1 and num < 512:
-        variants += [{"splits": n} for n in ((4, 8, 16, 32) if num == 1 else (1, 2, 3, 4, 6, 8))]
+        variants += [{"splits": n} for n in ((4, 8, 16) if num == 1 else (1, 2, 4, 6, 8))]
     moved = 2 * num_kv * dim * 2 * num * (start + length) + 4 * num * length * num_q * dim
     size = num_pages * page_size * 2 * num_kv * dim * 2
     return Case(name, moved, 4 * pairs * num_q * dim, size, make, run, check, variants)

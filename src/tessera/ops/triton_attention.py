@@ -32,7 +32,7 @@ from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
 SHORT = (
     8  # tokens of the longest range that the split kernel takes: by a range's own length, so that others don't matter
 )
-WAVES = 4  # programs per multiprocessor that the splits aim at
+WAVES = 2  # programs per multiprocessor that the splits aim at
 
 # By element size and head dim (0: any other), from one H100; `bench/kernels.py attention --sweep` tries others.
 DECODE = {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 2, 4), (2, 256): Tile(16, 32, 4, 3)}
@@ -66,10 +66,9 @@ def _decode(
 ):  # fmt: skip
     """Program (segment, key head, split and block of rows) of ranges of up to SHORT tokens."""
     s, head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
-    length = tl.load(lengths + s)
+    start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     if length > SHORT or block * M >= length * G:
         return
-    start = tl.load(starts + s)
     end = start + length
     size = split_size(end, SPLITS, N)
     first = split * size
@@ -77,7 +76,7 @@ def _decode(
         return
     row = block * M + tl.arange(0, M)
     i, h = row // G, head * G + row % G
-    live, token = i < length, (tl.load(cu_lengths + s) + i).to(tl.int64)
+    live, token = i < length, (base + i).to(tl.int64)
     x = load_rows(q, token * q_token + h * q_head, live, D, DP, True)
     k_base = pool + head * head_stride
     v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
@@ -109,10 +108,10 @@ def _prefill(
     if s < 0:
         return
     block = tl.load(tiles + 2 * tile + 1)
-    start, length = tl.load(starts + s), tl.load(lengths + s)
+    start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)
     row = block * M + tl.arange(0, M)
     i, h = row // G, head * G + row % G
-    live, token = i < length, (tl.load(cu_lengths + s) + i).to(tl.int64)
+    live, token = i < length, (base + i).to(tl.int64)
     x = load_rows(q, token * q_token + h * q_head, live, D, DP, True)
     k_base = pool + head * head_stride
     v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride

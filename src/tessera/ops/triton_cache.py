@@ -15,7 +15,6 @@ from tessera.ops.rope import RopeTables
 from tessera.ops.segments import Segments
 
 BLOCK = 8  # heads of a program at most: with D = 128, eight elements a thread
-ROPE_BLOCK = 16  # of one that only rotates them
 
 
 @triton.jit
@@ -178,7 +177,7 @@ def write_latents(y: Tensor, q: Tensor, inputs: LatentInputs, pool: Tensor, segm
     if len(y) == 0:
         return q_rope
     assert y.stride(1) == q.stride(2) == pool.stride(2) == 1, "neighbours in a head must be neighbours in memory"
-    b = min(ROPE_BLOCK, triton.next_power_of_2(num_heads))
+    b = min(BLOCK, triton.next_power_of_2(num_heads))
     _write_latents[(len(y), 1 + triton.cdiv(num_heads, b))](
         y, q[..., q.shape[-1] - dim :], inputs.norm, q_rope, pool, *_rope(inputs.tables, segments), dim // 2,
         inputs.eps, inputs.kv.start, y.stride(0), *q.stride()[:2], *pool.stride()[:2], H=num_heads, R=rank, B=b,

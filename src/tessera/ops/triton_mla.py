@@ -83,10 +83,9 @@ def _absorbed(
         s = tl.load(tiles + 2 * s)
         if s < 0:
             return
-    length = tl.load(lengths + s)
+    start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     if length > SHORT or block * M >= length * H:
         return
-    start = tl.load(starts + s)
     row = block * M + tl.arange(0, M)
     i, h = row // H, row % H
     if PREFIX:
@@ -97,7 +96,7 @@ def _absorbed(
     first = split * size
     if first >= start + length:
         return
-    live, token = i < length, (tl.load(cu_lengths + s) + i).to(tl.int64)
+    live, token = i < length, (base + i).to(tl.int64)
     x = load_rows(q_latent, token * latent_token + h * latent_head, live, R, RP, True)
     y = load_rows(q_rope, token * rope_token + h * rope_head, live, DR, DRP, True)
     table = page_table + s.to(tl.int64) * table_stride
@@ -119,22 +118,20 @@ def _absorbed(
 
 
 @triton.jit
-def _own_tile(
-    q_nope, q_rope, acc, m, total, k_base, v_base, r_base, n, length, i, scale, k_token, r_token,
-    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, V: tl.constexpr,
-    VP: tl.constexpr, N: tl.constexpr,
+def _scores(
+    q_nope, q_rope, k_base, r_base, n, length, k_token, r_token,
+    D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The sums of M rows after the expanded keys n .. n + N - 1 of `length`; row r sees those up to i[r]."""
     key = n + tl.arange(0, N)
-    at = key.to(tl.int64) * k_token
-    k = load_rows(k_base, at, key < length, D, DP, MASKED)
+    k = load_rows(k_base, key.to(tl.int64) * k_token, key < length, D, DP, MASKED)
     rope = load_rows(r_base, key.to(tl.int64) * r_token, key < length, DR, DRP, MASKED)
-    v = load_rows(v_base, at, key < length, V, VP, MASKED)
-    scores = dot(q_rope, tl.trans(rope), dot(q_nope, tl.trans(k), None))
-    if MASKED:
-        scores = tl.where(key <= i[:, None], scores, float("-inf"))
-    weights, shrink, m, total = fold(scores, scale, m, total)
-    return dot(weights.to(v.dtype), v, acc * shrink[:, None]), m, total
+    return dot(q_rope, tl.trans(rope), dot(q_nope, tl.trans(k), None))
+
+
+@triton.jit
+def _values(v_base, n, length, k_token, V: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    key = n + tl.arange(0, N)
+    return load_rows(v_base, key.to(tl.int64) * k_token, key < length, V, VP, MASKED)
 
 
 @triton.jit
@@ -167,15 +164,16 @@ def _own(
         acc += load_rows(out, (token * H + h) * V, live, V, VP, True).to(tl.float32)
     seen_by_all = (lead + block * M + 1) // N * N
     for n in range(0, seen_by_all, N):
-        acc, m, total = _own_tile(
-            x, y, acc, m, total, k_base, k_base + D, r_base, n, lead + length, lead + i, scale, k_token, r_token,
-            False, D, DP, DR, DRP, V, VP, N,
-        )  # fmt: skip
+        scores = _scores(x, y, k_base, r_base, n, seen_by_all, k_token, r_token, D, DP, DR, DRP, N, False)
+        weights, shrink, m, total = fold(scores, scale, m, total)
+        v = _values(k_base + D, n, seen_by_all, k_token, V, VP, N, False)
+        acc = dot(weights.to(v.dtype), v, acc * shrink[:, None])
     for n in range(seen_by_all, lead + tl.minimum(block * M + M, length), N):
-        acc, m, total = _own_tile(
-            x, y, acc, m, total, k_base, k_base + D, r_base, n, lead + length, lead + i, scale, k_token, r_token,
-            True, D, DP, DR, DRP, V, VP, N,
-        )  # fmt: skip
+        scores = _scores(x, y, k_base, r_base, n, lead + length, k_token, r_token, D, DP, DR, DRP, N, True)
+        scores = tl.where(n + tl.arange(0, N) <= (lead + i)[:, None], scores, float("-inf"))
+        weights, shrink, m, total = fold(scores, scale, m, total)
+        v = _values(k_base + D, n, lead + length, k_token, V, VP, N, True)
+        acc = dot(weights.to(v.dtype), v, acc * shrink[:, None])
     acc, _ = normalised(acc, m, total)
     store_rows(out, (token * H + h) * V, acc, live, V, VP)
 

@@ -95,24 +95,24 @@ def combine(
     """Program (segment * Q + query, head): joins partial [S * Q, H, SPLITS, D] and lse [S * Q, H, SPLITS] into out."""
     row, head = tl.program_id(0), tl.program_id(1)
     s, i = row // Q, row % Q
-    length = tl.load(lengths + s)
+    start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     if i >= length or length > SHORT:
         return
-    end = tl.load(starts + s) + length
+    end = start + length
     num = tl.cdiv(end, split_size(end, SPLITS, N))
-    base = (row * tl.num_programs(1) + head).to(tl.int64) * SPLITS
+    at = (row * tl.num_programs(1) + head).to(tl.int64) * SPLITS
     m, total, acc = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
     for first in range(0, num, B):
         split = first + tl.arange(0, B)
-        part = tl.load(lse + base + split, mask=split < num, other=float("-inf"))
+        part = tl.load(lse + at + split, mask=split < num, other=float("-inf"))
+        values = load_rows(partial, (at + split) * D, split < num, D, DP, True)  # on its way while part is reduced
         m_new = tl.maximum(m, tl.max(part, 0))
         weights = tl.exp2(part - m_new)
-        values = load_rows(partial, (base + split) * D, split < num, D, DP, True)
         shrink = tl.exp2(m - m_new)
         acc = acc * shrink + tl.sum(values * weights[:, None], 0)
         total = total * shrink + tl.sum(weights, 0)
         m = m_new
-    token = (tl.load(cu_lengths + s) + i).to(tl.int64)
+    token = (base + i).to(tl.int64)
     dims = tl.arange(0, DP)
     tl.store(out + token * out_token + head * out_head + dims, (acc / total).to(out.dtype.element_ty), mask=dims < D)
 
