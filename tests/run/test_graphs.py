@@ -114,10 +114,26 @@ def test_padding_leaves_all_but_scratch_alone() -> None:
     assert torch.equal(graphed.table.tokens[:-1], plain.table.tokens[:-1])
 
 
+def test_as_many_ranges_as_tokens_are_not_ranges_of_one_token() -> None:
+    """A chunk beside decodes may be padded to a size with equal counts."""
+    sizes = Sizes(rows=(1, 2, 4), segments=(4,), tokens=(4,))
+    first = Change(enter=(enter(0, PROMPT, [1, 2]), enter(2, [8, 4, 6], [5, 6])))
+    steps = [
+        step(0, [(0, 0, 4, False)], first),
+        step(1, [(0, 4, 3, True), (2, 0, 1, False)]),
+        step(2, [(2, 1, 2, True), (0, 7, 1, True)]),
+    ]
+    graphed, again = runner(sizes)
+    plain, _ = runner(Sizes())
+    assert drawn(run(graphed, *steps)) == drawn(run(plain, *steps))
+    assert again.replayed == 3
+    assert again.recorded == 1
+
+
 def test_which_steps_have_a_size() -> None:
     one, chunk = [(0, 4, 1, True)], [(0, 4, 5, True), (1, 2, 1, True)]
-    assert SIZES.of(step(0, one)) == Size(1, 1)
-    assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(3)])) == Size(4, 4)
+    assert SIZES.of(step(0, one)) == Size(1, 1, True)
+    assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(3)])) == Size(4, 4, True)
     assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(5)])) is None, "more rows than the largest size"
     assert SIZES.of(step(0, chunk)) == Size(4, 8)
     assert SIZES.of(step(0, [(0, 0, 17, True)])) is None, "more tokens than the largest size"

@@ -74,7 +74,8 @@ class Head:
         """hidden [N, hidden] -> [N, V]."""
         part = linear((yield from self.together.bring(hidden, counts)), self.weight)
         mine = yield from self.together.own(part, counts)  # [attention groups, N, V of one rank]
-        whole = yield self.comm.gather(mine.movedim(0, 1)[:, :, None], "vocab/attn", 2)
+        ones = [1] * self.comm.mesh.size_of("vocab/attn")
+        whole = yield self.comm.gather(mine.movedim(0, 1)[:, :, None], "vocab/attn", 2, ones)
         return whole.flatten(1)[:, : self.vocab_size]
 
 

@@ -29,10 +29,11 @@ Expand = Callable[[Columns, int, Tensor, Tensor, int], Expanded]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Padded counts of a step. Equal: every range is of one token."""
+    """Padded counts of a step. `one_each`: every range is of one token (equal counts alone do not say so)."""
 
     num_segments: int
     num_tokens: int
+    one_each: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Sizes:
         num_tokens = max(part.num_tokens for part in step.parts)
         if all((part.lengths == 1).all() for part in step.parts):
             size = _at_least(self.rows, num_segments)
-            return Size(size, size) if size else None
+            return Size(size, size, one_each=True) if size else None
         segments = _at_least(self.segments, num_segments + 1)  # one is padding, which tokens of no range count to
         tokens = _at_least(self.tokens, num_tokens)
         return Size(segments, tokens) if segments and tokens else None
@@ -77,7 +78,7 @@ def columns_of(part: Part, size: Size, slots: Ints, scratch_row: int) -> Ints:
     rows, starts, lengths, own, draws, cu = np.split(packed, np.arange(1, 6) * total)
     rows[:count], rows[count:] = part.rows, scratch_row
     starts[:count] = part.starts
-    lengths[:count], lengths[count:] = part.lengths, int(size.num_tokens == total)
+    lengths[:count], lengths[count:] = part.lengths, int(size.one_each)
     own[:count] = slots[part.rows]
     draws[:] = scratch_row
     draws[:count][part.samples] = part.rows[part.samples]
@@ -168,7 +169,7 @@ class Graphs:
 
     def _stage(self, packed: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """What is recorded: ([S] likeliest tokens, [S, V] logits)."""
-        table, one_each = self._table, size.num_tokens == size.num_segments
+        table = self._table
         columns = Columns.split(packed, size.num_segments)
         assert table.pages_on_device is not None, "graphs read page tables on the device"
         found = self._expand(columns, size.num_tokens, table.tokens, table.pages_on_device, self._page_size)
@@ -185,12 +186,12 @@ class Graphs:
             self._page_size,
             NO_INTS,
             NO_INTS,
-            max_length=1 if one_each else size.num_tokens,
+            max_length=1 if size.one_each else size.num_tokens,
             max_end=table.max_context,
         )
         counts = (size.num_tokens,) * self._num_dp
         hidden = self._model.forward((Input(found.tokens, segments, counts),), self._caches)
-        if not one_each:
+        if not size.one_each:
             hidden = hidden[(columns.cu_lengths[1:] - 1).clamp(min=0)]
         logits = self._model.narrow_logits(hidden, (size.num_segments,) * self._num_dp)
         tokens = logits.argmax(-1)

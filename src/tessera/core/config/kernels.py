@@ -56,6 +56,11 @@ def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: 
                 why = "there is no CUDA device" if device != "cuda" else "--disable-cuda-graph is given"
                 notes.decide(f"--{name.replace('_', '-')}", "ignored", why)
         return (), (), ()
+    if values.word("moe_a2a_backend") != "none":
+        notes.decide(
+            "CUDA graphs", "off", "with --moe-a2a-backend the host learns how many rows travel, in every layer"
+        )
+        return (), (), ()
     if not run <= RECORDED:
         others = ", ".join(sorted(run - RECORDED))
         notes.decide("CUDA graphs", "off", f"kernels of {others} read a step's numbers on the host")
