@@ -55,6 +55,8 @@ def url_of(server: Running) -> str:
     return server.wait_for(r"processes are ready: (http://\S+)", 120)[1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_pair_answers_as_one_rank_and_a_killed_prefill_server_is_replaced(
     tmp_path: Path, expected: list[list[int]]
 ) -> None:
