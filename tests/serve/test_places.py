@@ -8,7 +8,7 @@ import pytest
 
 from serve.support import World, in_loop, refusal, world
 from serve.test_fields import ENDPOINTS
-from tessera.core.messages import Submit
+from tessera.core.messages import Address, Submit
 
 
 def places(made: World) -> list[tuple[int | None, int | None]]:
@@ -120,3 +120,14 @@ async def test_half_of_what_a_hand_over_needs_is_refused_by_name(role: str, fiel
         answer = await http.post("/v1/completions", json={"prompt": [7], **fields})
         assert refusal(answer)["param"] == field
         assert not met(made)
+
+
+@in_loop
+async def test_a_decode_server_is_told_where_prefill_is_met() -> None:
+    async with world(role="decode", bootstrap_port=9000) as (made, http):
+        hosts = {"10.0.0.1": "10.0.0.1", "[::1]": "::1", "::1": "::1", "prefill-0": "prefill-0"}
+        for host in hosts:
+            body = {"input_ids": [7], "bootstrap_host": host, "bootstrap_room": 5}
+            assert (await http.post("/generate", json=body)).status_code == 200
+        got = [m.bootstrap for m in made.engine.seen if isinstance(m, Submit)]
+        assert got == [Address(host, 9000) for host in hosts.values()]

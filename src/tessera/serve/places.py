@@ -29,7 +29,10 @@ def met_at(values: Mapping[str, Any], index: int, count: int, role: str, port: i
     if role == "decode" and room and host is None:
         why = "this is a decode server (--disaggregation-mode decode), which must know the prefill server of a room"
         raise RequestError(f"bootstrap_host is missing: {why}", "bootstrap_host")
-    return None if host is None else Address(host, asked.get("bootstrap_port", port))
+    if host is None:
+        return None
+    bare = host.removeprefix("[").removesuffix("]")  # routers send IPv6 addresses as URLs have them
+    return Address(bare, asked.get("bootstrap_port", port))
 
 
 def place_of(values: Mapping[str, Any], index: int, count: int, num_dp: int, rooms: bool) -> dict[str, int | None]:

@@ -15,7 +15,8 @@ from tessera.core.config.types import Decision
 OURS = "TESSERA_"
 THEIRS = ("SGLANG_", "MC_")
 POOLS = "caches are registered as they are allocated; no pool of Mooncake's own is used"
-NO_PEERS = "there is one rank"
+ONE_WIRE = "steps go to the ranks over ZeroMQ; there is no other way to choose"
+NO_COMPARING = "ranks are not compared by their free memory, so there is no such check to switch off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ VARIABLES = (
     Variable("SGLANG_", "DECODE_BOOTSTRAP_TIMEOUT", "disaggregation_decode_bootstrap_timeout"),
     Variable("SGLANG_", "HACK_SEQ_BOOTSTRAP_ROOM", reason="every request brings its own bootstrap_room"),
     Variable("SGLANG_", "MOONCAKE_CUSTOM_MEM_POOL", reason=POOLS),
-    Variable("SGLANG_", "USE_MESSAGE_QUEUE_BROADCASTER", reason=NO_PEERS),
-    Variable("SGLANG_", "DISABLE_TP_MEMORY_INBALANCE_CHECK", reason=NO_PEERS),
+    Variable("SGLANG_", "USE_MESSAGE_QUEUE_BROADCASTER", reason=ONE_WIRE),
+    Variable("SGLANG_", "DISABLE_TP_MEMORY_INBALANCE_CHECK", reason=NO_COMPARING),
     Variable("SGLANG_", "DG_CACHE_DIR", reason="DeepGEMM is not used"),
     Variable("MC_", "FORCE_MNNVL", reason=POOLS),
 )

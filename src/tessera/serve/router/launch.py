@@ -19,6 +19,7 @@ from tessera.serve.signals import StopSignals
 from tessera.serve.trace import make_tracing
 
 log = logging.getLogger(__name__)
+LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 
 
 def launch(options: Options, host: str, port: int, level: str = "info", trace: tuple[bool, str] = (False, "")) -> int:
@@ -33,6 +34,9 @@ async def _launch(options: Options, host: str, port: int, trace: tuple[bool, str
     for server in router.fleet.servers:
         told = f", bootstrap port {server.address.bootstrap_port or 'as it tells'}"
         log.info("%s %s%s", server.address.role, server.url, told if server.address.role == "prefill" else "")
+    hosts = {role: {s.address.host for s in router.fleet.of(role)} for role in router.fleet.roles}
+    if hosts.get("prefill", set()) & LOOPBACK and hosts["decode"] - LOOPBACK:
+        log.warning("Decode servers are told to meet a prefill server at a loopback address: name it as they reach it")
     log.info("Policy: %s", ", ".join(f"{role} {options.policy_of(role)}" for role in router.fleet.roles))
     with bind(host, port) as listening:
         listener = Listener(make_app(router), listening, options.log_requests)
