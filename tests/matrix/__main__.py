@@ -6,6 +6,7 @@ Each point is a line of `runs/matrix.jsonl`. Exit code 1 when one has failed.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def work(results: Results, plan: Sequence[Stage], until: float) -> None:
                 return
             began = time.monotonic()
             verdict = run(point, stage.short)
+            gc.collect()  # of sixteen ranks that is a gigabyte
             results.add(point, stage.short, verdict, time.monotonic() - began)
             if verdict.outcome == "failed":
                 sys.stdout.write(f"FAILED {point} short={stage.short}\n  {verdict.why}\n")

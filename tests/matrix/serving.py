@@ -45,7 +45,7 @@ GQA: dict[str, Any] = {  # KV heads fewer than ranks, a vocabulary that is padde
     "torch_dtype": "float32",
     "eos_token_id": 1,
 }
-BASE: dict[str, Any] = {"page_size": 16, "max_total_tokens": 4096, "max_running_requests": 12}
+BASE: dict[str, Any] = {"page_size": 16, "max_total_tokens": 2048, "max_running_requests": 12}
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, logprobs=0)
 SCORED = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
 # DP rank that each request asks for (as far as there are so many), and the outputs that have come before it arrives:

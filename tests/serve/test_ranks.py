@@ -119,14 +119,16 @@ def test_replicas_of_two_ranks_answer_as_one_rank_does(tmp_path: Path) -> None:
         alone = httpx.post(f"{server.ready()}/v1/completions", json=ask, timeout=20).json()["choices"][0]["text"]
     events = str(folder / "events")
     with running([*command(folder), "--tp", "2", "--dp", "2", "--log-events", events], folder / "log") as server:
-        url = server.ready()
+        url = server.ready(60)  # seven processes
         assert len(ranks(server)) == 4
         for replica in (0, 1):
             found = httpx.post(f"{url}/v1/completions", json={**ask, "data_parallel_rank": replica}, timeout=20).json()
             assert found["choices"][0]["text"] == alone
         below = server.children()
-        server.signal(signal.SIGINT)
-        assert server.code() == 0
+        max(ranks(server), key=lambda rank: (rank.ppid(), rank.pid)).kill()
+        assert server.code() == 1
+        assert re.search(r"tessera: replica 1: the engine failed: .* rank 1 \(process \d+\) was ended", server.text)
+        assert "ERROR replica 1: the step loop failed" in server.text
         for child in below:
             gone(child)
         for replica in (0, 1):

@@ -20,7 +20,8 @@ def build(begin: Begin, tell: Tell) -> EngineCore:
     else:
         folder = Path(begin.known.folder)
         prepared = Prepared(folder, read_model(folder), begin.known.resolved).as_replica(begin.replica)
-    logs.configure(prepared.resolved.config.logging.level)
+    mesh = prepared.resolved.config.mesh
+    logs.configure(prepared.resolved.config.logging.level, f"replica {mesh.replica}: " if mesh.replicas > 1 else "")
     tell(Starting(prepared.resolved, str(prepared.folder), prepared.spec.vocab_size))
     return prepared_core(prepared, tell, LoadingReports(tell))
 
