@@ -84,7 +84,7 @@ class Running:
         assert found, f"no {pattern!r} in:\n{self.text}"
         return found
 
-    def ready(self, seconds: float = 20.0) -> str:
+    def ready(self, seconds: float = 60.0) -> str:
         """Its address, once it is ready."""
         self.wait_for("ready to roll", seconds)
         return self.wait_for(r"Serving .* at (http://\S+) after")[1]

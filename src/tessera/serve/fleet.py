@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 Advance = Callable[[int, int], None]
 Probe = Callable[[int], Awaitable[float]]
 
-LAST_WORDS_SECONDS = 3.0  # for an engine that has failed to end by itself
 WATCH_SECONDS = 0.5
 
 
@@ -108,8 +107,7 @@ class Fleet:
                 if isinstance(message, Ready):
                     probing = asyncio.create_task(self._warm(number, client, probe))
                 elif isinstance(message, Fatal):
-                    await engine.ended(LAST_WORDS_SECONDS)
-                    engine.kill()
+                    engine.kill()  # it has said all that it has to say, and its ranks end with it
         finally:
             if probing is not None:
                 probing.cancel()
