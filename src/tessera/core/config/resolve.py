@@ -34,7 +34,7 @@ SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 CHUNK = {"cpu": 512, "cuda": 8192}
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
-SPLIT_FROM = {"cpu": 64, "cuda": 1024}
+SPLIT_FROM = {"cpu": 64, "cuda": 32768}  # CUDA: no smaller step gained on two H100s (bench/results/gpu2.md)
 
 
 def resolve(
