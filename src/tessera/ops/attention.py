@@ -16,8 +16,9 @@ from tessera.ops.segments import Segments
 
 def write_kv(pool: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
     """Writes k and v [T, H, D] of the step's tokens into their pages, in the pool's dtype."""
-    pool[segments.write_page, 0, :, segments.write_offset] = k.to(pool.dtype)
-    pool[segments.write_page, 1, :, segments.write_offset] = v.to(pool.dtype)
+    at = segments.once("write", lambda: (segments.write_page.long(), segments.write_offset.long()))
+    for plane, heads in enumerate((k, v)):
+        pool[:, plane].transpose(1, 2)[at] = heads.to(pool.dtype)
 
 
 def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
-from tessera.ops import attention, delta, draw, fused, linear, mla, moe, norm, sample, tied
+from tessera.ops import attention, cpu_fused, delta, draw, fused, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
 
 
@@ -67,11 +67,11 @@ TORCH = Backend(
     delta_net=fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule),
     route=moe.route,
     experts=moe.experts,
-    rmsnorm=norm.rmsnorm,
-    add_rmsnorm=norm.add_rmsnorm,
-    write_heads=fused.write_heads,
+    rmsnorm=cpu_fused.rmsnorm,
+    add_rmsnorm=cpu_fused.add_rmsnorm,
+    write_heads=cpu_fused.write_heads,
     write_latents=fused.write_latents,
-    silu_mul=fused.silu_mul,
+    silu_mul=cpu_fused.silu_mul,
     sigmoid_mul=fused.sigmoid_mul,
     add_gated=fused.add_gated,
     draw=draw.draw,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
@@ -24,7 +26,7 @@ from tessera.ops.segments import Segments
 DeltaNet = Callable[..., Tensor]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class HeadInputs:
     """Queries, keys and values among the columns of y. `q_norm`, `k_norm` [D]: of each head, None where there are none;
     `eps`, `zero_centred`: of these norms."""
@@ -39,6 +41,25 @@ class HeadInputs:
     k_norm: Tensor | None
     eps: float
     zero_centred: bool
+
+    @property
+    def num_q(self) -> int:
+        """Query heads."""
+        return (self.q.stop - self.q.start) // self.dim
+
+    @property
+    def num_k(self) -> int:
+        """Key heads."""
+        return (self.k.stop - self.k.start) // self.dim
+
+    @cached_property
+    def scales(self) -> Tensor | None:
+        """[Hq + Hk, D] in fp32 or wider: what the norms multiply every head by."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        both = torch.cat((self.q_norm.expand(self.num_q, -1), self.k_norm.expand(self.num_k, -1)))
+        both = both.to(wide(both.dtype))
+        return 1 + both if self.zero_centred else both
 
 
 def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments) -> Tensor:
