@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.core.config import BY_KEY, FLAGS, VARIABLES, Flag, Ignored, Notes, Unbuilt, read, read_environment
-from tessera.core.config.built import BUILT
+from tessera.core.config import BY_KEY, FLAGS, VARIABLES, Flag, Ignored, Notes, read, read_environment
 from tessera.core.config.flag import real, size, switch, whole
 
 GOLDEN = Path(__file__).with_name("flags.txt")
@@ -113,23 +112,10 @@ def test_the_seeds_flags_are_all_known() -> None:
 
 def test_the_seeds_prefill_line_is_refused_for_what_is_not_built_and_for_nothing_else() -> None:
     notes = Notes()
-    read(PREFILL, notes, frozenset())
+    read(PREFILL, notes)
     refused = {flag.split()[0] for conflict in notes.conflicts for flag in conflict.flags}
-    assert refused == {"--attention-backend", "--kv-cache-dtype", "--tp-size", "--disaggregation-mode"}
+    assert refused == {"--attention-backend", "--kv-cache-dtype"}
     assert {d.what.split()[0] for d in notes.decisions} == {"--trust-remote-code", "--mamba-track-interval"}
-
-
-def test_what_is_lifted_is_refused_otherwise() -> None:
-    for name in BUILT - {"replicas"}:
-        flag, _, value = name.partition("=")
-        found = BY_KEY[flag]
-        assert found.name == flag
-        assert value in found.unbuilt if value else isinstance(found.state, Unbuilt), f"{name}: nothing to lift"
-        asked = value or other_value(found)
-        assert ask(found, asked).conflicts == []
-        notes = Notes()
-        read({flag: asked}, notes, frozenset())
-        assert len(notes.conflicts) == 1
 
 
 def line(flag: Flag) -> str:

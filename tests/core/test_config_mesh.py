@@ -1,7 +1,4 @@
-"""No silent change: sizes of ranks and groups that do not go together are refused, each with both sides and a remedy.
-
-`ALL` lifts what issues to come build: the combinations are checked now, and nothing runs before it is lifted.
-"""
+"""No silent change: sizes of ranks and groups that do not go together are refused, with both sides and a remedy."""
 
 from __future__ import annotations
 
@@ -14,14 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.test_config import CPU, CUDA, DENSE, HYBRID, decided, spec_of
-from tessera.core.config import FLAGS, Resolved, Unbuilt, resolve
-from tessera.core.config.built import BUILT
+from tessera.core.config import Resolved, resolve
 from tessera.core.errors import ConfigError
 from tessera.core.mesh import divisors, instance_mesh
 from tessera.core.weights import weight_table
 
-MESH = ("tp_size", "dp_size", "ep_size", "moe_dense_tp_size", "enable_dp_attention", "enable_dp_lm_head", "nnodes")
-ALL = frozenset({*MESH, "node_rank", "enable_two_batch_overlap", "replicas"})
 TWELVE = {  # heads, experts and columns that go into up to 12 ranks
     **HYBRID,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "num_experts"), 12),
@@ -30,46 +24,38 @@ TWELVE = {  # heads, experts and columns that go into up to 12 ranks
 MODELS = {"dense": DENSE, "hybrid": HYBRID, "twelve": TWELVE}
 
 
-def lifted(model: str = "hybrid", built: frozenset[str] = ALL, gpus: int = 0, **asked: object) -> Resolved:
+def meshed(model: str = "hybrid", gpus: int = 0, **asked: object) -> Resolved:
     hardware = replace(CUDA, count=gpus) if gpus else CPU
-    return resolve({"model_path": "m", **asked}, spec_of(MODELS[model]), hardware, built)
+    return resolve({"model_path": "m", **asked}, spec_of(MODELS[model]), hardware)
 
 
-def refused(model: str = "hybrid", built: frozenset[str] = ALL, gpus: int = 0, **asked: object) -> list[str]:
+def refused(model: str = "hybrid", gpus: int = 0, **asked: object) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        lifted(model, built, gpus, **asked)
+        meshed(model, gpus, **asked)
     return [str(c) for c in caught.value.conflicts]
 
 
-def test_nothing_of_several_ranks_runs_before_it_is_lifted() -> None:
-    for name in ALL - BUILT - {"replicas"}:
-        (flag,) = [f for f in FLAGS if f.name == name]
-        assert isinstance(flag.state, Unbuilt), name
-        text = refused(built=BUILT, **{name: True if flag.is_switch else 2})
-        assert any(t.startswith(flag.spellings[0]) and "not built yet" in t for t in text)
-
-
-def test_the_seeds_layouts_resolve_once_they_are_lifted() -> None:
-    decode = lifted(
+def test_the_seeds_layouts_resolve() -> None:
+    decode = meshed(
         tp_size=4, dp_size=2, ep_size=2, enable_dp_attention=True, enable_dp_lm_head=True, moe_dense_tp_size=1,
         load_balance_method="round_robin", gpus=4,
     ).config.mesh  # fmt: skip
     assert decode.mesh == instance_mesh(4, 2, 2, 1, dp_lm_head=True)
     assert (decode.dp_lm_head, decode.balance, decode.replicas) == (True, "round_robin", 1)
-    assert "all ranks see" in decided(lifted(tp_size=4, ep_size=2), "--moe-a2a-backend").why
-    travelling = lifted(tp_size=4, ep_size=4, moe_a2a_backend="all_to_all")
+    assert "all ranks see" in decided(meshed(tp_size=4, ep_size=2), "--moe-a2a-backend").why
+    travelling = meshed(tp_size=4, ep_size=4, moe_a2a_backend="all_to_all")
     assert travelling.config.mesh.mesh == instance_mesh(4, ep=4, all_to_all=True)
     assert "where its experts are" in decided(travelling, "--moe-a2a-backend").why
-    mixed = lifted(tp=2, dp=2, enable_dp_attention=True, enable_mixed_chunk=True, chunked_prefill_size=256)
+    mixed = meshed(tp=2, dp=2, enable_dp_attention=True, enable_mixed_chunk=True, chunked_prefill_size=256)
     assert mixed.config.scheduling.chunk_size == 256
     assert "per data-parallel rank" in decided(mixed, "--chunked-prefill-size").why
-    overlap = lifted(tp=2, enable_two_batch_overlap=True, tbo_token_distribution_threshold=0.4).config.scheduling
+    overlap = meshed(tp=2, enable_two_batch_overlap=True, tbo_token_distribution_threshold=0.4).config.scheduling
     assert (overlap.split_from, overlap.split_share) == (64, 0.4)
-    alone = lifted(enable_two_batch_overlap=True)
+    alone = meshed(enable_two_batch_overlap=True)
     assert alone.config.scheduling.split_from == 0
     assert "no wire" in decided(alone, "two-batch overlap").why
-    assert lifted(tp=2, enable_two_batch_overlap=True, tbo_min_tokens=7).config.scheduling.split_from == 7
-    assert "only read with" in decided(lifted(tp=2, tbo_min_tokens=7), "--tbo-min-tokens").why
+    assert meshed(tp=2, enable_two_batch_overlap=True, tbo_min_tokens=7).config.scheduling.split_from == 7
+    assert "only read with" in decided(meshed(tp=2, tbo_min_tokens=7), "--tbo-min-tokens").why
 
 
 BAD: list[tuple[dict[str, object], str, str, str]] = [
@@ -119,8 +105,8 @@ def test_a_bad_combination_is_refused_with_both_sides_and_a_remedy(
 
 
 def test_what_is_not_built_is_checked_too() -> None:
-    text = refused(built=frozenset(), tp_size=4, ep_size=3)
-    assert [t.split(":")[0] for t in text] == ["--tp-size 4", "--ep-size 3", "--ep-size 3 with --tp-size 4"]
+    text = refused(tp_size=4, ep_size=3, pp_size=2)
+    assert [t.split(":")[0] for t in text] == ["--pp-size 2", "--ep-size 3 with --tp-size 4"]
 
 
 def test_many_at_once_are_reported_together() -> None:
@@ -146,10 +132,10 @@ def test_each_way_of_cutting_the_model_is_named_for_itself() -> None:
 def test_ranks_talk_in_the_fastest_way_that_there_is_and_it_is_told() -> None:
     two = {"nnodes": 2, "dist_init_addr": "a:1"}
     for asked, gpus, kind in (({}, 0, "shared"), ({}, 4, "nccl"), (two, 0, "gloo"), (two, 4, "nccl")):
-        found = lifted(tp_size=4, gpus=gpus, **asked)
+        found = meshed(tp_size=4, gpus=gpus, **asked)
         assert found.config.mesh.collectives == decided(found, "collectives").value == kind
-    assert lifted(tp_size=4, collectives="gloo").config.mesh.collectives == "gloo"
-    assert not [d for d in lifted().decisions if d.what == "collectives"]
+    assert meshed(tp_size=4, collectives="gloo").config.mesh.collectives == "gloo"
+    assert not [d for d in meshed().decisions if d.what == "collectives"]
     for asked, gpus in (
         ({"collectives": "nccl"}, 0),
         ({"collectives": "gloo"}, 4),
@@ -165,46 +151,43 @@ def test_a_rank_needs_a_gpu() -> None:
     assert text.startswith("--tp-size 4 with 2 GPU(s): 4 ranks on this host need a GPU each. Use at most 2")
     (text,) = refused(tp_size=2, dp_size=2, gpus=2)
     assert text.startswith("--tp-size 2 with --dp-size 2 with 2 GPU(s)")
-    assert lifted(tp_size=4, nnodes=2, dist_init_addr="10.0.0.1:5000", gpus=2).config.mesh.ranks_here == 2
+    assert meshed(tp_size=4, nnodes=2, dist_init_addr="10.0.0.1:5000", gpus=2).config.mesh.ranks_here == 2
 
 
 def test_replicas_are_not_groups_of_the_attention() -> None:
-    mesh = lifted(tp_size=2, dp_size=3).config.mesh
+    mesh = meshed(tp_size=2, dp_size=3).config.mesh
     assert (mesh.dp, mesh.replicas, mesh.ranks_here) == (1, 3, 6)
-    (text,) = refused(built=ALL - {"replicas"}, tp_size=2, dp_size=3)
-    assert text.startswith("--dp-size 3 with no --enable-dp-attention: replicas are not built yet")
 
 
 def test_ranks_of_one_host_share_its_ram_and_not_their_gpus() -> None:
-    assert lifted(tp_size=4).config.memory.available * 4 == CPU.memory
-    assert lifted(tp_size=4, gpus=4).config.memory.available == CUDA.memory
+    assert meshed(tp_size=4).config.memory.available * 4 == CPU.memory
+    assert meshed(tp_size=4, gpus=4).config.memory.available == CUDA.memory
 
 
 def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
-    assert decided(lifted(load_balance_method="total_tokens"), "--load-balance-method total_tokens").value == "ignored"
-    told = lifted(dp_size=2, load_balance_method="minimum_tokens")
+    assert decided(meshed(load_balance_method="total_tokens"), "--load-balance-method total_tokens").value == "ignored"
+    told = meshed(dp_size=2, load_balance_method="minimum_tokens")
     assert told.config.mesh.balance == decided(told, "--load-balance-method").value == "total_tokens"
-    assert lifted(dp_size=2).config.mesh.balance == "round_robin"
+    assert meshed(dp_size=2).config.mesh.balance == "round_robin"
 
 
 def test_replicas_take_no_part_in_a_hand_over() -> None:
-    built = ALL | {"disaggregation_mode=decode"}
-    text = refused(built=built, disaggregation_mode="decode", dp_size=2)
+    text = refused(disaggregation_mode="decode", dp_size=2)
     assert any(t.startswith("--disaggregation-mode decode with --dp-size 2: the replicas of a server") for t in text)
 
 
 def test_what_is_only_read_with_something_else_is_told() -> None:
     for flag, asked in (("max_restarts", 2), ("restart_window", 5.0), ("dist_timeout", 5.0)):
-        assert decided(lifted(**{flag: asked}), f"--{flag.replace('_', '-')}").value == "ignored"
-    restarting = lifted(on_failure="restart", max_restarts=2).config.serving
+        assert decided(meshed(**{flag: asked}), f"--{flag.replace('_', '-')}").value == "ignored"
+    restarting = meshed(on_failure="restart", max_restarts=2).config.serving
     assert (restarting.on_failure, restarting.max_restarts, restarting.restart_window) == ("restart", 2, 600.0)
 
 
 def test_only_where_there_are_several_groups_must_a_request_have_a_room() -> None:
     follow: dict[str, object] = {"load_balance_method": "follow_bootstrap_room"}
-    assert lifted(dp_size=2, **follow).config.mesh.follows_rooms
-    assert lifted(tp_size=2, dp_size=2, enable_dp_attention=True, **follow).config.mesh.follows_rooms
-    alone = lifted(**follow)
+    assert meshed(dp_size=2, **follow).config.mesh.follows_rooms
+    assert meshed(tp_size=2, dp_size=2, enable_dp_attention=True, **follow).config.mesh.follows_rooms
+    alone = meshed(**follow)
     assert decided(alone, "--load-balance-method follow_bootstrap_room").value == "ignored"
     assert not alone.config.mesh.follows_rooms
 
@@ -227,7 +210,7 @@ def sizes(draw: st.DrawFn) -> dict[str, object]:
 @given(asked=sizes(), model=st.sampled_from(sorted(MODELS)))
 def test_every_combination_resolves_or_is_refused_with_what_to_change(asked: dict[str, object], model: str) -> None:
     with contextlib.suppress(ConfigError):
-        config = lifted(model, **asked).config
+        config = meshed(model, **asked).config
         assert config.mesh.mesh.size == asked["tp"]
         weight_table(spec_of(MODELS[model]), config.mesh.mesh)  # raises LayoutError where it does not fit
         assert config.memory.weight_bytes > 0
@@ -244,4 +227,4 @@ def test_every_size_that_a_remedy_names_helps(asked: dict[str, object]) -> None:
     sizes = text.rpartition("Use --tp-size ")[2].removesuffix(".").replace(" or ", ", ").split(", ")
     assert len(sizes) > 1
     for size in sizes:
-        lifted(**{**asked, "tp_size": int(size)})
+        meshed(**{**asked, "tp_size": int(size)})

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from core.test_config import decided
-from core.test_config_mesh import lifted, refused
+from core.test_config_mesh import meshed, refused
 from house.source import ROOT
 from matrix.serving import RANDOM, model_of
 from tessera.core.messages import SamplingParams, Submit
@@ -116,7 +116,7 @@ def test_row_32_dp_attention_with_one_group() -> None:
 
 
 def test_row_33_the_chunk_is_that_of_each_rank_and_step_and_it_is_told() -> None:
-    found = decided(lifted(tp=2, dp=2, enable_dp_attention=True, chunked_prefill_size=7), "--chunked-prefill-size")
+    found = decided(meshed(tp=2, dp=2, enable_dp_attention=True, chunked_prefill_size=7), "--chunked-prefill-size")
     assert "per data-parallel rank and step" in str(found)
     run = serve(model_of(RANDOM), asked(30, 30, 30), dtype="float64", **DP, **MIXED)
     steps: dict[int, list[int]] = {}

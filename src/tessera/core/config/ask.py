@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from tessera.core.config.built import BUILT
 from tessera.core.config.flag import Flag, Ignored, Unbuilt
 from tessera.core.config.flags_engine import KERNELS, MEMORY, MESH, MODEL, SCHEDULING
 from tessera.core.config.flags_server import HANDOVER, LOGGING, SERVING, SPECULATION
@@ -82,7 +81,7 @@ class Asked:
         return value
 
 
-def read(asked: Mapping[str, object], notes: Notes, built: frozenset[str] = BUILT) -> Asked:
+def read(asked: Mapping[str, object], notes: Notes) -> Asked:
     """Reads `asked` (any spelling of a flag, with - or _; None asks for nothing). What is wrong goes to `notes`.
 
     The value of a flag that is not built is kept beside its refusal, so that its combinations are checked too.
@@ -93,11 +92,11 @@ def read(asked: Mapping[str, object], notes: Notes, built: frozenset[str] = BUIL
         if flag is None:
             notes.refuse((key,), "there is no such flag", suggestion(key, BY_KEY))
         elif raw is not None:
-            _take(flag, raw, given, notes, built)
+            _take(flag, raw, given, notes)
     return Asked(given)
 
 
-def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes, built: frozenset[str]) -> None:
+def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> None:
     name = flag.spellings[0]
     try:
         value = flag.parse(raw)
@@ -108,13 +107,13 @@ def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes, built
         notes.refuse((name,), f"asked twice, as {given[flag.name]!r} and as {value!r}", "Give it once.")
     elif flag.choices and str(value) not in (*flag.choices, *flag.unbuilt) and not flag.neutral_value(value):
         _refuse_unknown(flag, str(value), notes)
-    elif str(value) in flag.unbuilt and flag.refused(value, built):
+    elif str(value) in flag.unbuilt:
         notes.refuse(
             (f"{name} {value}",), "not built yet", f"{_sentence(flag.instead)} (allowed: {', '.join(flag.choices)})."
         )
     else:
         given[flag.name] = value
-        if isinstance(flag.state, Unbuilt) and flag.refused(value, built):
+        if isinstance(flag.state, Unbuilt) and flag.refused(value):
             shown = "" if flag.is_switch else f" {_shown(value)}"
             notes.refuse((name + shown,), "not built yet", f"{_sentence(flag.state.instead)}.")
         if isinstance(flag.state, Ignored) and value not in (False, ()):

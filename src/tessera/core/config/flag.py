@@ -2,15 +2,13 @@
 
 A flag is *built*, *unbuilt* (refused by name unless it has a neutral value, with what can be done instead) or *ignored*
 (accepted because it cannot change the answer; listed once at start-up with the reason). The same holds for one value of
-a flag. What is unbuilt is lifted by its name in `built.py`.
+a flag. What is built later is said here and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from tessera.core.config.built import BUILT
 
 Parse = Callable[[object], object]
 
@@ -74,19 +72,16 @@ class Flag:
         """True when `value` asks for nothing that is not there anyway."""
         return value == self.default or value in self.neutral
 
-    def refused(self, value: object, built: frozenset[str] = BUILT) -> bool:
+    def refused(self, value: object) -> bool:
         """True when `value` asks for something that is not built."""
-        if str(value) in self.unbuilt:
-            return f"{self.name}={value}" not in built
-        return isinstance(self.state, Unbuilt) and self.name not in built and not self.neutral_value(value)
+        return str(value) in self.unbuilt or (isinstance(self.state, Unbuilt) and not self.neutral_value(value))
 
     def describe(self) -> str:
         """The help line: what it means, its default, and its standing where that is not plain."""
         text = self.help
         if self.choices:
-            lifted = [value for value in self.unbuilt if not self.refused(value)]
-            text += f" One of: {', '.join((*self.choices, *lifted))}."
-        if isinstance(self.state, Unbuilt) and self.name not in BUILT:
+            text += f" One of: {', '.join(self.choices)}."
+        if isinstance(self.state, Unbuilt):
             return f"{text} (not built yet)"
         if isinstance(self.state, Ignored):
             return f"{text} (ignored: {self.state.reason})"

@@ -9,7 +9,6 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, swi
 
 FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
 
-ONE_RANK = Unbuilt("leave it out, or use 1")
 FP8_KV = "keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
 TORCH = "use 'torch', which runs on every device"
@@ -54,26 +53,23 @@ MODEL = (
 MESH = (
     Flag("device", text, "auto", "Where to run.", "mesh", choices=("auto", "cpu", "cuda"),
          unbuilt=("xpu", "hpu", "npu", "mps"), instead="use 'cpu' or 'cuda'"),
-    Flag("tp_size", whole(1), 1, "Ranks of the instance.", "mesh", ("--tp", "--tensor-parallel-size"), state=ONE_RANK),
+    Flag("tp_size", whole(1), 1, "Ranks of the instance.", "mesh", ("--tp", "--tensor-parallel-size")),
     Flag("dp_size", whole(1), 1, "Data-parallel groups: of the attention with --enable-dp-attention, else replicas.",
-         "mesh", ("--dp", "--data-parallel-size"), state=ONE_RANK),
-    Flag("ep_size", whole(1), 1, "Expert-parallel groups.", "mesh", ("--ep", "--expert-parallel-size"),
-         state=ONE_RANK),
-    Flag("pp_size", whole(1), 1, "Pipeline stages.", "mesh", ("--pp", "--pipeline-parallel-size"), state=ONE_RANK),
-    Flag("moe_dense_tp_size", whole(1), None, "Ranks that share a dense MLP; default: all.", "mesh", state=ONE_RANK,
-         neutral=(1,)),
-    Flag("enable_dp_attention", switch, False, "Attention data parallel over --dp-size groups of the ranks.", "mesh",
-         state=Unbuilt("leave it out; this build runs one rank")),
-    Flag("enable_dp_lm_head", switch, False, "Output head data parallel, as attention is.", "mesh",
-         state=Unbuilt("leave it out; this build runs one rank")),
+         "mesh", ("--dp", "--data-parallel-size")),
+    Flag("ep_size", whole(1), 1, "Expert-parallel groups.", "mesh", ("--ep", "--expert-parallel-size")),
+    Flag("pp_size", whole(1), 1, "Pipeline stages.", "mesh", ("--pp", "--pipeline-parallel-size"),
+         state=Unbuilt("leave it out, or use 1")),
+    Flag("moe_dense_tp_size", whole(1), None, "Ranks that share a dense MLP; default: all.", "mesh"),
+    Flag("enable_dp_attention", switch, False, "Attention data parallel over --dp-size groups of the ranks.", "mesh"),
+    Flag("enable_dp_lm_head", switch, False, "Output head data parallel, as attention is.", "mesh"),
     Flag("load_balance_method", text, "auto", "How requests are spread over data-parallel groups.", "mesh",
          choices=("auto", "round_robin", "total_requests", "total_tokens", "shortest_queue", "minimum_tokens",
                   "follow_bootstrap_room")),
     Flag("collectives", text, "auto", "How ranks add and exchange: through the memory of one host (shared), over TCP "
          "(gloo), between GPUs (nccl), or as threads of one process, slow, for tests (threads).", "mesh",
          choices=("auto", "shared", "gloo", "nccl", "threads")),
-    Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh", state=Unbuilt("run on one host")),
-    Flag("node_rank", whole(0), 0, "Number of this host.", "mesh", state=Unbuilt("run on one host")),
+    Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh"),
+    Flag("node_rank", whole(0), 0, "Number of this host.", "mesh"),
     Flag("dist_init_addr", text, None, "Address (host:port) at which the hosts meet.", "mesh", ("--nccl-init-addr",)),
     Flag("dist_timeout", positive(), 600.0, "Seconds within which the hosts must have met.", "mesh"),
 )  # fmt: skip
@@ -125,8 +121,7 @@ SCHEDULING = (
          "scheduling"),
     Flag("num_continuous_decode_steps", whole(1), 1, "Decode steps between two looks at the queue.", "scheduling",
          state=Unbuilt("leave it out")),
-    Flag("enable_two_batch_overlap", switch, False, "Run the two halves of a step interleaved.", "scheduling",
-         state=Unbuilt("leave it out; with one rank there is no wire to hide")),
+    Flag("enable_two_batch_overlap", switch, False, "Run the two halves of a step interleaved.", "scheduling"),
     Flag("tbo_token_distribution_threshold", real(0, 0.5), 0.48,
          "Smallest share of tokens that a half of a step has, else it is cut inside one sequence.", "scheduling"),
     Flag("tbo_min_tokens", whole(2), None, "Smallest step, by tokens of its largest part, that is run as two halves.",

@@ -6,7 +6,6 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, siz
 
 NO_DRAFTS = Ignored("only read with --speculative-algorithm")
 ALGORITHM = "leave it out; decoding is one token a step"
-MODE = "leave it out; one server does prefill and decode"
 
 SPECULATION = (
     Flag("speculative_algorithm", text, None, "How tokens are drafted.", "speculation", choices=("none",),
@@ -20,11 +19,10 @@ SPECULATION = (
 
 HANDOVER = (
     Flag("disaggregation_mode", text, "null", "Part that this server plays: it computes prompts for others, answers "
-         "what others computed, or does both itself (null).", "hand-over", choices=("null",),
-         unbuilt=("prefill", "decode"), instead=MODE),
+         "what others computed, or does both itself (null).", "hand-over", choices=("null", "prefill", "decode")),
     Flag("disaggregation_transfer_backend", text, "auto", "What moves the bytes: local (CPU) and cuda_ipc "
-         "(GPUs) inside one host, the others across hosts.", "hand-over", choices=("auto", "local", "cuda_ipc"),
-         unbuilt=("mooncake", "nixl", "ascend", "fake"),
+         "(GPUs) inside one host, the others across hosts.", "hand-over", choices=("auto", "local", "cuda_ipc",
+         "mooncake", "nixl"), unbuilt=("ascend", "fake"),
          instead="use 'local' or 'cuda_ipc' inside one host, mooncake or nixl across hosts"),
     Flag("disaggregation_bootstrap_port", whole(0, 65535), 8998, "Port of the prefill server at which the two meet; 0: "
          "any free one.", "hand-over"),

@@ -21,12 +21,10 @@ BALANCE = {"auto": "round_robin", "shortest_queue": "total_requests", "minimum_t
 MOST_RANKS = 64  # sizes that are tried for a remedy
 
 
-def mesh_phase(
-    values: Asked, spec: ModelSpec, hardware: Hardware, built: frozenset[str], notes: Notes
-) -> tuple[MeshConfig, bool]:
+def mesh_phase(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes) -> tuple[MeshConfig, bool]:
     """The ranks, and whether the model can be laid out on them."""
     mesh = _asked(values, hardware.device, _balance(values, notes), _collectives(values, hardware.device, notes))
-    _groups(values, built, notes)
+    _groups(values, notes)
     _divisors(values, notes)
     _straddling(mesh, notes)
     _hosts(values, mesh, notes)
@@ -56,7 +54,7 @@ def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshCo
     )
 
 
-def _groups(values: Asked, built: frozenset[str], notes: Notes) -> None:
+def _groups(values: Asked, notes: Notes) -> None:
     dp, split = values.number("dp_size"), values.on("enable_dp_attention")
     if split and dp == 1:
         remedy = "Give --dp-size (a divisor of --tp-size above 1), or leave --enable-dp-attention out."
@@ -67,9 +65,6 @@ def _groups(values: Asked, built: frozenset[str], notes: Notes) -> None:
             "without groups of the attention there is no data-parallel output head",
             "Give --enable-dp-attention, or leave --enable-dp-lm-head out.",
         )
-    if dp > 1 and not split and "dp_size" in built and "replicas" not in built:
-        remedy = "Give --enable-dp-attention, or start one server for each and a router before them."
-        notes.refuse((f"--dp-size {dp}", "no --enable-dp-attention"), "replicas are not built yet", remedy)
     if dp > 1 and split:
         why = "counts per data-parallel rank and step, the riding decodes included (SGLang divides it by --dp-size)"
         notes.decide("--chunked-prefill-size", "as given", why)

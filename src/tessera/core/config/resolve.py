@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tessera.core.config.ask import Asked, read
-from tessera.core.config.built import BUILT
 from tessera.core.config.handover import handover_phase
 from tessera.core.config.kernels import kernels_phase
 from tessera.core.config.memory import memory_phase
@@ -37,19 +36,16 @@ QUEUE_PER_ROW = 64
 SPLIT_FROM = {"cpu": 64, "cuda": 32768}  # CUDA: no smaller step gained on two H100s (bench/results/gpu2.md)
 
 
-def resolve(
-    asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware, built: frozenset[str] = BUILT
-) -> Resolved:
+def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) -> Resolved:
     """The configuration for `asked` (flags in any spelling), and the decisions taken on the way.
 
     Raises `ConfigError` with every conflict at once. Same arguments, same result; nothing is read from outside.
-    `built`: see `built.py`.
     """
     notes = Notes()
-    values = read(asked, notes, built)
+    values = read(asked, notes)
     device = _device(values, hardware, notes)
     dtype = _dtype(values, spec, hardware, notes)
-    mesh, fits = mesh_phase(values, spec, hardware, built, notes)
+    mesh, fits = mesh_phase(values, spec, hardware, notes)
     chunk, most = _chunk(values, device, notes)
     rows = _max_running(values, device)
     each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
