@@ -33,8 +33,12 @@ hypothesis.settings.register_profile("faults", deadline=None, max_examples=10_00
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no CUDA device, and those marked `engines` that `-m` does not ask for."""
+    if "engines" not in (config.option.markexpr or ""):
+        for item in items:
+            if item.get_closest_marker("engines"):
+                item.add_marker(pytest.mark.skip(reason="make test-engines runs it"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_cuda():
         for item in marked:
