@@ -89,10 +89,10 @@ def apply(
     return out, count
 
 
-def tiles_exactly(src: Layout, src_mesh: Mesh, dst: Layout, dst_mesh: Mesh) -> bool:
+def tiles_exactly(src: Layout, src_mesh: Mesh, dst: Layout, dst_mesh: Mesh, turn: int = 0) -> bool:
     """True when `reshard` writes each real destination element once, from the right source element."""
     tiles = [shard(numbered(src), src, src_mesh, r) for r in range(src_mesh.size)]
-    out, count = apply(reshard(src, src_mesh, dst, dst_mesh), tiles, dst, dst_mesh)
+    out, count = apply(reshard(src, src_mesh, dst, dst_mesh, turn), tiles, dst, dst_mesh)
     real = numbered(src).shape
     for rank in range(dst_mesh.size):
         wanted = shard(numbered(dst), dst, dst_mesh, rank)

@@ -86,7 +86,7 @@ def test_arbitrary_sections_on_two_axes(data: st.DataObject) -> None:
         return Mesh(a * b * replicas, (Axis("a", a), Axis("b", b, a)))
 
     src, dst = mesh(), mesh()
-    assert tiles_exactly(layout, src, layout, dst)
+    assert tiles_exactly(layout, src, layout, dst, turn=data.draw(st.integers(0, 9)))
     tiles = [shard(numbered(layout), layout, src, r) for r in range(src.size)]
     assert np.array_equal(gather(tiles, layout, src), numbered(layout))
 
@@ -131,6 +131,21 @@ def test_equal_layouts_need_one_copy_a_rank() -> None:
 def test_replicas_share_the_load() -> None:
     latent = kinds(1)["mla latent"]
     assert {c.src for c in reshard(latent, line(4), latent, line(4))} == set(range(4))
+
+
+@pytest.mark.parametrize("turn", range(5))
+@pytest.mark.parametrize("kind", ["gqa pages", "gdn conv state", "gdn state", "mla latent"])
+def test_equal_layouts_need_one_peer_a_rank_whoever_holds_replicas(kind: str, turn: int) -> None:
+    layout = kinds(16)[kind]
+    assert {(c.src, c.dst) for c in reshard(layout, line(16), layout, line(16), turn)} == {(r, r) for r in range(16)}
+
+
+@pytest.mark.parametrize(("sources", "takers"), [(8, 1), (8, 2), (16, 4), (16, 8)])
+def test_with_fewer_takers_than_replicas_neighbours_take_turns(sources: int, takers: int) -> None:
+    layout, group = kinds(sources)["mla latent"], sources // takers
+    seen = [{(c.src, c.dst) for c in reshard(layout, line(sources), layout, line(takers), t)} for t in range(group)]
+    assert all(len(pairs) == takers for pairs in seen)
+    assert set().union(*seen) == {(r, r // group) for r in range(sources)}
 
 
 def test_neighbours_hold_the_same_unit() -> None:
