@@ -73,4 +73,4 @@ def test_most_answers_are_right(name: str) -> None:
     tasks = [task for task in TASKS.values() for _ in range(EACH)]
     texts = [tokenizer.decode(answers[f"q{i}", 0].tokens) for i in range(len(tasks))]
     right = [t.extract(text) == target for t, text, target in zip(tasks, texts, questions(name)[1], strict=True)]
-    assert sum(right) >= 0.6 * len(right), texts
+    assert sum(right) >= 0.9 * len(right), texts
