@@ -10,6 +10,7 @@ import pytest
 
 from run.pd import Pair, Server
 from tessera.core.messages import SamplingParams, Submit
+from tessera.run.poster import Poster
 from tiny import Run, TinyModel, serve, tiny_model
 
 MODELS = {name: tiny_model(name) for name in ("qwen3", "hybrid", "mla")}
@@ -159,3 +160,18 @@ def test_what_cannot_be_handed_over_is_refused_by_name() -> None:
         pair.prefill.ended([("scored", 0), ("alone", 0)])
         assert "logprobs of the prompt" in pair.decode.errors["scored"]
         assert "bootstrap_room" in pair.prefill.errors["alone"]
+
+
+def test_a_mistake_where_bytes_are_moved_ends_the_engine_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Poster, *_: object) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    with Pair(MODELS["qwen3"], {}, {}, **EXACT) as pair:
+        monkeypatch.setattr(Poster, "_runs", broken)
+        pair.post(Submit("r", prompt(0, 20), LONG))
+        pair.prefill.thread.join(20)
+        assert "ZeroDivisionError: a mistake" in str(pair.prefill.fatal)
+        pair.decode.ended([("r", 0)])
+        assert "has gone" in pair.decode.errors["r"]
+        pair.decode.free()
+        pair.prefill = pair.decode  # for the end

@@ -7,9 +7,9 @@ import threading
 
 from tessera.core.messages import Inbound
 from tessera.plan.handoff import Wire
-from tessera.run.poster import Order
+from tessera.run.poster import Broke, Order
 
-Message = Inbound | Wire | Order  # of the front; of other servers and of ranks about them; for ranks
+Message = Inbound | Wire | Order | Broke  # of the front; of other servers and of ranks about them; for ranks
 
 
 class Inbox:

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from tessera.core.errors import PeerError
 from tessera.core.messages import Fatal, Fault, Outbound, Output, Outputs, StepReport, Submit, Tick
 from tessera.plan.events import Event
 from tessera.plan.handoff import Errand
 from tessera.plan.step import Clock, Step, StepDone
 from tessera.run.inbox import Inbox, Message
-from tessera.run.poster import Connect, Order, Part, Shut
+from tessera.run.poster import Broke, Connect, Order, Part, Shut
 from tessera.run.report import Tally
 
 log = logging.getLogger(__name__)
@@ -216,6 +217,8 @@ class StepLoop(Generic[TicketT]):
             if isinstance(message, Connect | Part | Shut):
                 self.runner.order(message)
                 continue
+            if isinstance(message, Broke):
+                raise PeerError(f"rank {message.rank} can hand nothing over any more: {message.error}")
             if not isinstance(message, Submit) or self._live.add(message):
                 taken.append(message)
                 continue

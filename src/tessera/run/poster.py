@@ -60,8 +60,15 @@ class Connected(msgspec.Struct, tag=True, frozen=True):
     error: str | None = None
 
 
+class Broke(msgspec.Struct, tag=True, frozen=True):
+    """The rank can hand nothing over any more: a mistake of ours, on which the engine ends."""
+
+    rank: int
+    error: str
+
+
 Order = Connect | Part | Shut
-News = Connected | Fenced | Written
+News = Connected | Fenced | Written | Broke
 
 
 @dataclass(slots=True)
@@ -112,6 +119,14 @@ class Poster:
     # -- in its thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work_on()
+        except BaseException as error:
+            log.exception("rank %d hands nothing over any more", self._rank)
+            self._tell(Broke(self._rank, f"{type(error).__name__}: {error}"))
+            self._engine.close()
+
+    def _work_on(self) -> None:
         while True:
             try:
                 work = self._work.get(timeout=LOOK_S if self._batches else None)
