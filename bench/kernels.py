@@ -76,7 +76,7 @@ def rows(cases: Iterator[Case], limits: Limits, sweep: bool) -> Iterator[dict[st
         for options in [{}, *(case.variants if sweep else [])]:
             try:
                 error = case.check(sets[0], case.run(sets[0], **options))
-                took = seconds(partial(_all, case, sets, options)) / len(sets) if error <= TOLERANCE else float("nan")
+                took = seconds(partial(_all, case, sets, options)) / len(sets) if error <= TOLERANCE else float("inf")
             except REFUSED as reason:
                 sys.stderr.write(f"{case.name} {options}: {str(reason)[:160]}\n")
                 continue

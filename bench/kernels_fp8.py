@@ -57,5 +57,11 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
         f"{name}, {touched:.0f} touched", touched * 3 * hidden * inner + 4 * tokens * hidden,
         6 * tokens * top_k * hidden * inner, round(touched * 3 * hidden * inner),
         make=make, run=lambda made: triton_fp8.experts(*made),
-        check=lambda made, found: distance(found, fp8.experts_reference(*made)),
+        check=lambda made, found: _apart(found, fp8.experts_reference(*made)),
     )  # fmt: skip
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """In norm: between the products a number on the border of two fp8 numbers goes either way, and few outputs differ
+    by more."""
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()

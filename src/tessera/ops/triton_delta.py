@@ -18,38 +18,39 @@ from tessera.ops.triton_delta_chunk import run_chunks
 from tessera.ops.triton_delta_step import put_window, shifted, step
 
 SHORT = 8  # tokens up to which a range, of a step whose form is "chunked", takes the recurrence all the same
-ROWS, COLUMNS, REPEAT = 16, 128, 4  # of a program of the convolution: tiles of ROWS, REPEAT of them
+ROWS, COLUMNS = 16, 128  # of a program of the convolution
 
 
 @triton.jit
 def _convolve(
-    y_ptr, conv_ptr, conv_state_ptr, mixed_ptr, cu_ptr, rows_ptr, slots_ptr,
+    y_ptr, taps_ptr, conv_state_ptr, mixed_ptr, cu_ptr, rows_ptr, slots_ptr,
     num_tokens, stride_y, stride_window, limit,
-    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """mixed [T, C]: silu of the causal convolution, for rows of ranges longer than `limit`; REPEAT tiles a program."""
+    """mixed [T, C]: silu of the causal convolution with taps [K, C], for rows of ranges longer than `limit`."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    segment = tl.load(rows_ptr + row, mask=row < num_tokens, other=0)
+    first = tl.load(cu_ptr + segment)
+    valid = (row < num_tokens) & (tl.load(cu_ptr + segment + 1) - first > limit)
+    if tl.max(valid.to(tl.int32), 0) == 0:
+        return
     channel = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    known = channel < CHANNELS
-    for n in range(REPEAT):
-        row = (tl.program_id(1) * REPEAT + n) * ROWS + tl.arange(0, ROWS)
-        segment = tl.load(rows_ptr + row, mask=row < num_tokens, other=0)
-        first = tl.load(cu_ptr + segment)
-        valid = (row < num_tokens) & (tl.load(cu_ptr + segment + 1) - first > limit)
-        if tl.max(valid.to(tl.int32), 0) > 0:
-            t, shown = (row - first)[:, None], valid[:, None] & known
-            early = tl.min(tl.where(valid, row - first, KERNEL), 0) < KERNEL - 1
-            total = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for j in tl.static_range(KERNEL):
-                at = t - KERNEL + 1 + j
-                x_at = y_ptr + (row - KERNEL + 1 + j).to(tl.int64)[:, None] * stride_y + channel
-                x = tl.load(x_at, mask=shown & (at >= 0), other=0.0).to(tl.float32)
-                if early:
-                    slot = tl.load(slots_ptr + segment).to(tl.int64)[:, None]
-                    old = conv_state_ptr + slot * stride_window + channel * (KERNEL - 1) + KERNEL - 1 + at
-                    x += tl.load(old, mask=shown & (at < 0), other=0.0).to(tl.float32)
-                total += x * tl.load(conv_ptr + channel * KERNEL + j, mask=known, other=0.0).to(tl.float32)
-            mixed = (total / (1 + tl.exp(-total))).to(mixed_ptr.dtype.element_ty)
-            tl.store(mixed_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel, mixed, mask=shown)
+    t, shown = (row - first)[:, None], valid[:, None] & (channel < CHANNELS)
+    early = tl.min(tl.where(valid, row - first, KERNEL), 0) < KERNEL - 1
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for j in tl.static_range(KERNEL):
+        at = t - KERNEL + 1 + j
+        x_at = y_ptr + (row - KERNEL + 1 + j).to(tl.int64)[:, None] * stride_y + channel
+        x = tl.load(x_at, mask=shown & (at >= 0), other=0.0).to(tl.float32)
+        if early:
+            slot = tl.load(slots_ptr + segment).to(tl.int64)[:, None]
+            old = conv_state_ptr + slot * stride_window + channel * (KERNEL - 1) + KERNEL - 1 + at
+            x += tl.load(old, mask=shown & (at < 0), other=0.0).to(tl.float32)
+        # As large as x: a row of taps alone would be loaded one by one and pass through shared memory.
+        tap = tl.load(taps_ptr + j * CHANNELS + tl.broadcast_to(channel, x.shape), mask=shown, other=0.0)
+        total += x * tap.to(tl.float32)
+    mixed = (total / (1 + tl.exp(-total))).to(mixed_ptr.dtype.element_ty)
+    tl.store(mixed_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel, mixed, mask=shown)
 
 
 @triton.jit
@@ -126,9 +127,10 @@ def _convolved(y: Tensor, inputs: DeltaInputs, conv_state: Tensor, segments: Seg
     mixed = y.new_empty(len(y), num_channels)
     columns = triton.cdiv(num_channels, COLUMNS)
     strides = y.stride(0), conv_state.stride(0)
-    _convolve[columns, triton.cdiv(len(y), ROWS * REPEAT)](
-        x, inputs.conv, conv_state, mixed, cu, segments.rows, slots, len(y), *strides, limit,
-        CHANNELS=num_channels, KERNEL=kernel, ROWS=ROWS, COLUMNS=COLUMNS, REPEAT=REPEAT, num_warps=4,
+    taps = inputs.conv.T.contiguous()  # a program reads each tap of neighbouring channels at once
+    _convolve[columns, triton.cdiv(len(y), ROWS)](
+        x, taps, conv_state, mixed, cu, segments.rows, slots, len(y), *strides, limit,
+        CHANNELS=num_channels, KERNEL=kernel, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     _shift[columns, segments.num_segments](
         x, conv_state, cu, slots, *strides, limit,

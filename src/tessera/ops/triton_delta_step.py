@@ -1,8 +1,8 @@
 """A gated delta net token by token: decode and short ranges, everything between the projections in one launch.
 
 S segments, T tokens, C channels (q | k | v), Hk key heads, Hv value heads (GROUP of them a key head), DK and DV their
-dims. A program takes one value head of one segment: it holds the whole state, reads it once and writes it once. A range
-longer than `limit` is left to `triton_delta_chunk`.
+dims. A program takes one value head of one segment, or where there are many the TAKEN = GROUP heads of a key head: it
+holds a whole state, reads it once and writes it once. A range longer than `limit` is left to `triton_delta_chunk`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
+from tessera.ops.triton_common import num_processors
 
 
 @triton.jit
@@ -85,49 +86,61 @@ def _step(
     stride_y, stride_window, stride_state, limit, eps, q_scale,
     MIXED: tl.constexpr, Z: tl.constexpr, B: tl.constexpr, A: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KERNEL: tl.constexpr,
-    DK_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, TAPS: tl.constexpr,
+    DK_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, TAPS: tl.constexpr, TAKEN: tl.constexpr,
 ):  # fmt: skip
     """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v.
 
-    `readers` [S, Hk] counts the heads of a group that have read their key head's windows; the last one writes them and
-    puts the count back to 0.
+    `readers` [S, Hk] counts the programs that have read their key head's windows; the last one writes them and puts the
+    count back to 0.
     """
-    head, s = tl.program_id(0), tl.program_id(1)
+    part, s = tl.program_id(0), tl.program_id(1)
     first = tl.load(cu_ptr + s)
     length = tl.load(cu_ptr + s + 1) - first
     if (length > limit) | (length == 0):
         return
     slot = tl.load(slots_ptr + s).to(tl.int64)
     y_ptr += first.to(tl.int64) * stride_y
-    out_ptr += (first.to(tl.int64) * HEADS + head) * DV
+    out_ptr += first.to(tl.int64) * (HEADS * DV)
     window_ptr += slot * stride_window
     mixed_ptr = y_ptr + MIXED
     i, j = tl.arange(0, DK_PADDED), tl.arange(0, DV_PADDED)
     key, shown = i < DK, j < DV
-    memory_at = state_ptr + slot * stride_state + head * (DK * DV) + i[:, None] * DV + j[None, :]
-    memory = tl.load(memory_at, mask=key[:, None] & shown[None, :], other=0.0).to(tl.float32)
-    q_at, k_at, v_at = (head // GROUP) * DK + i, KEY + (head // GROUP) * DK + i, VALUE + head * DV + j
-    q_window = shifted(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
-    k_window = shifted(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
-    v_window = shifted(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
+    key_head = part * TAKEN // GROUP
+    q_at, k_at = key_head * DK + i, KEY + key_head * DK + i
+    if TAKEN == 1:  # nothing else hides the time that these loads take; with more heads they cost registers
+        q_window = shifted(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
+        k_window = shifted(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
     weight = tl.load(norm_ptr + j, mask=shown, other=0.0).to(tl.float32)
-    decay, dt_bias = tl.load(decay_ptr + head), tl.load(dt_bias_ptr + head)
-    for t in range(length):
-        row = y_ptr + t * stride_y
-        q = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0))
-        k = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0))
-        v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
-        g, beta = gates(tl.load(row + A + head), tl.load(row + B + head), decay, dt_bias)
-        memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
-        z = tl.load(row + Z + head * DV + j, mask=shown, other=0.0).to(tl.float32)
-        o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
-        tl.store(out_ptr + t * (HEADS * DV) + j, o.to(out_ptr.dtype.element_ty), mask=shown)
-    tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
-    tl.debug_barrier()  # all of this program have read the windows
-    put_window(window_ptr, v_window, v_at, shown, KERNEL, TAPS)
-    reader = readers_ptr + s * (HEADS // GROUP) + head // GROUP
-    before = 0 if GROUP == 1 else tl.atomic_add(reader, 1)
-    if before == GROUP - 1:
+    for n in range(TAKEN):
+        head = part * TAKEN + n
+        memory_at = state_ptr + slot * stride_state + head * (DK * DV) + i[:, None] * DV + j[None, :]
+        memory = tl.load(memory_at, mask=key[:, None] & shown[None, :], other=0.0).to(tl.float32)
+        v_at = VALUE + head * DV + j
+        if TAKEN == 1:
+            v_window = shifted(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
+        decay, dt_bias = tl.load(decay_ptr + head), tl.load(dt_bias_ptr + head)
+        for t in range(length):
+            row = y_ptr + t * stride_y
+            q = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0))
+            k = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0))
+            v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
+            g, beta = gates(tl.load(row + A + head), tl.load(row + B + head), decay, dt_bias)
+            memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
+            z = tl.load(row + Z + head * DV + j, mask=shown, other=0.0).to(tl.float32)
+            o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
+            tl.store(out_ptr + (t * HEADS + head) * DV + j, o.to(out_ptr.dtype.element_ty), mask=shown)
+        tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
+        if TAKEN > 1:
+            v_window = shifted(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
+        tl.debug_barrier()  # all of this program have read the window
+        put_window(window_ptr, v_window, v_at, shown, KERNEL, TAPS)
+    if TAKEN > 1:
+        q_window = shifted(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
+        k_window = shifted(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
+        tl.debug_barrier()
+    reader = readers_ptr + s * (HEADS // GROUP) + key_head
+    before = 0 if TAKEN == GROUP else tl.atomic_add(reader, 1)
+    if before == GROUP // TAKEN - 1:
         put_window(window_ptr, q_window, q_at, key, KERNEL, TAPS)
         put_window(window_ptr, k_window, k_at, key, KERNEL, TAPS)
         tl.store(reader, 0)
@@ -141,13 +154,16 @@ def step(
     kernel = inputs.conv.shape[1]
     counts = {"size": (segments.num_segments, inputs.key_heads), "dtype": torch.int32, "device": y.device}
     readers = segments.once(("readers", inputs.key_heads), lambda: torch.zeros(**counts))
-    _step[num_v, segments.num_segments](
+    group = num_v // inputs.key_heads
+    many = inputs.key_heads * segments.num_segments >= 2 * num_processors(y.device)
+    taken = group if many else 1  # one after the other: the next state is read while the last is written
+    _step[num_v // taken, segments.num_segments](
         y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
         segments.cu_lengths, segments.slots, readers, y.stride(0), conv_state.stride(0), state.stride(0),
         limit, inputs.eps, key_dim**-0.5,
         MIXED=inputs.mixed.start, Z=inputs.z.start, B=inputs.b.start, A=inputs.a.start,
         KEY=inputs.channels[1].start, VALUE=inputs.channels[2].start,
-        HEADS=num_v, GROUP=num_v // inputs.key_heads, DK=key_dim, DV=value_dim, KERNEL=kernel,
+        HEADS=num_v, GROUP=group, TAKEN=taken, DK=key_dim, DV=value_dim, KERNEL=kernel,
         DK_PADDED=triton.next_power_of_2(key_dim), DV_PADDED=triton.next_power_of_2(value_dim),
         TAPS=triton.next_power_of_2(kernel), num_warps=4,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW, SHARED = 16, 8  # routed rows, or 1 / SHARED of the experts: what several rows share is read by each of them
+FEW, SHARED = 16, 6  # routed rows, or 1 / SHARED of the experts: what several rows share is read by each of them
 UP_TILE, UP_WARPS = 4096, 4  # numbers of each of the two halves, and of a weight of the second product
 DOWN_TILE, DOWN_WARPS = 32768, 8
 
