@@ -15,7 +15,7 @@ from tessera.ops.delta_forms import Form
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
 from tessera.ops.triton_delta_chunk import run_chunks
-from tessera.ops.triton_delta_step import put_window, shifted, step
+from tessera.ops.triton_delta_step import move_window, step
 
 SHORT = 8  # tokens up to which a range, of a step whose form is "chunked", takes the recurrence all the same
 ROWS, COLUMNS = 16, 128  # of a program of the convolution
@@ -67,9 +67,7 @@ def _shift(
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     window_ptr = conv_state_ptr + tl.load(slots_ptr + s).to(tl.int64) * stride_window
     y_ptr += first.to(tl.int64) * stride_y
-    window = shifted(y_ptr, window_ptr, length, channel, channel < CHANNELS, stride_y, KERNEL, TAPS)
-    tl.debug_barrier()  # all of it has been read
-    put_window(window_ptr, window, channel, channel < CHANNELS, KERNEL, TAPS)
+    move_window(y_ptr, window_ptr, length, channel, channel < CHANNELS, stride_y, KERNEL, TAPS)
 
 
 @triton.jit

@@ -81,6 +81,21 @@ def put_window(window_ptr, window, channel, valid, KERNEL: tl.constexpr, TAPS: t
 
 
 @triton.jit
+def move_window(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """Both; only this program reads the old window, and all of it has."""
+    window = shifted(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL, TAPS)
+    tl.debug_barrier()
+    put_window(window_ptr, window, channel, valid, KERNEL, TAPS)
+
+
+@triton.jit
+def _normed(o, z_ptr, weight, shown, eps, DV: tl.constexpr):
+    """weight * rmsnorm(o) * silu(z)."""
+    z = tl.load(z_ptr, mask=shown, other=0.0).to(tl.float32)
+    return o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
+
+
+@triton.jit
 def _step(
     y_ptr, conv_ptr, window_ptr, state_ptr, decay_ptr, dt_bias_ptr, norm_ptr, out_ptr, cu_ptr, slots_ptr, readers_ptr,
     stride_y, stride_window, stride_state, limit, eps, q_scale,
@@ -88,11 +103,8 @@ def _step(
     HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KERNEL: tl.constexpr,
     DK_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, TAPS: tl.constexpr, TAKEN: tl.constexpr,
 ):  # fmt: skip
-    """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v.
-
-    `readers` [S, Hk] counts the programs that have read their key head's windows; the last one writes them and puts the
-    count back to 0.
-    """
+    """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v. With a program a value
+    head, `readers` [S, Hk] counts those that have read their key head's windows; the last one writes them, and a 0."""
     part, s = tl.program_id(0), tl.program_id(1)
     first = tl.load(cu_ptr + s)
     length = tl.load(cu_ptr + s + 1) - first
@@ -101,8 +113,7 @@ def _step(
     slot = tl.load(slots_ptr + s).to(tl.int64)
     y_ptr += first.to(tl.int64) * stride_y
     out_ptr += first.to(tl.int64) * (HEADS * DV)
-    window_ptr += slot * stride_window
-    mixed_ptr = y_ptr + MIXED
+    mixed_ptr, window_ptr = y_ptr + MIXED, window_ptr + slot * stride_window
     i, j = tl.arange(0, DK_PADDED), tl.arange(0, DV_PADDED)
     key, shown = i < DK, j < DV
     key_head = part * TAKEN // GROUP
@@ -126,24 +137,23 @@ def _step(
             v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
             g, beta = gates(tl.load(row + A + head), tl.load(row + B + head), decay, dt_bias)
             memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
-            z = tl.load(row + Z + head * DV + j, mask=shown, other=0.0).to(tl.float32)
-            o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
+            o = _normed(o, row + Z + head * DV + j, weight, shown, eps, DV)
             tl.store(out_ptr + (t * HEADS + head) * DV + j, o.to(out_ptr.dtype.element_ty), mask=shown)
         tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
         if TAKEN > 1:
-            v_window = shifted(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
-        tl.debug_barrier()  # all of this program have read the window
-        put_window(window_ptr, v_window, v_at, shown, KERNEL, TAPS)
+            move_window(mixed_ptr, window_ptr, length, v_at, shown, stride_y, KERNEL, TAPS)
+        else:
+            tl.debug_barrier()  # all of this program have read the windows
+            put_window(window_ptr, v_window, v_at, shown, KERNEL, TAPS)
     if TAKEN > 1:
-        q_window = shifted(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
-        k_window = shifted(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
-        tl.debug_barrier()
-    reader = readers_ptr + s * (HEADS // GROUP) + key_head
-    before = 0 if TAKEN == GROUP else tl.atomic_add(reader, 1)
-    if before == GROUP // TAKEN - 1:
-        put_window(window_ptr, q_window, q_at, key, KERNEL, TAPS)
-        put_window(window_ptr, k_window, k_at, key, KERNEL, TAPS)
-        tl.store(reader, 0)
+        move_window(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
+        move_window(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
+    else:
+        reader = readers_ptr + s * (HEADS // GROUP) + key_head
+        if tl.atomic_add(reader, 1) == GROUP - 1:
+            put_window(window_ptr, q_window, q_at, key, KERNEL, TAPS)
+            put_window(window_ptr, k_window, k_at, key, KERNEL, TAPS)
+            tl.store(reader, 0)
 
 
 def step(
