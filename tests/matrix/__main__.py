@@ -24,6 +24,7 @@ from matrix.serving import Verdict, judge
 
 ROOT = Path(__file__).parents[2]
 Key = tuple[str, str, bool]
+MANY = 4  # ranks
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def work(results: Results, plan: Sequence[Stage], until: float) -> None:
                 return
             began = time.monotonic()
             verdict = run(point, stage.short)
-            gc.collect()  # of sixteen ranks that is a gigabyte
             results.add(point, stage.short, verdict, time.monotonic() - began)
+            if verdict.outcome != "refused" and point.tp > MANY:
+                gc.collect()  # of sixteen ranks that is a gigabyte
             if verdict.outcome == "failed":
                 sys.stdout.write(f"FAILED {point} short={stage.short}\n  {verdict.why}\n")
                 sys.stdout.flush()

@@ -195,7 +195,7 @@ class EngineClient:
         self.failed.set()
         for replica in self.replicas:
             replica.failure = replica.failure or self.failure
-            replica.fail_readers(replica.failure)
+            replica.fail_all(replica.failure)
 
     async def watch(self, interval: float = 1.0) -> None:
         """Fails what is in flight at engines that have been silent for too long. Runs until cancelled."""
@@ -203,4 +203,4 @@ class EngineClient:
             await asyncio.sleep(interval)
             for replica in self.replicas:
                 if replica.stale:
-                    replica.fail_readers(replica.silent())
+                    replica.fail_all(replica.silent())

@@ -12,7 +12,7 @@ from tessera.core.messages import Fatal, Inbound, Outbound, Output, Outputs, Rea
 from tessera.plan.balance import Load
 
 
-class Reader(Protocol):
+class Sink(Protocol):
     """Who waits for outputs."""
 
     def put(self, output: Output) -> None:
@@ -33,7 +33,7 @@ class Replica:
         self.info: dict[str, object] = {}
         self.failure: TesseraError | None = None
         self.ready, self.warm = asyncio.Event(), asyncio.Event()
-        self._readers: dict[str, tuple[Reader, int]] = {}
+        self._sinks: dict[str, tuple[Sink, int]] = {}
         self._open: dict[str, int] = {}  # choices that have not ended
         self._seen = time.monotonic()
 
@@ -66,14 +66,14 @@ class Replica:
         text = f"the engine has not stepped for {self.age:.0f} s (allowed: {self.silence:g} s)"
         return DeadlineError(self._named(text))
 
-    def submit(self, submit: Submit, reader: Reader) -> None:
+    def submit(self, submit: Submit, sink: Sink) -> None:
         """Starts a request. Raises why it cannot."""
         if self.failure is not None:
             raise self.failure
         if self.stale:
             raise self.silent()
         tokens = len(submit.tokens) + submit.params.max_new_tokens
-        self._readers[submit.request_id] = reader, tokens * submit.n
+        self._sinks[submit.request_id] = sink, tokens * submit.n
         self._open[submit.request_id] = submit.n
         self.load.num_taken += 1
         self.load.num_requests += submit.n
@@ -82,7 +82,7 @@ class Replica:
 
     def drop(self, request_id: str) -> None:
         """Delivers nothing more of a request."""
-        _, tokens = self._readers.pop(request_id, (None, 0))
+        _, tokens = self._sinks.pop(request_id, (None, 0))
         self.load.num_requests -= self._open.pop(request_id, 0)
         self.load.num_tokens -= tokens
 
@@ -103,24 +103,24 @@ class Replica:
             self.fail(PeerError(f"the engine failed: {message.error}"))
 
     def _put(self, output: Output) -> None:
-        reader, _ = self._readers.get(output.request_id, (None, 0))
-        if reader is None:
+        sink, _ = self._sinks.get(output.request_id, (None, 0))
+        if sink is None:
             return
         if output.finish is not None:
             self._open[output.request_id] -= 1
             self.load.num_requests -= 1
-        reader.put(output)
+        sink.put(output)
 
     def fail(self, error: TesseraError) -> None:
         """It has ended: everybody who waits gets the error, and who comes later. The first reason stays."""
         if self.failure is None:
             self.failure = type(error)(self._named(str(error)))
-        self.fail_readers(self.failure)
+        self.fail_all(self.failure)
 
-    def fail_readers(self, error: TesseraError) -> None:
+    def fail_all(self, error: TesseraError) -> None:
         """Everybody who waits gets the error."""
-        for reader, _ in list(self._readers.values()):
-            reader.fail(error)
+        for sink, _ in list(self._sinks.values()):
+            sink.fail(error)
 
     def renew(self, send: Callable[[Inbound], None]) -> None:
         """Another engine takes its place, and will say when it is ready."""
