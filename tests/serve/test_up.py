@@ -61,10 +61,10 @@ class Seen:
 class Up:
     """A deployment that runs."""
 
-    def __init__(self, changes: list[str], **options: Any) -> None:
+    def __init__(self, changes: list[str], view: Seen | None = None, **options: Any) -> None:
         recipe = changed(load_recipe(RECIPES / "abacus-cpu.yaml"), [*QUICK, *changes])
         site = Site(lambda node: "127.0.0.1", free_port, (), python=FAKE)
-        self.signals, self.view = Signals(), Seen()
+        self.signals, self.view = Signals(), view or Seen()
         self.deployment = deploy(recipe, site, {"port": 0})
         supervisor = Supervisor(self.deployment, Here(dict(os.environ)), self.view, **{"drain": 5.0, **options})
         self.task = asyncio.create_task(supervisor.run(self.signals))  # type: ignore[arg-type]
@@ -163,6 +163,17 @@ async def test_one_that_does_not_listen_is_killed() -> None:
         await made.stop()
         assert made.view.told("killed after 1 s: decode-0")
         assert made.view.told("decode-0 was ended by SIGKILL")
+
+
+@in_loop
+async def test_a_view_that_fails_ends_everything_in_order() -> None:
+    class Blind(Seen):
+        def line(self, name: str, text: str) -> None:
+            raise BrokenPipeError("nobody reads")
+
+    async with up([], view=Blind()) as made:
+        with pytest.raises(BrokenPipeError):
+            await asyncio.wait_for(made.task, 40)
 
 
 def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:

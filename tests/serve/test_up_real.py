@@ -24,7 +24,7 @@ def answer(server: Running) -> str:
     return str(found.json()["choices"][0]["text"])
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "killed worker", "killed itself"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "two signals", "killed worker", "killed itself"])
 def test_replicas(tmp_path: Path, how: str) -> None:
     model = ["--set", f"*.model-path={model_folder(tmp_path)}"]
     command = [*COMMAND, "up", str(RECIPES / "abacus-replicas.yaml"), "--port", "0", *model, *SMALL]
@@ -35,6 +35,10 @@ def test_replicas(tmp_path: Path, how: str) -> None:
         if how == "Ctrl-C":
             server.signal(signal.SIGINT)
             assert server.code(40) == 0
+        elif how == "two signals":
+            server.signal(signal.SIGINT)
+            server.signal(signal.SIGTERM)
+            assert server.code(10) == 128 + signal.SIGTERM
         elif how == "killed worker":
             front = next(one for one in below if "serve" in one.cmdline())
             psutil.Process(front.pid).kill()

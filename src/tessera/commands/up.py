@@ -26,6 +26,8 @@ from tessera.serve.recipe_plan import Plan, as_data, misplaced, plan
 from tessera.serve.signals import StopSignals
 from tessera.serve.up import Supervisor
 
+DRAIN, DRAIN_MARGIN, DRAIN_FLAG = 30.0, 10.0, "--drain-timeout"  # seconds; the first is the flag's default
+
 
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Brings it up. With `--plan`: 0 when every worker can run, else 2."""
@@ -96,9 +98,24 @@ def _up(deployment: Deployment, starter: Starter, options: Namespace) -> int:
 async def _supervise(deployment: Deployment, starter: Starter, options: Namespace, view: Screen) -> None:
     signals = StopSignals()  # the second one ends this process at once, and the kernel the others with it
     made = Supervisor(
-        deployment, starter, view, options.on_failure, patience=options.start_timeout, restarts=options.max_restarts
+        deployment,
+        starter,
+        view,
+        options.on_failure,
+        patience=options.start_timeout,
+        drain=_drain(deployment) + DRAIN_MARGIN,
+        restarts=options.max_restarts,
     )
     await made.run(signals)
+
+
+def _drain(deployment: Deployment) -> float:
+    """The longest time that a process takes to end in order, as its command line says it."""
+    longest = DRAIN
+    for process in (*deployment.workers, deployment.router):
+        if DRAIN_FLAG in process.command:
+            longest = max(longest, float(process.command[process.command.index(DRAIN_FLAG) + 1]))
+    return longest
 
 
 def _plan(recipe: Recipe, as_json: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,21 +29,36 @@ class Screen:
         self._running: list[Running] = []
         self._colours: dict[str, str] = {}
         self._open: dict[str, TextIO] = {}
+        self._unread = False
 
     def line(self, name: str, text: str) -> None:
         """See `View`."""
-        colour = self._colours.setdefault(name, COLOURS[len(self._colours) % len(COLOURS)])
-        self._console.print(Text.assemble((f"[{name}] ", colour), text), soft_wrap=True)
         if self._folder is not None:
             if name not in self._open:
                 path = self._folder / f"{name}.log"
                 self._open[name] = self._files.enter_context(path.open("a", encoding="utf-8", buffering=1))
             self._open[name].write(text + "\n")
+        colour = self._colours.setdefault(name, COLOURS[len(self._colours) % len(COLOURS)])
+        self._print(name, text, colour, "")
 
     def change(self, what: str, running: Iterable[Running]) -> None:
         """See `View`."""
-        self._console.print(Text.assemble((f"[{OWN}] {what}", "bold")), soft_wrap=True)
         self._running = list(running)
+        self._print(OWN, what, "bold", "bold")
+
+    def _print(self, name: str, text: str, name_style: str, style: str) -> None:
+        """Raises BrokenPipeError once, when whoever read this has left; after that nothing is shown."""
+        if self._unread:
+            return
+        try:
+            if self._console.is_terminal:
+                self._console.print(Text.assemble((f"[{name}] ", name_style), (text, style)), soft_wrap=True)
+            else:  # plain, since a worker waits while its lines are not read
+                sys.stdout.write(f"[{name}] {text}\n")
+                sys.stdout.flush()
+        except BrokenPipeError:
+            self._unread = True
+            raise
 
     def table(self) -> Table:
         """The states, now."""

@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -76,7 +76,7 @@ class Supervisor:
         self._on_failure, self._patience, self._drain = on_failure, patience, drain
         self._most, self._restarts = restarts, deque[float]()
         self._running: dict[str, Running] = {}
-        self._ended: asyncio.Queue[Running | None] = asyncio.Queue()  # None: the time to start is over
+        self._ended: asyncio.Queue[Running | Exception | None] = asyncio.Queue()  # None: the time to start is over
         self._all_ready = False
         self._stopping = False
 
@@ -102,6 +102,8 @@ class Supervisor:
             await self._start(process)
         while True:
             ended = await self._ended.get()
+            if isinstance(ended, Exception):
+                raise ended
             if ended is not None:
                 await self._one_ended(ended)
             elif not self._all_ready:
@@ -124,18 +126,38 @@ class Supervisor:
     async def _start(self, process: Process) -> None:
         child = await self._starter.start(process)
         one = self._running[process.name] = Running(process, child)
-        one.tasks = [asyncio.create_task(work) for work in (self._read(one), self._until_ready(one))]
-        self._view.change(f"{process.name} starts ({child.where})", self._running.values())
+        one.tasks = [asyncio.create_task(self._told(work)) for work in (self._read(one), self._until_ready(one))]
+        self._change(f"{process.name} starts ({child.where})")
+
+    async def _told(self, work: Coroutine[None, None, None]) -> None:
+        """Runs a task of a process; what goes wrong with it ends everything."""
+        try:
+            await work
+        except Exception as error:
+            self._ended.put_nowait(error)
 
     async def _read(self, one: Running) -> None:
-        """Shows what it writes, and notices its end."""
+        """Shows what it writes, and notices its end. It is read to its end even where it cannot be shown any more."""
         async for line in one.child.lines():
-            self._view.line(one.process.name, line)
+            with self._shown():
+                self._view.line(one.process.name, line)
         one.code = await one.child.wait()
         one.state, one.since = "ended", time.monotonic()
-        self._view.change(f"{one.process.name} {how_it_ended(one.code)}", self._running.values())
+        self._change(f"{one.process.name} {how_it_ended(one.code)}")
         if not self._stopping:
             self._ended.put_nowait(one)
+
+    def _change(self, what: str) -> None:
+        with self._shown():
+            self._view.change(what, self._running.values())
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        """A view that fails ends everything, in order."""
+        try:
+            yield
+        except Exception as error:
+            self._ended.put_nowait(error)
 
     async def _until_ready(self, one: Running) -> None:
         """Asks it until it is ready. One without an address is ready when the one that it belongs to is."""
@@ -152,11 +174,11 @@ class Supervisor:
                 await asyncio.sleep(POLL_SECONDS)
         one.state, one.since = "ready", time.monotonic()
         where = f" at {one.process.url}" if one.process.url else ""
-        self._view.change(f"{one.process.name} is ready{where} after {one.since - began:.1f} s", self._running.values())
+        self._change(f"{one.process.name} is ready{where} after {one.since - began:.1f} s")
         count = len(self._deployment.workers) + 1
         if len(self._running) == count and all(r.state == "ready" for r in self._running.values()):
             self._all_ready = True
-            self._view.change(f"all {count} processes are ready: {self._deployment.router.url}", self._running.values())
+            self._change(f"all {count} processes are ready: {self._deployment.router.url}")
 
     async def _stop_all(self) -> None:
         """The router first, so that what runs can finish; then the workers; whoever stays is killed."""
@@ -182,7 +204,7 @@ class Supervisor:
             left = [one for one in left if one.code is None]
             if left and number == signal.SIGTERM:
                 names = ", ".join(one.process.name for one in left)
-                self._view.change(f"killed after {seconds:g} s: {names}", self._running.values())
+                self._change(f"killed after {seconds:g} s: {names}")
 
 
 async def _healthy(http: httpx.AsyncClient, url: str) -> bool:

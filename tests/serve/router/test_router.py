@@ -119,8 +119,9 @@ async def test_a_silent_server_is_a_504_and_counts() -> None:
 async def test_a_client_that_leaves_cancels_both_legs(stream: bool) -> None:
     async with world(prefill=1, decode=1) as made:
         made.of("decode")[0].hang = True
-        with contextlib.suppress(httpx.ReadTimeout):
-            await made.http.post("/generate", json={"text": "x", "stream": stream}, timeout=0.3)
+        asking = asyncio.create_task(made.http.post("/generate", json={"text": "x", "stream": stream}))
+        await until(lambda: all(fake.seen for fake in made.fakes))
+        asking.cancel()
         await until(lambda: all(fake.left and fake.aborted for fake in made.fakes), 1.0)
         await until(made.idle, 1.0)
         assert all(server.circuit._faults == 0 for server in made.router.fleet.servers)
@@ -154,7 +155,9 @@ async def test_nothing_is_sent_to_one_half_when_the_other_is_missing() -> None:
     async with world(prefill=1, decode=1, threshold=1) as made:
         made.of("decode")[0].health = 503
         await until(lambda: made.router.trouble is not None)
-        told = refusal(await made.http.post("/generate", json={"text": "x"}), 503)
+        answer = await made.http.post("/generate", json={"text": "x"})
+        told = refusal(answer, 503)
+        assert answer.headers["retry-after"] == "1"
         assert "no decode server takes requests now" in told["message"]
         assert (await made.http.get("/health")).status_code == 503
         assert made.of("prefill")[0].seen == []

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tessera.core.errors import RequestError
-from tessera.serve.http import SEND_SECONDS, Call, UnavailableError, encode, failure
+from tessera.serve.http import HEADERS, SEND_SECONDS, Call, UnavailableError, encode, failure
 from tessera.serve.router.connections import Answer
 from tessera.serve.router.exchange import Failed, Leg, Parcel, exchange
 from tessera.serve.router.rooms import Body, legs, num_prompts, prompt_of
@@ -137,7 +137,8 @@ class Relayed(Response):
     async def _fail(self, send: Send, status: int, body: bytes) -> None:
         """Tells the client: as an answer, or as an event where the answer has begun."""
         if not self._begun:
-            await self._whole(send, status, body, [(b"content-type", b"application/json")])
+            raw = [(name.encode(), value.encode()) for name, value in HEADERS.get(status, {}).items()]
+            await self._whole(send, status, body, [(b"content-type", b"application/json"), *raw])
         elif self._events:
             await self._part(send, b"data: " + body + b"\n\n" + DONE, last=True)
 
