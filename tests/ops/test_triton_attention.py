@@ -14,6 +14,7 @@ from tessera.ops.attention import paged_attention_reference
 from tessera.ops.segments import Segments
 from tessera.ops.triton_attention import SHORT, paged_attention
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [(0, 30), (33, 20), (7, SHORT), (7, SHORT + 1), (0, 1), (40, 1), (15, 1), (16, 1), (61, 3)]
 RANGES = {"mixed": MIXED, "decodes": [(n, 1) for n in (0, 15, 16, 100)], "verify": [(0, 4), (61, 3), (20, 1)]}
@@ -34,8 +35,7 @@ def _expected(q, pool, segments: Segments, scale: float = SCALE):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize(("page_size", "heads"), [(5, HEADS[0]), (64, HEADS[1]), *((16, h) for h in HEADS)], ids=str)
 @pytest.mark.parametrize("ranges", RANGES)
 def test_is_plain(ranges, page_size, heads, splits):
     segments, q, pool = _inputs(RANGES[ranges], page_size, heads, torch.float32)
@@ -57,7 +57,7 @@ def test_pool_in_fp8():
     assert_close(found, _expected(q, pool.float() * 0.5, segments))
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     ranges=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 24)), min_size=1, max_size=5),
     heads=st.sampled_from(HEADS),
@@ -78,7 +78,8 @@ def test_reads_nothing_of_the_batch_on_the_host(ranges):
     more = torch.cat((q, torch.randn_like(q[:5])))
     found = paged_attention(more, pool, padded, SCALE)
     assert_close(found[: len(q)], _expected(q, pool, segments))
-    assert not found[: padded.num_tokens - 2].isnan().any()
+    assert not found.isnan().any()
+    assert not found[-2:].any(), "tokens of no range come out as zeros"
 
 
 def test_strided():

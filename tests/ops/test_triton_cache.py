@@ -12,6 +12,7 @@ from tessera.ops.fused import write_latents as plain_latents
 from tessera.ops.rope import rope_tables
 from tessera.ops.triton_cache import write_heads, write_latents
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNTOUCHED = 1024.0  # what nothing here comes to
 RANGES = [(0, 20), (33, 5), (7, 1), (0, 1), (40, 3)]

@@ -13,6 +13,7 @@ from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
 from tessera.ops.triton_mla import SHORT, expansion, mla_absorbed, mla_expanded
 from tessera.ops.triton_tiles import Tile
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [(0, 30), (33, 20), (7, SHORT), (7, SHORT + 1), (0, 1), (40, 1), (15, 1), (61, 3)]
 RANGES = {"mixed": MIXED, "decodes": [(n, 1) for n in (0, 15, 16, 100)], "whole": [(0, 30), (0, 9)]}
@@ -44,8 +45,7 @@ def _assert_plain(segments, pool, q_nope, q_rope, kv_b, **options):
     assert_close(mla_absorbed(q, q_rope, pool, segments, SCALE, **options), expected)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize(("page_size", "splits"), [(5, 1), (16, 3), (64, 2)])
 @pytest.mark.parametrize("ranges", RANGES)
 def test_is_plain(ranges, page_size, splits):
     _assert_plain(*_inputs(RANGES[ranges], page_size, TINY, torch.float32), splits=splits)
@@ -72,7 +72,7 @@ def test_what_precedes_long_ranges_is_expanded(monkeypatch, most_bytes):
         assert expansion(inputs[0], 1).whole == (len(ranges) == 2 and most_bytes > 0)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(
     ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=4),
     heads=st.sampled_from([1, 3, 17]),
@@ -92,10 +92,12 @@ def test_reads_nothing_of_the_batch_on_the_host(ranges):
     more = [torch.cat((x, torch.randn_like(x[:5]))) for x in (q_nope, q_rope)]
     wide = [x.double() for x in (q_nope, q_rope, kv_b, pool)]
     found = mla_expanded(*more, kv_b, pool, padded, SCALE)
-    assert not found[: padded.num_tokens - 2].isnan().any()
+    assert not found.isnan().any()
+    assert not found[-2:].any(), "tokens of no range come out as zeros"
     assert_close(found[: len(q_nope)], mla_expanded_reference(*wide, segments, SCALE))
     found = mla_absorbed(_latent_queries(more[0], kv_b), more[1], pool, padded, SCALE)
-    assert not found[: padded.num_tokens - 2].isnan().any()
+    assert not found.isnan().any()
+    assert not found[-2:].any(), "tokens of no range come out as zeros"
     q = _latent_queries(*wide[::2])
     assert_close(found[: len(q_nope)], mla_absorbed_reference(q, wide[1], wide[3], segments, SCALE))
 

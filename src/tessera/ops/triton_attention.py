@@ -27,7 +27,7 @@ from tessera.ops.triton_softmax import (
     store_rows,
     token_offsets,
 )
-from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
+from tessera.ops.triton_tiles import Tile, result, splits_of, tiles_of
 
 SHORT = (
     8  # tokens of the longest range that the split kernel takes: by a range's own length, so that others don't matter
@@ -144,7 +144,7 @@ def paged_attention(
     """
     (num_tokens, num_q, dim), num_kv = q.shape, pool.shape[2]
     assert q.stride(2) == pool.stride(4) == 1, "the elements of a head must be neighbours"
-    group, out = num_q // num_kv, q.new_empty(q.shape)
+    group, out = num_q // num_kv, result(segments, q, *q.shape)
     if num_tokens == 0:
         return out
     key = (q.element_size(), padded(dim))

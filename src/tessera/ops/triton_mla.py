@@ -32,7 +32,7 @@ from tessera.ops.triton_softmax import (
     store_rows,
     token_offsets,
 )
-from tessera.ops.triton_tiles import Tile, splits_of, tiles_of
+from tessera.ops.triton_tiles import Tile, result, splits_of, tiles_of
 from tessera.ops.upload import upload
 
 SHORT = 8  # tokens of the longest range that is split; a range's own length decides, whatever the others
@@ -186,7 +186,7 @@ def mla_absorbed(
 
     `split`, `long` and `splits` override what the tables say.
     """
-    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    out = result(segments, q_latent, *q_latent.shape)
     _attend(q_latent, q_rope, pool, out, segments, scale, split, long, splits)
     return out
 
@@ -211,7 +211,7 @@ def mla_expanded(
         w_k, w_v = kv_b.split((nope, value), 1)
         q_latent = torch.einsum("thn,hnr->thr", q_nope, w_k)
         lse = q_nope.new_empty(num_tokens, heads, dtype=torch.float32)
-        latent = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+        latent = result(segments, q_latent, *q_latent.shape)
         _attend(q_latent, q_rope, pool, latent, segments, scale, None, long, None, rows.firsts, lse)
         out = torch.einsum("thr,hvr->thv", latent, w_v).contiguous()
     if segments.max_length > SHORT:

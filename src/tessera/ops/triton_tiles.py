@@ -55,3 +55,12 @@ def splits_of(segments: Segments, programs: int, n: int, waves: int) -> int:
     wanted = waves * num_processors(segments.device) // max(programs, 1)
     most = triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)
     return max(1, min(wanted, most, MAX_SPLITS))
+
+
+def result(segments: Segments, like: Tensor, *shape: int) -> Tensor:
+    """A tensor [T, ...] for kernels to write: zeros where tokens of no range may be, whose rows nobody writes.
+
+    What such a row holds goes on through the layers, and a NaN must not meet what sorts or counts rows.
+    """
+    every_token_has_a_range = segments.known or segments.max_length == 1
+    return like.new_empty(shape) if every_token_has_a_range else like.new_zeros(shape)
