@@ -34,7 +34,7 @@ SHORT = (
 )
 WAVES = 2  # programs per multiprocessor that the splits aim at
 
-# By element size and head dim (0: any other), from one H100; `bench/kernels.py attention --sweep` tries others.
+# By element size and head dim (64: not measured), from one H100; `bench/kernels.py attention --sweep` tries others.
 DECODE = {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 2, 4), (2, 256): Tile(16, 32, 4, 3)}
 PREFILL = {(2, 64): Tile(128, 128, 8, 2), (2, 128): Tile(128, 128, 8, 2), (2, 256): Tile(128, 64, 8, 3)}
 WIDE = Tile(16, 32, 4, 2)  # fp32, on the plain units
