@@ -70,6 +70,21 @@ def test_a_worker_of_several_hosts_is_one_server() -> None:
     assert found.router.command.count("--prefill") == 1
 
 
+def test_between_hosts_bytes_move_by_an_engine_that_can() -> None:
+    flag = "--disaggregation-transfer-backend"
+    for process in made([], here(4, packed=False)).workers:
+        assert after(process.command, flag) == "mooncake"
+    assert (
+        after(made(["*.disaggregation-transfer-backend=nixl"], here(4, packed=False)).workers[0].command, flag)
+        == "nixl"
+    )
+    for one_host in (
+        made([], here(8)),
+        made(["decode.tp-size=2", "prefill.tp-size=2", "decode.nodes=0"], here(4, packed=False)),
+    ):
+        assert all(flag not in process.command for process in one_host.workers)
+
+
 def test_ports_of_the_recipe_are_kept_and_counted_on() -> None:
     found = made(["prefill.port=31000", "prefill.workers=2", "prefill.tp-size=1", "decode.tp-size=2"], here())
     assert [after(p.command, "--port") for p in found.workers[:2]] == ["31000", "31001"]

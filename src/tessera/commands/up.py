@@ -18,7 +18,7 @@ from tessera.core.config import Hardware
 from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
 from tessera.serve import logs
-from tessera.serve.deployment import DEVICES, Deployment, Site, deploy, numbered
+from tessera.serve.deployment import DEVICES, Deployment, Site, across_hosts, deploy, numbered
 from tessera.serve.here import Here, Starter, free_port
 from tessera.serve.recipe import Recipe, changed, load_recipe
 from tessera.serve.recipe_hardware import GPUS, assumed
@@ -120,6 +120,7 @@ def _drain(deployment: Deployment) -> float:
 
 def _plan(recipe: Recipe, as_json: bool) -> int:
     hardware, told = _hardware(recipe)
+    recipe = recipe if hardware is None else across_hosts(recipe)
     plans = [plan(role, None if _on_cpu(role.flags) else hardware) for role in recipe.roles]
     wrong = misplaced(recipe, hardware)
     can = all(found.resolved is not None for found in plans) and not wrong
@@ -161,6 +162,9 @@ def _conclusions(found: Plan) -> None:
             ("recurrent state", memory.state_bytes),
         ]
         table("bytes per rank", [(name, gib(count)) for name, count in [*sizes, ("free at start", memory.available)]])
+        given = {key.replace("_", "-") for key in found.role.flags}
+        own = [d for d in found.resolved.decisions if d.value != "ignored" and d.what.removeprefix("--") not in given]
+        table("chosen", [(d.what, d.value, d.why) for d in own])
     if found.conflicts:
         table("refused", [(str(conflict),) for conflict in found.conflicts])
 

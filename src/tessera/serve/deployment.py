@@ -14,6 +14,7 @@ from tessera.serve.recipe import WORKER, Recipe, Role
 
 PYTHON = (sys.executable, "-m", "tessera.cli")
 LOCAL = "127.0.0.1"
+ENGINE, ACROSS = "disaggregation_transfer_backend", "mooncake"  # between hosts, as in SGLang; auto is for one host
 MEETING, BOOTSTRAP = "dist_init_addr", "disaggregation_bootstrap_port"
 DEVICES = "CUDA_VISIBLE_DEVICES"
 KEY = "TESSERA_API_KEY"  # not on a command line, which all of a host's users can read
@@ -65,6 +66,7 @@ def deploy(recipe: Recipe, site: Site, router: Mapping[str, Any]) -> Deployment:
 
     Raises `ConfigError` where a worker does not fit its hosts, or the recipe's hosts are not there.
     """
+    recipe = recipe if site.packed else across_hosts(recipe)
     plan = _Placing(recipe, site)
     workers = [process for role in recipe.roles for process in plan.role(role)]
     if plan.wrong:
@@ -83,6 +85,17 @@ def deploy(recipe: Recipe, site: Site, router: Mapping[str, Any]) -> Deployment:
     environment = {**recipe.router_environment, **({KEY: keys.pop()} if keys else {})}
     front = Process("router", "router", command, environment, f"http://{address}:{port}")
     return Deployment(tuple(workers), front, plan.hosts)
+
+
+def across_hosts(recipe: Recipe) -> Recipe:
+    """The recipe, for hosts of its own: where prefill and decode are on different ones, bytes move between hosts."""
+    if WORKER in {role.name for role in recipe.roles} or sum(role.nodes for role in recipe.roles) < 2:
+        return recipe
+    roles = [
+        replace(role, flags={**role.flags, ENGINE: ACROSS}) if role.flags.get(ENGINE, "auto") == "auto" else role
+        for role in recipe.roles
+    ]
+    return replace(recipe, roles=tuple(roles))
 
 
 class _Placing:

@@ -223,7 +223,8 @@ def _changed(recipe: Recipe, pattern: str, key: str, value: Any) -> Recipe:
 
 def _role_with(role: Role, key: str, value: Any) -> Role:
     if key in ("workers", "nodes"):
-        number: int = whole(1)(value)  # type: ignore[assignment]
+        least = 0 if (role.name, key) == ("decode", "nodes") else 1
+        number: int = whole(least)(value)  # type: ignore[assignment]
         return replace(role, workers=number) if key == "workers" else replace(role, nodes=number)
     block, dot, name = key.partition(".")
     if dot and block in ("environment", "env"):
