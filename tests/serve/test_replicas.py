@@ -275,3 +275,12 @@ def test_a_signal_while_a_replica_starts_anew_leaves_nothing(folder: Path) -> No
         assert server.code(10) == 0
         for child in below:
             gone(child)
+        assert server.text.count("it is started anew") == 1
+
+
+def test_an_end_in_order_is_no_failure(folder: Path) -> None:
+    with fake_server(folder, dp_size=2, on_failure="restart") as server:
+        server.ready()
+        server.process.terminate()
+        assert server.code(10) == 0
+        assert "anew" not in server.text

@@ -87,12 +87,12 @@ class Front:
         finally:
             await listener.close()
             await asyncio.to_thread(server.options.tracing.close)
+            for task in tasks:  # from here on the end of an engine is what was asked for
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if client.failure is None and any(replica.ready.is_set() for replica in client.replicas):
                 client.send(Stop())
                 await self._fleet.ended(STOP_SECONDS)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _loaded(self, client: EngineClient) -> None:
         """Until a real generation went through every engine."""
