@@ -106,6 +106,12 @@ def covering(points: Sequence[Point], strength: int) -> list[Point]:
     return sorted((points[i] for i in cover(rows, strength)), key=lambda point: point.tp)
 
 
+def by_processes() -> list[Point]:
+    """Points of the packaged models for ranks that are processes: the model is read by each, so it is in a folder."""
+    few = [point for point in ACCEPTED if 1 < point.tp <= 4 and point.model.startswith("abacus")]
+    return covering(few, 2)
+
+
 def layouts() -> list[Point]:
     """Every layout of every model once; the other axes are drawn so that all of their values are met."""
     found: dict[tuple[object, ...], list[Point]] = {}

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from tessera.core.families import read_spec
 from tessera.core.mesh import SINGLE
 from tessera.core.messages import SamplingParams, StepReport, Submit, TokenLogprobs
 from tessera.core.weights import weight_table
+from tessera.models.folder import find_model
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
 from tiny import Run, TinyModel, resolved, serve
 
+Way = Literal["threads", "short", "gloo"]  # ranks as threads, with short prompts and answers, or as processes
 TOLERANCE = 1e-4  # of teacher-forced logprobs in float32
 RANDOM = "random-gqa"
 GQA: dict[str, Any] = {  # KV heads fewer than ranks, a vocabulary that is padded, a dense layer beside those of experts
@@ -102,7 +104,7 @@ def alone(name: str, dtype: str, short: bool) -> Run:
     return serve(model_of(name), requests(name, short, 1), together=False, dtype=dtype, **BASE, **plain)
 
 
-def judge(point: Point, short: bool = False) -> Verdict:
+def judge(point: Point, way: Way = "threads") -> Verdict:
     """Resolves a point, and serves it if it is to be served."""
     expected = refusals(point)
     try:
@@ -112,7 +114,7 @@ def judge(point: Point, short: bool = False) -> Verdict:
     if expected:
         return Verdict("failed", why=f"it was not refused; expected: {expected}")
     dtypes = ("float64", "float32") if point.model == RANDOM else ("float32",)
-    verdicts = [_served(point, dtype, short) for dtype in dtypes]
+    verdicts = [_served(point, dtype, way) for dtype in dtypes]
     return next((v for v in verdicts if v.outcome == "failed"), verdicts[-1])
 
 
@@ -123,10 +125,13 @@ def _refused(found: Sequence[str], expected: Sequence[tuple[str, str]]) -> Verdi
     return Verdict("refused")
 
 
-def _served(point: Point, dtype: str, short: bool) -> Verdict:
+def _served(point: Point, dtype: str, way: Way) -> Verdict:
+    short, flags = way == "short", {**BASE, **point.flags()}
+    if way == "gloo":
+        flags |= {"collectives": "gloo", "model_path": str(find_model(point.model))}
     one = alone(point.model, dtype, short)
     asked = requests(point.model, short, point.dp)
-    run = serve(model_of(point.model), asked, arrivals=WHEN, dtype=dtype, **BASE, **point.flags())
+    run = serve(model_of(point.model), asked, arrivals=WHEN, dtype=dtype, **flags)
     together = kinds(run.reports)
     if run.ends() != one.ends():
         wrong = [key for key, end in one.ends().items() if run.ends().get(key) != end]

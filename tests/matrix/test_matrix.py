@@ -11,7 +11,7 @@ from itertools import combinations
 import pytest
 
 from matrix import serving
-from matrix.points import ACCEPTED, AXES, POINTS, REFUSED, Point, cover, covering, layouts
+from matrix.points import ACCEPTED, AXES, POINTS, REFUSED, Point, by_processes, cover, covering, layouts
 from matrix.serving import RANDOM, judge
 from models.test_layout_faults import modulo
 from plan.test_faults import around
@@ -29,6 +29,11 @@ def test_groups_idle_prefill_decode_and_mix_in_the_same_step() -> None:
     verdict = judge(point)
     assert verdict.outcome == "passed", verdict.why
     assert frozenset({"IDLE", "EXTEND", "DECODE", "MIXED"}) in verdict.together
+
+
+def test_ranks_that_are_processes_are_judged_alike() -> None:
+    verdict = judge(by_processes()[0], "gloo")
+    assert verdict.outcome == "passed", verdict.why
 
 
 def test_what_cannot_be_is_refused_by_both_flags() -> None:
