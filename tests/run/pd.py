@@ -9,7 +9,18 @@ from typing import Any
 
 import msgspec
 
-from tessera.core.messages import Abort, Address, Fatal, Outbound, Output, Outputs, StepReport, Stop, Submit
+from tessera.core.messages import (
+    Abort,
+    Address,
+    Fatal,
+    HandoverTimes,
+    Outbound,
+    Output,
+    Outputs,
+    StepReport,
+    Stop,
+    Submit,
+)
 from tessera.run.core import EngineCore
 from tiny import Answer, TinyModel, all_free, resolved
 
@@ -22,6 +33,7 @@ class Server:
     def __init__(self, model: TinyModel, role: str, **flags: Any) -> None:
         self.answers: dict[tuple[str, int], Answer] = {}
         self.errors: dict[str, str] = {}
+        self.handed: dict[str, HandoverTimes] = {}
         self.reports: list[StepReport] = []
         self.fatal: Fatal | None = None
         self._changed = threading.Condition()
@@ -47,6 +59,9 @@ class Server:
         answer.tokens += output.tokens
         answer.logprobs += output.logprobs or []
         answer.finish = output.finish
+        if output.handed is not None:
+            assert output.request_id not in self.handed, "told twice"
+            self.handed[output.request_id] = output.handed
         if output.error is not None:
             self.errors[output.request_id] = output.error
 

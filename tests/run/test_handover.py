@@ -57,6 +57,11 @@ def check_equal(pair: Pair, asked: list[Submit]) -> None:
             assert ours.top_ids == theirs.top_ids
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-8)
     assert all(not answer.tokens for answer in pair.prefill.answers.values())
+    for request in asked:  # a prompt of one token has nothing to hand over
+        for server in (pair.prefill, pair.decode):
+            times = server.handed.get(request.request_id)
+            assert (times is not None) == (len(request.tokens) > 1)
+            assert times is None or times.num_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_a_deployment_answers_as_one_engine_and_survives_its_clients_and_a_prefi
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(deployment.ask, asked))
         check(answers, wanted)
+        times_are_told(deployment, answers)
         deployment.all_free()
         clients_that_leave_hold_nothing(deployment)
         a_new_prefill_server_is_used(deployment)
@@ -111,6 +112,17 @@ def test_a_deployment_answers_as_one_engine_and_survives_its_clients_and_a_prefi
 def check(answers: list[httpx.Response], wanted: list[list[int]]) -> None:
     assert [answer.status_code for answer in answers] == [200] * len(wanted), [answer.text for answer in answers]
     assert [answer.json()["output_ids"] for answer in answers] == wanted
+
+
+def times_are_told(deployment: Deployment, answers: list[httpx.Response]) -> None:
+    for answer in answers:
+        told = answer.json()["meta_info"]["handover"]
+        assert told["num_bytes"] > 0
+        assert 0 <= told["transfer"] <= told["waiting"] <= answer.json()["meta_info"]["e2e_latency"]
+    for role in ("prefill", "decode"):
+        text = httpx.get(f"{deployment.url[role]}/metrics", timeout=5).text
+        assert re.search(r"tessera:handover_transfer_seconds_count\{.*\} 24\.0", text), text
+        assert re.search(r"tessera:kv_transfer_speed_gb_s\{.*\} [\d.e-]*[1-9]", text), text
 
 
 def clients_that_leave_hold_nothing(deployment: Deployment) -> None:

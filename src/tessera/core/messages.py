@@ -93,6 +93,20 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     asked_logprobs: list[float] = []
 
 
+class HandoverTimes(msgspec.Struct, frozen=True):
+    """What the hand-over of a request took, in seconds. At prefill: until decode asked for the prompt, until the last
+    chunk was planned, until the last byte was written after that; in `writing` seconds `num_bytes` moved. At decode:
+    `meeting` is until prefill was asked, memory included, `waiting` from then until the prompt was there; the others
+    are what prefill says."""
+
+    meeting: float
+    prefill: float
+    transfer: float
+    waiting: float = 0.0
+    writing: float = 0.0
+    num_bytes: int = 0
+
+
 class Output(msgspec.Struct, array_like=True):
     """New tokens of one choice. `finish` is set on the last one of a choice, which may carry no tokens."""
 
@@ -107,6 +121,7 @@ class Output(msgspec.Struct, array_like=True):
     num_cached: int = 0
     error: str | None = None
     fault: Fault | None = None  # set with `error`
+    handed: HandoverTimes | None = None  # once for a request, when its prompt has gone or come
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -134,6 +149,8 @@ class StepReport(msgspec.Struct, tag=True):
     num_output_token: int
     seconds: float
     dp_rank: int = 0
+    num_meeting: int = 0  # requests that wait for the other server, or at decode for memory
+    num_leases: int = 0  # prompts that are being written here, or from here
 
 
 class Ready(msgspec.Struct, tag=True):

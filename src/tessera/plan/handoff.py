@@ -30,7 +30,7 @@ from typing import Protocol
 
 import msgspec
 
-from tessera.core.messages import Address, Fault
+from tessera.core.messages import Address, Fault, HandoverTimes
 from tessera.plan.step import Clock, Ints
 
 
@@ -96,7 +96,7 @@ class Sent(msgspec.Struct, tag=True, frozen=True):
 
     generation: int
     prompt: Prompt
-    num_bytes: int = 0
+    times: HandoverTimes | None = None
 
 
 class Closed(msgspec.Struct, tag=True, frozen=True):
@@ -162,12 +162,13 @@ class Fenced(msgspec.Struct, tag=True, frozen=True):
 
 
 class Written(msgspec.Struct, tag=True, frozen=True):
-    """What rank `rank` had to write of a ticket is over. `error` None: it has landed."""
+    """What rank `rank` had to write of a ticket is over, after `seconds`. `error` None: it has landed."""
 
     ticket: int
     rank: int
     num_bytes: int = 0
     error: str | None = None
+    seconds: float = 0.0
 
 
 Wire = Heard | Met | Unmet | Joined | Gone | Fenced | Written  # what comes from outside the planner
@@ -251,6 +252,7 @@ class Arrive(msgspec.Struct, frozen=True):
     """At decode: the prompt is there; the request goes on."""
 
     key: int
+    times: HandoverTimes
 
 
 class Start(msgspec.Struct, frozen=True, eq=False):
@@ -273,6 +275,7 @@ class End(msgspec.Struct, frozen=True):
 
     key: int
     why: Why | None
+    times: HandoverTimes | None = None
 
 
 Order = Want | Arrive | Start | Free | End  # for the planner

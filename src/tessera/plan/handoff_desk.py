@@ -69,6 +69,7 @@ class Desk:
         self.errands: list[Errand] = []
         self._homes: dict[int, DpRank] = {}  # where pages may be held, until they are free
         self._ended: list[tuple[str, list[Output]]] = []
+        self._said: list[Output] = []
         self._wanting: deque[int] = deque()
         self._settling: deque[tuple[int, int, Lease]] = deque()  # first step after it, key, lease
         self._num_opened = 0
@@ -176,17 +177,27 @@ class Desk:
                 case = self.cases[key]
                 case.leader.route = action
                 case.rank.release_away(case.leader)
-            case Arrive(key):
-                self._homes.pop(key).state.arrived.append(self.cases.pop(key).leader)
-            case End(key, why):
+            case Arrive(key, times):
+                leader = self.cases.pop(key).leader
+                self._homes.pop(key).state.arrived.append(leader)
+                came = Output(leader.request_id, leader.choice, [], num_prompt=leader.num_prompt, handed=times)
+                self._said.append(came)
+            case End(key, why, times):
                 if key in self._wanting:
                     self._wanting.remove(key)
                 case = self.cases.pop(key)
-                self._ended.append((case.submit.request_id, self._outputs(case, why)))
+                outputs = self._outputs(case, why)
+                outputs[0].handed = times
+                self._ended.append((case.submit.request_id, outputs))
                 for sequence in (case.leader, *case.leader.forks):
                     case.rank.remove(sequence)
             case Free(key):
                 self._homes.pop(key).free(key, self.cases[key].leader if key in self.cases else None)
+
+    def said(self) -> list[Output]:
+        """What is said of requests that go on, since it was asked last."""
+        said, self._said = self._said, []
+        return said
 
     def ends(self) -> list[tuple[str, list[Output]]]:
         """Requests that ended since it was asked last, and what is said of their choices."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tessera.core.messages import HandoverTimes
 from tessera.plan.handoff import (
     ABORTED,
     Action,
@@ -52,7 +53,18 @@ class Giving:
     tickets: dict[int, set[int]] = field(default_factory=dict)
     last: bool = False
     num_bytes: int = 0
+    writing: float = 0.0
+    slowest: float = 0.0  # rank of a ticket, so far
     why: Why = ABORTED
+    marks: list[float] = field(default_factory=list)  # when it came, was asked for, was all planned, and was written
+
+
+def times_of(room: Giving) -> HandoverTimes:
+    """What it took, once it is written."""
+    came, asked, planned, written = room.marks
+    return HandoverTimes(
+        asked - came, planned - asked, written - planned, writing=room.writing, num_bytes=room.num_bytes
+    )
 
 
 class Giver:
@@ -116,7 +128,7 @@ class Giver:
             return
         if room is None or room.stage == REFUSED:
             room = self.rooms[number] = Giving(number, EXPECTED, self.now + self.config.bootstrap_s)
-        room.key, room.prompt = key, prompt
+        room.key, room.prompt, room.marks = key, prompt, [self.now]
         self.keys[key] = room
         if room.reserve is not None:
             yield from self._pair(room)
@@ -171,6 +183,7 @@ class Giver:
         assert room.prompt is not None
         if room.prompt == room.reserve.prompt:
             room.stage = SENDING
+            room.marks.append(self.now)
             yield Start(room.key, room.peer, room.reserve)
             return
         text = f"prefill has {room.prompt}, decode {room.reserve.prompt}. Send both the same request"
@@ -183,6 +196,8 @@ class Giver:
         assert room.stage == SENDING
         room.tickets[ticket] = set()
         room.last = last
+        if last:
+            room.marks.append(self.now)
         self.tickets[ticket] = room
 
     def _written(self, written: Written) -> Iterator[Action]:
@@ -192,8 +207,10 @@ class Giver:
         room.num_bytes += written.num_bytes
         through = room.tickets[written.ticket]
         through.add(written.rank)
+        room.slowest = max(room.slowest, written.seconds)
         if len(through) == self.config.num_writers:
             del room.tickets[written.ticket], self.tickets[written.ticket]
+            room.writing, room.slowest = room.writing + room.slowest, 0.0
         if written.error is not None and room.stage == SENDING:
             yield from self._fail(room, Why(f"the prompt could not be written to the decode server: {written.error}"))
         elif not room.tickets and room.stage == STOPPING:
@@ -205,7 +222,8 @@ class Giver:
                 self.closed.setdefault(room.peer, {})[generation] = None
             room.stage, room.deadline = TOLD, self.now + self.config.reply_s
             yield Free(room.key)
-            yield Tell(room.peer, Sent(generation, room.reserve.prompt, room.num_bytes))
+            room.marks.append(self.now)
+            yield Tell(room.peer, Sent(generation, room.reserve.prompt, times_of(room)))
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
@@ -216,7 +234,7 @@ class Giver:
         if over.why is None:
             if room is not None and room.stage == TOLD:
                 self._forget(room)
-                yield End(room.key, None)
+                yield End(room.key, None, times_of(room))
             return
         if room is None or room.stage == TOLD:
             # Whatever there was is over. What is still on its way to here must not begin anything.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tessera.core.messages import Address
+import msgspec
+
+from tessera.core.messages import Address, HandoverTimes
 from tessera.plan.handoff import (
     ABORTED,
     Action,
@@ -54,7 +56,9 @@ class Taking:
     prompt: Prompt
     address: Address
     deadline: float
+    began: float
     stage: str = MEETING
+    asked: float = 0.0
     peer: str = ""
     retry_at: float = 0.0
 
@@ -103,7 +107,7 @@ class Taker:
     # -- until it is asked for -------------------------------------------------------------------------------------
 
     def _open(self, key: int, number: int, prompt: Prompt, address: Address) -> Iterator[Action]:
-        room = self.rooms[key] = Taking(key, number, prompt, address, self.now + self.config.meet_s)
+        room = self.rooms[key] = Taking(key, number, prompt, address, self.now + self.config.meet_s, self.now)
         if address in self.peers:
             yield from self._want(room)
         elif address not in self.meeting:
@@ -139,7 +143,7 @@ class Taker:
 
     def _leased(self, leased: Leased) -> Iterator[Action]:
         room = self.rooms[leased.key]
-        room.stage, room.deadline = ASKED, self.now + self.config.waiting_s
+        room.stage, room.asked, room.deadline = ASKED, self.now, self.now + self.config.waiting_s
         floor = min(self.rooms)
         yield Tell(
             room.peer,
@@ -168,7 +172,9 @@ class Taker:
             yield End(room.key, why)
             yield Tell(peer, Over(room.key, room.room, why))
         else:
-            yield Arrive(room.key)
+            meeting, waiting = room.asked - room.began, self.now - room.asked
+            told = letter.times or HandoverTimes(0.0, 0.0, 0.0)
+            yield Arrive(room.key, msgspec.structs.replace(told, meeting=meeting, waiting=waiting))
             yield Tell(peer, Over(room.key, room.room))
 
     def _cancel(self, room: Taking, why: Why) -> Iterator[Action]:

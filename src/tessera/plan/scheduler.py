@@ -165,7 +165,7 @@ class Planner:
 
     def _handed(self) -> list[Output]:
         """Outputs of requests whose hand-over ended them."""
-        outputs: list[Output] = []
+        outputs = self.desk.said() if self.desk is not None else []
         for request_id, said in self.desk.ends() if self.desk is not None else ():
             del self._requests[request_id]
             outputs += said

@@ -85,6 +85,7 @@ class _Pending:
 
     send: Send
     batches: set[int] = field(default_factory=set)
+    began: float = field(default_factory=time.monotonic)
     num_bytes: int = 0
     error: str | None = None
 
@@ -241,4 +242,5 @@ class Poster:
                 self._report(one)
 
     def _report(self, one: _Pending) -> None:
-        self._tell(Written(one.send.ticket, self._rank, one.num_bytes, one.error))
+        seconds = time.monotonic() - one.began
+        self._tell(Written(one.send.ticket, self._rank, one.num_bytes, one.error, seconds))

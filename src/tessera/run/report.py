@@ -78,4 +78,6 @@ class Reporter:
             num_output_token=num_output,
             seconds=seconds,
             dp_rank=dp_rank,
+            num_meeting=len(state.away) - sum(s.key in state.leases for s in state.away),
+            num_leases=len(state.leases),
         )

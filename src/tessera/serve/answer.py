@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tessera.core.errors import CapacityError, PeerError, RequestError, TesseraError
-from tessera.core.messages import Fault, FinishReason, Output, TokenLogprobs
+from tessera.core.messages import Fault, FinishReason, HandoverTimes, Output, TokenLogprobs
 from tessera.serve.client import EngineClient, Stream
 from tessera.serve.schema import Item
 from tessera.serve.text import Detokenizer, StopMatcher, Tokenizer
@@ -43,11 +43,13 @@ class Delta:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of one item: its prompt, of that from the cache, and generated in all its choices."""
+    """Tokens of one item: its prompt, of that from the cache, and generated in all its choices; and what its hand-over
+    took, if there was one."""
 
     num_prompt: int
     num_cached: int = 0
     num_generated: int = 0
+    handed: HandoverTimes | None = None
 
 
 class ChoiceReader:
@@ -159,6 +161,7 @@ class Answering:
             raise FAULTS[output.fault or "engine"](output.error or "the engine gave up and said no reason")
         delta = self._readers[index][output.choice].read(index, output)
         usage.num_generated += len(delta.tokens)
+        usage.handed = output.handed or usage.handed
         usage.num_cached = max(usage.num_cached, output.num_cached)
         if delta.finish is not None:
             self._ended.add((index, output.choice))

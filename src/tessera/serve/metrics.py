@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tessera.core.messages import FinishReason, StepReport
+from tessera.core.messages import FinishReason, HandoverTimes, StepReport
 from tessera.serve.answer import Delta, Usage
 from tessera.serve.schema import Item
 
@@ -25,6 +25,15 @@ GAUGES = {
     "token_usage": "Share of the KV pool that sequences hold.",
     "slot_usage": "Share of the recurrent-state slots in use.",
     "num_cached_pages": "Pages that only the prefix cache holds.",
+    "num_meeting_reqs": "Requests that wait for the other server of a hand-over, or at decode for memory.",
+    "num_transfer_reqs": "Prompts that are being written to or from this server.",
+}
+SPEED = "GB/s at which the last prompt was written."
+HANDOVER = {
+    "meeting": "Until decode asks for the prompt; at decode its wait for memory is in it.",
+    "waiting": "At decode: from asking for a prompt until it is there.",
+    "prefill": "At prefill: from being asked until the last chunk is planned.",
+    "transfer": "From the last chunk until the last byte is written.",
 }
 HIT_RATE = "Share of all prompt tokens so far that came from the prefix cache."
 COUNTERS = {
@@ -32,6 +41,7 @@ COUNTERS = {
     "generation_tokens": "Tokens generated.",
     "cached_tokens": "Prompt tokens that came from the prefix cache.",
     "num_preemptions": "Sequences put back because memory ran out.",
+    "handover_bytes": "Bytes of prompts that were handed over.",
 }
 
 
@@ -66,6 +76,8 @@ class Metrics:
         self.first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT)
         self.between = self._histogram("inter_token_latency_seconds", "Between tokens of a choice.", BETWEEN)
         self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", WHOLE)
+        self._handover = {n: self._histogram(f"handover_{n}_seconds", text, TTFT) for n, text in HANDOVER.items()}
+        self._speed = Gauge(PREFIX + "kv_transfer_speed_gb_s", SPEED, names, registry=registry).labels(model)
         self._prompt = self._cached = 0
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -83,6 +95,8 @@ class Metrics:
             "token_usage": held / max(report.num_pages, 1),
             "slot_usage": report.num_slots_used / max(report.num_slots, 1),
             "num_cached_pages": report.num_cached_pages,
+            "num_meeting_reqs": report.num_meeting,
+            "num_transfer_reqs": report.num_leases,
         }
         labels = [self._model, str(report.dp_rank)] if self._several else [self._model]
         for name, value in values.items():
@@ -102,9 +116,18 @@ class Metrics:
             self._counters["prompt_tokens"].inc(one.num_prompt)
             self._counters["cached_tokens"].inc(one.num_cached)
             self._counters["generation_tokens"].inc(one.num_generated)
+            if one.handed is not None:
+                self._handed(one.handed)
             self._prompt += one.num_prompt
             self._cached += one.num_cached
         self._hits.set(self._cached / max(self._prompt, 1))
+
+    def _handed(self, times: HandoverTimes) -> None:
+        for name, histogram in self._handover.items():
+            histogram.observe(getattr(times, name))
+        self._counters["handover_bytes"].inc(times.num_bytes)
+        if times.writing > 0:
+            self._speed.set(times.num_bytes / times.writing / 1e9)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text form."""

@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from typing import Any
 
+import msgspec
+
 from tessera.core.messages import TokenLogprobs
 from tessera.serve.answer import Answering, Delta
 from tessera.serve.formats import finite, namer
@@ -85,6 +87,8 @@ class _Maker:
             "cached_tokens": usage.num_cached,
             "e2e_latency": time.monotonic() - self._began,
         }
+        if usage.handed is not None:
+            meta["handover"] = msgspec.structs.asdict(usage.handed)
         if self.request.logprobs >= 0:
             item = self.request.items[0]
             start = item.params.logprob_start if item.params.prompt_logprobs >= 0 else len(item.tokens)
