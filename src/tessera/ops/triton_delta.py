@@ -21,7 +21,7 @@ SHORT = 8  # tokens up to which a range, of a step whose form is "chunked", take
 ROWS, COLUMNS = 16, 128  # of a program of the convolution
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "limit"])
 def _convolve(
     y_ptr, taps_ptr, conv_state_ptr, mixed_ptr, cu_ptr, rows_ptr, slots_ptr,
     num_tokens, stride_y, stride_window, limit,
@@ -53,7 +53,7 @@ def _convolve(
     tl.store(mixed_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel, mixed, mask=shown)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _shift(
     y_ptr, conv_state_ptr, cu_ptr, slots_ptr, stride_y, stride_window, limit,
     CHANNELS: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr,
@@ -70,7 +70,7 @@ def _shift(
     move_window(y_ptr, window_ptr, length, channel, channel < CHANNELS, stride_y, KERNEL, TAPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "limit"])
 def _gate(
     o_ptr, y_ptr, norm_ptr, out_ptr, cu_ptr, rows_ptr, num_tokens, stride_y, limit, eps,
     Z: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,

@@ -26,7 +26,7 @@ CHUNK = 64
 FACTORS = 3  # of each row: G, l2 factor of k, that of q times exp(G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments", "num_chunks", "limit"])
 def _list_chunks(cu_ptr, chunks_ptr, num_segments, num_chunks, limit, S: tl.constexpr, C: tl.constexpr):
     """chunks [N, 2]: segment (-1: none) and first row of each; program s lists those of segment s."""
     s = tl.program_id(0)
@@ -72,7 +72,7 @@ def _inverse(lower, C: tl.constexpr, EXACT: tl.constexpr):
     return inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _prepare(
     mixed_ptr, y_ptr, decay_ptr, dt_bias_ptr, chunks_ptr, cu_ptr, factors_ptr, keys_ptr, values_ptr, read_ptr,
     stride_y, num_tokens, q_scale,
@@ -122,7 +122,7 @@ def _prepare(
     tl.store(factors + num_tokens.to(tl.int64) * (2 * HEADS), q_factor * grown, mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "limit"])
 def _run(
     mixed_ptr, keys_ptr, values_ptr, read_ptr, factors_ptr, state_ptr, out_ptr, cu_ptr, slots_ptr,
     stride_state, num_tokens, limit,
@@ -184,7 +184,13 @@ class Chunks:
         most = (segments.num_tokens + (CHUNK - 1) * min(num_segments, segments.num_tokens // (limit + 1))) // CHUNK
         table = torch.empty(most, 2, dtype=torch.int32, device=segments.device)
         _list_chunks[num_segments,](
-            segments.cu_lengths, table, num_segments, most, limit, S=triton.next_power_of_2(num_segments), C=CHUNK
+            segments.cu_lengths,
+            table,
+            num_segments,
+            most,
+            limit,
+            S=max(triton.next_power_of_2(num_segments), 64),
+            C=CHUNK,
         )
         return cls(table)
 

@@ -95,7 +95,7 @@ def _normed(o, z_ptr, weight, shown, eps, DV: tl.constexpr):
     return o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _step(
     y_ptr, conv_ptr, window_ptr, state_ptr, decay_ptr, dt_bias_ptr, norm_ptr, out_ptr, cu_ptr, slots_ptr, readers_ptr,
     stride_y, stride_window, stride_state, limit, eps, q_scale,

@@ -93,7 +93,7 @@ def _scaled(
     return total + dot(a, b, None) * (xs[:, None] * ws[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear(
     x_ptr, xs_ptr, w_ptr, ws_ptr, y_ptr, num_rows,
     COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -110,7 +110,7 @@ def _linear(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _grouped(
     x_ptr, xs_ptr, w_ptr, ws_ptr, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
     COLUMNS: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr, GATED: tl.constexpr,

@@ -81,7 +81,7 @@ def _weights(w, row, first, column, limit, k, inner, WIDTH: tl.constexpr, BOXED:
         return tl.load(at, mask=(column < limit)[None, :] & (k + inner < WIDTH)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _gate_up(
     x_ptr, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
@@ -108,7 +108,7 @@ def _gate_up(
     tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (column < INNER)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _down(
     h_ptr, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,

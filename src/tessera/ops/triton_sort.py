@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ONE = 4096  # rows up to which each program counts all of them by itself: one launch
-CHUNK = 2048
+FEW, ONE = 1024, 4096  # rows up to which each program counts all of them by itself: one launch
+CHUNK = 2048  # rows of a program where there are more
 LISTED = 32  # blocks that a program describes
 
 
@@ -30,7 +30,7 @@ class Sorted:
     blocks: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _count(ids_ptr, counts_ptr, taken_ptr, num_rows, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """counts [C, BINS] of each chunk of rows; `taken` starts at 0."""
     chunk = tl.program_id(0)
@@ -74,7 +74,7 @@ def _list_blocks(blocks_ptr, which, total, num_blocks, BINS: tl.constexpr, M: tl
     tl.store(at + 2, tl.minimum(first + M, end), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "num_blocks"])
 def _place(
     ids_ptr, counts_ptr, taken_ptr, rows_ptr, blocks_ptr, num_rows, num_chunks, num_blocks,
     BINS: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr,
@@ -112,7 +112,7 @@ def sort_rows(ids: Tensor, num_experts: int, block: int) -> Sorted:
     ids = ids.contiguous()
     num_rows, bins = ids.numel(), triton.next_power_of_2(num_experts)
     alone = num_rows <= ONE
-    chunk = triton.next_power_of_2(num_rows) if alone else CHUNK
+    chunk = (FEW if num_rows <= FEW else ONE) if alone else CHUNK  # a size is compiled when it is met first
     num_chunks, num_blocks = triton.cdiv(num_rows, chunk), most_blocks(num_rows, num_experts, block)
     ints = {"dtype": torch.int32, "device": ids.device}
     counts, taken = torch.empty(2, num_chunks, bins, **ints)
