@@ -8,5 +8,5 @@ if [[ -n "${WHEELS:-}" ]]; then
     "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
-(($#)) || set -- tests/run tests/comm
+(($#)) || set -- tests/run tests/comm tests/transfer
 exec "$python" -m pytest -p no:cacheprovider -m gpu "$@"

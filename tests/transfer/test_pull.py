@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -118,6 +119,35 @@ def test_a_writer_that_comes_back_waits_for_its_own_copy(engines: Make) -> None:
     assert gate.closed >= 1
 
 
+def test_a_connection_that_is_being_admitted_is_fenced_too(engines: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = engines(HostMover()), engines(HostMover())
+    opening, go_on, target = threading.Event(), threading.Event(), torch.zeros(8, dtype=torch.uint8)
+    right = HostMover.open
+
+    def slow(self: HostMover, exported: bytes, own: Regions) -> HostSource:
+        opening.set()
+        assert go_on.wait(DEADLINE_S)
+        return right(self, exported, own)
+
+    monkeypatch.setattr(HostMover, "open", slow)
+    writer.register(0, torch.ones(8, dtype=torch.uint8))
+    reader.register(0, target)
+    with ThreadPoolExecutor(2) as pool:
+        connecting = pool.submit(writer.connect, reader.endpoint(), DEADLINE_S)
+        assert opening.wait(DEADLINE_S)
+        with pytest.raises(DeadlineError, match="being admitted"):
+            reader.fence(writer.name, 0.05)
+        fencing = pool.submit(reader.fence, writer.name, DEADLINE_S)
+        time.sleep(0.05)
+        assert not fencing.done()
+        go_on.set()
+        fencing.result()
+        peer = connecting.result()
+    ticket = writer.write(peer, runs((0, 0, 0, 0, 8)))
+    assert isinstance(finish(writer, {ticket})[ticket].error, PeerError)
+    assert not target.any()
+
+
 def test_closing_the_reader_waits_for_the_copy_under_way(engines: Make) -> None:
     writer, reader, gate, target, ticket = started(engines)
     threading.Timer(0.1, gate.let.set).start()
@@ -138,6 +168,34 @@ def test_a_copy_that_fails_is_told_with_its_reason(engines: Make, monkeypatch: p
     tickets = {writer.write(peer, runs((0, 0, 0, 0, 8))) for _ in range(2)}
     done = finish(writer, tickets)
     assert all("the cable is cut" in str(d.error) for d in done.values())
+
+
+def test_a_storm_of_fences(engines: Make) -> None:
+    """Writers connect, post and are fenced at any moment; what was given to somebody else is never written."""
+    rng = np.random.default_rng(0)
+    size = 1 << 20
+    reader, target = engines(HostMover()), torch.zeros(2 * size, dtype=torch.uint8)
+    reader.register(0, target)
+    writers = [engines(HostMover()) for _ in range(2)]
+    peers = ["", ""]
+    for i, writer in enumerate(writers):
+        writer.register(0, torch.full((size,), i + 1, dtype=torch.uint8))
+    fenced, landed = 0, 0
+    for _ in range(60):
+        i = int(rng.integers(2))
+        writer, own = writers[i], target[i * size : (i + 1) * size]
+        peers[i] = writer.connect(reader.endpoint(), DEADLINE_S)
+        at = np.arange(0, size, 1 << 12)
+        batch = np.stack([0 * at, at, 0 * at, i * size + at, 0 * at + (1 << 12)], 1)
+        tickets = {writer.write(peers[i], batch) for _ in range(int(rng.integers(1, 8)))}
+        time.sleep(float(rng.choice([0, 1e-4, 1e-3])))
+        reader.fence(writer.name, DEADLINE_S)
+        own.fill_(9)
+        done = finish(writer, tickets)
+        fenced += sum(d.error is not None for d in done.values())
+        landed += sum(d.error is None for d in done.values())
+        assert (own == 9).all(), "a write landed after the fence"
+    assert min(fenced, landed) > 0, "the storm was none"
 
 
 def hello(reader: PullEngine, **fields: object) -> wire.Message | None:

@@ -289,18 +289,28 @@ class _Readers:
             raise PeerError(f"{hello.to} is not here any more, here is {self._name}")
         if not same_user(sock):
             raise PeerError("the writer belongs to another user")
-        with self._lock:
-            turn = self._turns.setdefault(hello.name, threading.Lock())
-        with turn:
+        with self._turn(hello.name, HELLO_S):
             if not still_there(sock):  # it did not wait for its turn, and may have come anew meanwhile
                 raise PeerError(f"{hello.name} has left")
-            self.fence(hello.name, HELLO_S)  # its earlier connection
+            self._retire(hello.name, HELLO_S)  # its earlier connection
             writer = _Writer(hello, sock, self._mover.open(hello.exported, self._regions))
             with self._lock:
                 self._writers[hello.name] = writer
         if self._closed:
-            writer.stop.set()
+            writer.retire(0)
         return writer
+
+    @contextlib.contextmanager
+    def _turn(self, name: str, deadline_s: float) -> Iterator[None]:
+        """One connection of a writer is admitted at a time, and none while it is fenced."""
+        with self._lock:
+            turn = self._turns.setdefault(name, threading.Lock())
+        if not turn.acquire(timeout=deadline_s):
+            raise DeadlineError(f"{name} is still being admitted after {deadline_s} s: its memory is in doubt")
+        try:
+            yield
+        finally:
+            turn.release()
 
     def _forget(self, writer: _Writer) -> None:
         with self._lock:
@@ -308,13 +318,18 @@ class _Readers:
                 del self._writers[writer.hello.name]
 
     def fence(self, name: str, deadline_s: float) -> None:
-        """See `Engine.fence`."""
+        """See `Engine.fence`. A connection that is being admitted is fenced too."""
+        until = time.monotonic() + deadline_s
+        with self._turn(name, deadline_s):
+            self._retire(name, max(until - time.monotonic(), 0))
+
+    def _retire(self, name: str, deadline_s: float) -> None:
         with self._lock:
             writer = self._writers.get(name)
-        if writer is None:
-            return
-        if not writer.retire(deadline_s):
-            raise DeadlineError(f"a copy from {name} is still under way after {deadline_s} s: its memory is in doubt")
+        if writer is not None and not writer.retire(deadline_s):
+            raise DeadlineError(
+                f"a copy from {name} is still under way after {deadline_s:.3g} s: its memory is in doubt"
+            )
 
     def close(self) -> None:
         """Takes nothing more from anybody."""
