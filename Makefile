@@ -11,7 +11,7 @@ endif
 BIN := .venv/bin
 TYPED := $(wildcard src/tessera/core src/tessera/plan src/tessera/transfer)
 
-.PHONY: venv serve test test-faults lint format matrix bench clean distclean
+.PHONY: venv serve test test-faults lint format matrix matrix-pd bench clean distclean
 
 venv:
 	@exec $(PYTHON) tools/make_venv.py
@@ -37,6 +37,9 @@ format: venv
 # ARGS="--minutes 60": how long it may take; what has passed at this commit is not run again.
 matrix: venv
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 exec $(BIN)/python -m matrix $(ARGS)
+
+matrix-pd: venv
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 exec $(BIN)/python -m matrix.handover $(ARGS)
 
 bench: venv
 	@exec $(BIN)/tessera bench --model-path abacus-hybrid $(ARGS)
