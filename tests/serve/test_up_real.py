@@ -38,7 +38,7 @@ def test_replicas(tmp_path: Path, how: str) -> None:
         elif how == "two signals":
             server.signal(signal.SIGINT)
             server.signal(signal.SIGTERM)
-            assert server.code(10) == 128 + signal.SIGTERM
+            assert server.code(10) in (128 + signal.SIGINT, 128 + signal.SIGTERM), "whichever came second"
         elif how == "killed worker":
             front = next(one for one in below if "serve" in one.cmdline())
             psutil.Process(front.pid).kill()

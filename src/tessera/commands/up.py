@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from argparse import Namespace
 from collections.abc import Mapping
 from importlib import import_module
@@ -12,17 +10,14 @@ from typing import Any
 
 import uvloop
 
-from tessera.commands.terminal import say, table, write
+from tessera.commands.terminal import say
 from tessera.commands.upview import Screen, screen
-from tessera.core.config import Hardware
-from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
 from tessera.serve import logs
-from tessera.serve.deployment import DEVICES, Deployment, Site, across_hosts, deploy, numbered
+from tessera.serve.deployment import DEVICES, Deployment, Site, deploy, numbered
 from tessera.serve.here import Here, Starter, free_port
-from tessera.serve.recipe import Recipe, changed, load_recipe
-from tessera.serve.recipe_hardware import GPUS, assumed
-from tessera.serve.recipe_plan import Plan, as_data, misplaced, plan
+from tessera.serve.recipe import changed, load_recipe
+from tessera.serve.recipe_check import checked
 from tessera.serve.signals import StopSignals
 from tessera.serve.up import Supervisor
 
@@ -35,7 +30,8 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     device = [f"*.device={options.device}"] if options.device else []
     recipe = changed(load_recipe(options.recipe), [*device, *options.changes])
     if options.plan:
-        return _plan(recipe, options.json)
+        shown: int = import_module("tessera.commands.upplan").show(recipe, options.json)  # torch
+        return shown
     router = {"host": options.host, "port": options.port}
     if options.on == "slurm":
         slurm = import_module("tessera.serve.on_slurm")
@@ -45,12 +41,11 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     if options.on == "ray":
         cluster = _on_ray().connect(environ)
         return _up(deploy(recipe, cluster.site(recipe), router), cluster, options)
-    plans = [plan(role, None) for role in recipe.roles]
-    if wrong := [_named(found, conflict) for found in plans for conflict in found.conflicts]:
-        raise ConfigError(wrong)
-    gpus = max((_gpus(found) for found in plans), default=0)
+    found = checked(recipe)
+    if found.conflicts:
+        raise ConfigError(found.conflicts)
     seen = environ.get(DEVICES)
-    devices = numbered(gpus) if seen is None else tuple(seen.split(","))[:gpus]
+    devices = numbered(found.gpus) if seen is None else tuple(seen.split(","))[: found.gpus]
     site = Site(host=lambda node: "127.0.0.1", port=free_port, gpus=devices)
     return _up(deploy(recipe, site, router), Here(environ), options)
 
@@ -73,19 +68,6 @@ def _on_ray() -> Any:
     except ImportError as error:
         remedy = "Install the extra: pip install 'tessera-llm[ray]', or use --on here or --on slurm."
         raise ConfigError([Conflict(("--on ray",), f"Ray is not installed ({error})", remedy)]) from None
-
-
-def _gpus(found: Plan) -> int:
-    """GPUs of this host that a role may count on."""
-    if found.resolved is None or found.resolved.config.mesh.device != "cuda":
-        return 0
-    count: int = import_module("tessera.run.hardware").measure("cuda").count
-    return count
-
-
-def _named(found: Plan, conflict: Conflict) -> Conflict:
-    first, *more = conflict.flags
-    return Conflict((f"{found.role.name}: {first}", *more), conflict.reason, conflict.remedy)
 
 
 def _up(deployment: Deployment, starter: Starter, options: Namespace) -> int:
@@ -116,76 +98,3 @@ def _drain(deployment: Deployment) -> float:
         if DRAIN_FLAG in process.command:
             longest = max(longest, float(process.command[process.command.index(DRAIN_FLAG) + 1]))
     return longest
-
-
-def _plan(recipe: Recipe, as_json: bool) -> int:
-    hardware, told = _hardware(recipe)
-    recipe = recipe if hardware is None else across_hosts(recipe)
-    plans = [plan(role, None if _on_cpu(role.flags) else hardware) for role in recipe.roles]
-    wrong = misplaced(recipe, hardware)
-    can = all(found.resolved is not None for found in plans) and not wrong
-    ignored = [{"key": d.what, "why": d.why} for d in recipe.ignored]
-    if as_json:
-        roles = [as_data(found) for found in plans]
-        write(
-            json.dumps(
-                {
-                    "recipe": recipe.name,
-                    "hardware": told,
-                    "can_run": can,
-                    "roles": roles,
-                    "hosts": [str(c) for c in wrong],
-                    "ignored": ignored,
-                },
-                indent=2,
-            )
-        )
-        return 0 if can else 2
-    write(f"{recipe.name}: {told}\n")
-    for found in plans:
-        title = f"{found.role.name}: {found.role.workers} worker(s), {'can run' if found.resolved else 'cannot run'}"
-        table(title, [(v.key, v.value, v.fate, v.why) for v in found.verdicts], ("key", "value", "", "why"))
-        _conclusions(found)
-    if wrong:
-        table("hosts", [(str(conflict),) for conflict in wrong])
-    if recipe.ignored:
-        table("ignored", [(d.what, d.why) for d in recipe.ignored])
-    return 0 if can else 2
-
-
-def _conclusions(found: Plan) -> None:
-    if found.resolved is not None:
-        memory = found.resolved.config.memory
-        sizes = [
-            ("weights", memory.weight_bytes),
-            ("KV pages", memory.kv_bytes),
-            ("recurrent state", memory.state_bytes),
-        ]
-        table("bytes per rank", [(name, gib(count)) for name, count in [*sizes, ("free at start", memory.available)]])
-        given = {key.replace("_", "-") for key in found.role.flags}
-        own = [d for d in found.resolved.decisions if d.value != "ignored" and d.what.removeprefix("--") not in given]
-        table("chosen", [(d.what, d.value, d.why) for d in own])
-    if found.conflicts:
-        table("refused", [(str(conflict),) for conflict in found.conflicts])
-
-
-def _on_cpu(flags: Mapping[str, Any]) -> bool:
-    return flags.get("device") == "cpu"
-
-
-def _hardware(recipe: Recipe) -> tuple[Hardware | None, str]:
-    """What the recipe says that it runs on; None: this host."""
-    if recipe.gpu_type is None or all(_on_cpu(role.flags) for role in recipe.roles):
-        return (
-            None,
-            f"planned for this host ({socket.gethostname()})" if recipe.gpu_type is None else "planned for this CPU",
-        )
-    found = assumed(recipe.gpu_type, recipe.gpus_per_node)
-    if found is None:
-        remedy = "Use --set resources.gpu_type=..., or an empty one for this host."
-        reason = f"it is not known; known are: {', '.join(GPUS)}"
-        raise ConfigError([Conflict((f"gpu_type {recipe.gpu_type}",), reason, remedy)])
-    return (
-        found,
-        f"planned for hosts of {recipe.gpus_per_node} {recipe.gpu_type}, {gib(found.memory)} free each (assumed)",
-    )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tessera.core.config import BY_KEY, Decision, Flag, Hardware, Notes, Resolved, read, read_environment
 from tessera.core.errors import ConfigError, Conflict, LayoutError, ModelError
+from tessera.run.hardware import measure
 from tessera.run.startup import prepare
 from tessera.serve.deployment import Site, deploy, hosts_each, numbered
 from tessera.serve.recipe import Recipe, Role
@@ -129,6 +130,18 @@ def misplaced(recipe: Recipe, hardware: Hardware | None) -> tuple[Conflict, ...]
     except ConfigError as error:
         return error.conflicts
     return ()
+
+
+def check(recipe: Recipe) -> tuple[list[Conflict], int]:
+    """Why the roles cannot run on this host, and how many GPUs they may count on."""
+    plans = [plan(role, None) for role in recipe.roles]
+    wrong = [
+        Conflict((f"{found.role.name}: {conflict.flags[0]}", *conflict.flags[1:]), conflict.reason, conflict.remedy)
+        for found in plans
+        for conflict in found.conflicts
+    ]
+    cuda = any(found.resolved is not None and found.resolved.config.mesh.device == "cuda" for found in plans)
+    return wrong, measure("cuda").count if cuda else 0
 
 
 def as_data(found: Plan) -> dict[str, Any]:
