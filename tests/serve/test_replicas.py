@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve.fake_engine import HANG
 from serve.processes import Running, fake_server, gone, health, model_folder, wait_until
 from serve.support import in_loop
 from serve.test_processes import Asking
-from tessera.core.errors import PeerError
+from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.messages import Abort, Inbound, Output, Outputs, SamplingParams, Submit
 from tessera.serve.client import EngineClient, Stream
 from tessera.serve.schema import Item
@@ -144,6 +147,42 @@ async def test_a_replica_that_hangs_is_passed_by_and_one_that_starts_anew_is_wai
     assert several.took() == [2, 2, 3], "those that have taken fewest so far go first"
 
 
+ACTIONS = st.sampled_from(["ask", "ask", "ask", "finish", "close", "fail", "renew", "hang"])
+
+
+@given(balance=st.sampled_from(sorted(SPREAD)), acts=st.lists(st.tuples(ACTIONS, st.integers(0, 2)), max_size=40))
+def test_whatever_happens_loads_are_those_of_what_runs(balance: str, acts: list[tuple[str, int]]) -> None:
+    async def play() -> None:
+        several, streams = Several(balance), list[tuple[Stream, int]]()
+        for act, number in acts:
+            replica = several.client.replicas[number]
+            if act == "ask":
+                with contextlib.suppress(PeerError, DeadlineError):
+                    n = 1 + number
+                    streams.append((several.ask(n, num_choices=n, num_kept=n), n))
+            elif act in ("finish", "close") and streams:
+                stream, _ = streams.pop(number % len(streams))
+                if act == "finish":
+                    several.finish(stream)
+                stream.close()
+            elif act == "fail":
+                replica.fail(PeerError("gone"))
+            elif act == "renew" and replica.failure is not None:
+                replica.renew(several.sent[number].append)
+                replica.warm.set()
+            elif act == "hang":
+                replica.silence = 0.0 if number else 300.0
+            for one in several.client.replicas:
+                mine = [n for stream, n in streams if several.where(stream) == one.number]
+                assert (one.load.num_requests, one.load.num_tokens) == (sum(mine), sum(n * (1 + n) for n in mine))
+        for stream, _ in streams:
+            stream.close()
+        assert len(several.client) == 0
+        assert not any(one.load.num_requests or one.load.num_tokens for one in several.client.replicas)
+
+    asyncio.run(play())
+
+
 # -- the server --------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +255,8 @@ def test_the_other_replicas_go_on_if_asked(folder: Path) -> None:
         assert told.status_code == 200
         assert [("SIGKILL" in r["status"]) for r in told.json()["replicas"]] == [False, True]
         assert "the others go on" in server.text
+        gauge = 'tessera:num_running_reqs{dp_rank="1",model_name="tiny"} 0.0'
+        assert gauge in httpx.get(f"{url}/metrics").text, "nothing runs on what is dead"
         engines(server)[0].kill()
         assert server.code(5) == 1
         assert "replica 0: the engine process was ended by SIGKILL" in server.text

@@ -135,19 +135,19 @@ class StepReport(msgspec.Struct, tag=True):
 
     index: int
     label: str  # EXTEND, MIXED, DECODE, TARGET_VERIFY, IDLE, PREBUILT
-    num_new_seq: int
-    num_new_token: int
-    num_cached_token: int
-    num_running: int
-    num_queued: int
-    num_pages_used: int
-    num_pages: int
-    num_slots_used: int
-    num_slots: int
-    num_cached_pages: int  # pages that only the prefix cache holds
-    num_preempted: int
-    num_output_token: int
-    seconds: float
+    num_new_seq: int = 0
+    num_new_token: int = 0
+    num_cached_token: int = 0
+    num_running: int = 0
+    num_queued: int = 0
+    num_pages_used: int = 0
+    num_pages: int = 0
+    num_slots_used: int = 0
+    num_slots: int = 0
+    num_cached_pages: int = 0  # pages that only the prefix cache holds
+    num_preempted: int = 0
+    num_output_token: int = 0
+    seconds: float = 0.0
     dp_rank: int = 0
     num_meeting: int = 0  # requests that wait for the other server, or at decode for memory
     num_leases: int = 0  # prompts that are being written here, or from here

@@ -189,6 +189,12 @@ class EngineClient:
             rank = number if len(self.replicas) > 1 else message.dp_rank
             self.on_report(msgspec.structs.replace(message, dp_rank=rank))
 
+    def lost(self, number: int, error: TesseraError) -> None:
+        """An engine has ended: who waits for it gets the error, and nothing runs there any more."""
+        self.replicas[number].fail(error)
+        if self.on_report is not None:
+            self.on_report(StepReport(-1, "IDLE", dp_rank=number))
+
     def fail(self, error: TesseraError) -> None:
         """All have ended: everybody who waits, now or later, gets the error. The first reason stays."""
         self.failure = self.failure or error

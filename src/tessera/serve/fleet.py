@@ -72,7 +72,7 @@ class Fleet:
         while True:
             await self._live(number, client, probe)
             served = replica.warm.is_set()
-            replica.fail(PeerError(self._engines[number].end()))
+            client.lost(number, PeerError(self._engines[number].end()))
             if not after(number, served):
                 return
             self._engines[number].close()
