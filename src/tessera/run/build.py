@@ -20,12 +20,14 @@ from tessera.models.decoder import Decoder
 from tessera.models.load import Progress, load_weights
 from tessera.models.source import Source
 from tessera.ops.backend import chosen
+from tessera.ops.linear import PackedLinear
 from tessera.plan.handoff import HandoffConfig
 from tessera.plan.scheduler import PlannerConfig
 from tessera.run.batch import Input
 from tessera.run.graphs import CudaGraphs, Graphs, Sizes
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker
+from tessera.run.hugepages import gather_pages
 from tessera.run.pools import Pools
 from tessera.run.poster import Poster
 from tessera.run.processes import Processes, Tell, unheard
@@ -154,6 +156,7 @@ def build_runner(
     context = config.model.context_length
     tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
     decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, context)
+    weights = [tile.weight for tile in tiles.values() if isinstance(tile, PackedLinear)] + [decoder.head.weight.weight]
     del tiles  # what the model keeps in another form
     caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows = config.scheduling.max_running
@@ -161,6 +164,8 @@ def build_runner(
     table = RowTable(rows, context, memory.page_size, spec.eos, device, mirror_pages=sizes != Sizes())
     params = RowParams(rows, device)
     model, pools = Driven(decoder), Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank)
+    if device.type == "cpu":
+        gather_pages(weights)
     args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"))
     return Runner(
         model,
