@@ -85,6 +85,15 @@ def test_the_answers_are_those_of_one_rank(name: str, prefill: dict[str, Any], d
         assert not {report.label for report in pair.prefill.reports} & {"PREBUILT", "DECODE", "MIXED"}
 
 
+def test_prompts_that_prefill_has_in_its_prefix_cache_are_sent_all_the_same() -> None:
+    with Pair(MODELS["qwen3"], {"tp": 2}, {}, **EXACT) as pair:
+        for turn in range(3):  # in the second and third turn prefill computes a page of each, decode may have some too
+            asked = [msgspec.structs.replace(r, request_id=f"{turn} {r.request_id}") for r in requests(12)]
+            check_equal(pair, asked)
+        reports = pair.prefill.reports
+        assert sum(report.num_cached_token for report in reports) > 200
+
+
 def test_more_requests_than_room() -> None:
     """Pages for few: some wait at decode for pages, some are preempted there and computed again."""
     few = {"max_total_tokens": 400, "max_running_requests": 6, "context_length": 128}
