@@ -41,7 +41,7 @@ class HandoffConfig:
     `num_writers`: ranks of a DP rank, which all write. `num_ranks`: ranks of the instance, which all fence.
     `bootstrap_s`: how long one half of a pair waits at prefill for the other. `meet_s`: for a prefill server to answer.
     `waiting_s`: for pages, then for the prompt, at decode. `reply_s`: for the answer to `Sent` or `Over`; `Over` is
-    said again every `retry_s`.
+    said again every `retry_s`. `keep_s`: for so long one half of a pair that is over is remembered, for the other one.
     """
 
     role: str
@@ -52,6 +52,7 @@ class HandoffConfig:
     waiting_s: float = 300.0
     reply_s: float = 10.0
     retry_s: float = 1.0
+    keep_s: float = 60.0
 
 
 class Why(msgspec.Struct, frozen=True):

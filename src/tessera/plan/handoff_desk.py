@@ -152,10 +152,15 @@ class Desk:
 
     def settle(self, index: int, oldest: int) -> None:
         """Sets pages aside for who wants some, at step `index`; all steps before `oldest` are done."""
-        for key in list(self._wanting):
+        full: set[int] = set()  # DP ranks: who comes first gets pages first, however many it needs
+        for key in list(self._wanting) if self._wanting else ():
             case = self.cases[key]
+            if case.leader.dp_rank in full:
+                continue
             lease = case.rank.state.lease(case.leader)
-            if lease is not None:
+            if lease is None:
+                full.add(case.leader.dp_rank)
+            else:
                 self._wanting.remove(key)
                 self._settling.append((index, key, lease))
         while self._settling and self._settling[0][0] <= oldest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from tessera.core.messages import HandoverTimes
 from tessera.plan.handoff import (
@@ -45,7 +46,7 @@ class Giving:
 
     room: int
     stage: str
-    deadline: float
+    deadline: float = inf
     key: int = -1
     prompt: Prompt | None = None
     peer: str = ""
@@ -73,6 +74,7 @@ class Giver:
     def __init__(self, config: HandoffConfig) -> None:
         self.config = config
         self.now = 0.0
+        self.due = inf  # no deadline is before it
         self.rooms: dict[int, Giving] = {}
         self.keys: dict[int, Giving] = {}
         self.stopping: list[Giving] = []  # no longer in `rooms`: a new request may have their number
@@ -110,8 +112,19 @@ class Giver:
                 return list(self._gone(peer, reason))
             case Clock(now):
                 self.now = now
-                return [action for room in list(self.rooms.values()) for action in self._tick(room)]
+                return self._ticks() if now >= self.due else []
         return []
+
+    def _wait(self, room: Giving, seconds: float) -> None:
+        room.deadline = self.now + seconds
+        self.due = min(self.due, room.deadline)
+
+    def _ticks(self) -> list[Action]:
+        """Some deadline may have passed."""
+        self.due = inf
+        actions = [action for room in list(self.rooms.values()) for action in self._tick(room)]
+        self.due = min([self.due, *(room.deadline for room in self.rooms.values() if room.stage != SENDING)])
+        return actions
 
     # -- the two halves of a pair ----------------------------------------------------------------------------------
 
@@ -127,7 +140,8 @@ class Giver:
             yield Free(key)
             return
         if room is None or room.stage == REFUSED:
-            room = self.rooms[number] = Giving(number, EXPECTED, self.now + self.config.bootstrap_s)
+            room = self.rooms[number] = Giving(number, EXPECTED)
+            self._wait(room, self.config.bootstrap_s)
         room.key, room.prompt, room.marks = key, prompt, [self.now]
         self.keys[key] = room
         if room.reserve is not None:
@@ -144,9 +158,9 @@ class Giver:
 
     def _keep(self, number: int, stage: str, why: Why) -> None:
         """The other half of the pair, when it comes, is told."""
-        room = Giving(number, stage, self.now + self.config.bootstrap_s)
+        room = self.rooms[number] = Giving(number, stage)
         room.why = why
-        self.rooms[number] = room
+        self._wait(room, min(self.config.bootstrap_s, self.config.keep_s))
 
     def _reserve(self, peer: str, reserve: Reserve) -> Iterator[Action]:
         generation = reserve.generation
@@ -170,7 +184,8 @@ class Giver:
             yield Tell(peer, Closed(generation, why))
             return
         if room is None:
-            room = self.rooms[reserve.room] = Giving(reserve.room, OFFERED, self.now + self.config.bootstrap_s)
+            room = self.rooms[reserve.room] = Giving(reserve.room, OFFERED)
+            self._wait(room, self.config.bootstrap_s)
         room.peer, room.reserve = peer, reserve
         self.routes[peer, generation] = room
         if room.stage == EXPECTED:
@@ -220,7 +235,8 @@ class Giver:
             generation = room.reserve.generation
             if room.peer in self.peers:
                 self.closed.setdefault(room.peer, {})[generation] = None
-            room.stage, room.deadline = TOLD, self.now + self.config.reply_s
+            room.stage = TOLD
+            self._wait(room, self.config.reply_s)
             yield Free(room.key)
             room.marks.append(self.now)
             yield Tell(room.peer, Sent(generation, room.reserve.prompt, times_of(room)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 
 import msgspec
 
@@ -55,12 +56,12 @@ class Taking:
     room: int
     prompt: Prompt
     address: Address
-    deadline: float
     began: float
+    deadline: float = inf
     stage: str = MEETING
     asked: float = 0.0
     peer: str = ""
-    retry_at: float = 0.0
+    retry_at: float = inf
 
 
 class Taker:
@@ -69,6 +70,7 @@ class Taker:
     def __init__(self, config: HandoffConfig) -> None:
         self.config = config
         self.now = 0.0
+        self.due = inf  # no deadline is before it
         self.rooms: dict[int, Taking] = {}
         self.peers: dict[Address, str] = {}
         self.meeting: set[Address] = set()
@@ -101,13 +103,26 @@ class Taker:
                 return list(self._fenced(peer, rank))
             case Clock(now):
                 self.now = now
-                return [action for room in list(self.rooms.values()) for action in self._tick(room)]
+                return self._ticks() if now >= self.due else []
         return []
+
+    def _wait(self, room: Taking, seconds: float) -> None:
+        room.deadline = self.now + seconds
+        self.due = min(self.due, room.deadline)
+
+    def _ticks(self) -> list[Action]:
+        """Some deadline may have passed, or `Over` is to be said again."""
+        self.due = inf
+        actions = [action for room in list(self.rooms.values()) for action in self._tick(room)]
+        waiting = [room for room in self.rooms.values() if room.peer not in self.fencing]
+        self.due = min([self.due, *(min(room.deadline, room.retry_at) for room in waiting)])
+        return actions
 
     # -- until it is asked for -------------------------------------------------------------------------------------
 
     def _open(self, key: int, number: int, prompt: Prompt, address: Address) -> Iterator[Action]:
-        room = self.rooms[key] = Taking(key, number, prompt, address, self.now + self.config.meet_s, self.now)
+        room = self.rooms[key] = Taking(key, number, prompt, address, self.now)
+        self._wait(room, self.config.meet_s)
         if address in self.peers:
             yield from self._want(room)
         elif address not in self.meeting:
@@ -138,12 +153,13 @@ class Taker:
 
     def _want(self, room: Taking) -> Iterator[Action]:
         room.stage, room.peer = WANTING, self.peers[room.address]
-        room.deadline = self.now + self.config.waiting_s
+        self._wait(room, self.config.waiting_s)
         yield Want(room.key)
 
     def _leased(self, leased: Leased) -> Iterator[Action]:
         room = self.rooms[leased.key]
-        room.stage, room.asked, room.deadline = ASKED, self.now, self.now + self.config.waiting_s
+        room.stage, room.asked = ASKED, self.now
+        self._wait(room, self.config.waiting_s)
         floor = min(self.rooms)
         yield Tell(
             room.peer,
@@ -191,11 +207,13 @@ class Taker:
             elif room.stage == MEETING and room.address in self.meeting:
                 self.unsaid.setdefault(room.address, []).append(over)
             return
-        room.stage, room.deadline = LEAVING, self.now + self.config.reply_s
+        room.stage = LEAVING
+        self._wait(room, self.config.reply_s)
         yield from self._over(room, why)
 
     def _over(self, room: Taking, why: Why) -> Iterator[Action]:
         room.retry_at = self.now + self.config.retry_s
+        self.due = min(self.due, room.retry_at)
         yield Tell(room.peer, Over(room.key, room.room, why))
 
     def _tick(self, room: Taking) -> Iterator[Action]:
