@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
 
 import httpx
 import pytest
@@ -14,6 +13,7 @@ from serve.router.fakes import PATHS, World, until, world
 from serve.support import in_loop, refusal
 from tessera.serve.router.connections import Connections
 
+SOON = 10.0  # on a busy machine; far from the 20 s after which a silent server is given up anyway
 PROMPTS = {"/generate": {"text": "hi"}, "/v1/completions": {"prompt": "hi"}, "/v1/chat/completions": {"messages": []}}
 
 
@@ -70,11 +70,9 @@ async def test_the_first_failing_leg_cancels_the_other_at_once(failing: str, sta
         bad, other = made.of(failing)[0], made.of("decode" if failing == "prefill" else "prefill")[0]  # type: ignore[arg-type]
         bad.status = status
         for stream in (False, True):
-            began = time.monotonic()
             response = await made.http.post("/v1/completions", json={"prompt": "x", "stream": stream})
             assert refusal(response, status)["message"] == "no"
-            await until(lambda: len(other.left) + len(other.aborted) >= 2 and made.idle(), 1.0)
-            assert time.monotonic() - began < 1.0
+            await until(lambda: len(other.left) + len(other.aborted) >= 2 and made.idle(), SOON)
             rid = bad.seen[-1][1]["rid"]
             assert other.aborted == [rid], "asked by name, besides the closed connection"
             other.left.clear(), other.aborted.clear()
@@ -103,7 +101,7 @@ async def test_a_stream_ends_with_an_error_when_prefill_fails_behind_it() -> Non
         assert got.startswith(decode.chunks[0])
         assert b"silent for too long" in got
         assert got.endswith(b"data: [DONE]\n\n")
-        await until(lambda: bool(decode.left) and bool(decode.aborted), 1.0)
+        await until(lambda: bool(decode.left) and bool(decode.aborted), SOON)
 
 
 @in_loop
@@ -122,8 +120,8 @@ async def test_a_client_that_leaves_cancels_both_legs(stream: bool) -> None:
         asking = asyncio.create_task(made.http.post("/generate", json={"text": "x", "stream": stream}))
         await until(lambda: all(fake.seen for fake in made.fakes))
         asking.cancel()
-        await until(lambda: all(fake.left and fake.aborted for fake in made.fakes), 1.0)
-        await until(made.idle, 1.0)
+        await until(lambda: all(fake.left and fake.aborted for fake in made.fakes), SOON)
+        await until(made.idle, SOON)
         assert all(server.circuit._faults == 0 for server in made.router.fleet.servers)
 
 
@@ -134,7 +132,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it() -> None:
         decode.chunks, decode.gap = [b"data: {}\n\n"] * 1000, 0.02
         async with made.http.stream("POST", "/generate", json={"text": "x", "stream": True}) as response:
             await anext(response.aiter_raw())
-        await until(lambda: bool(decode.left and decode.aborted), 1.0)
+        await until(lambda: bool(decode.left and decode.aborted), SOON)
         assert made.of("prefill")[0].aborted == [], "it had done its part"
 
 
@@ -142,10 +140,9 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it() -> None:
 @in_loop
 async def test_a_prefill_server_that_answers_late_is_waited_for_and_the_client_is_not(stream: bool) -> None:
     async with world(prefill=1, decode=1) as made:
-        made.of("prefill")[0].lag = 0.5
-        began = time.monotonic()
+        made.of("prefill")[0].lag = 1.0
         await bytes_of(made, "/generate", {"text": "x", "stream": stream})
-        assert time.monotonic() - began < 0.5
+        assert made.router.fleet.of("prefill")[0].in_flight == 1, "the client has its answer before"
         await until(made.idle)
         assert made.of("prefill")[0].left == made.of("prefill")[0].aborted == []
 
@@ -273,7 +270,7 @@ async def test_draining_lets_what_runs_finish_and_then_ends_it() -> None:
         assert (await short)[1] == b"".join(fake.chunks)
         await drain
         assert "shut down" in refusal(await hung, 503)["message"]
-        await until(lambda: bool(fake.left and fake.aborted), 1.0)
+        await until(lambda: bool(fake.left and fake.aborted), SOON)
 
 
 @in_loop
