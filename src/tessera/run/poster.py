@@ -73,10 +73,10 @@ News = Connected | Fenced | Written | Broke
 
 @dataclass(slots=True)
 class _Route:
-    """A peer: what goes where, and the names of its ranks' engines."""
+    """A peer: what goes where, and the names of the engines of those of its ranks that get something from here."""
 
     plan: CopyPlan
-    names: list[str]
+    names: dict[int, str]
 
 
 @dataclass(slots=True)
@@ -166,7 +166,8 @@ class Poster:
             if self._batches:
                 raise DeadlineError(f"writes of an earlier session are under way for {CONNECT_S:g} s")
             plan = CopyPlan(order.source, order.destination)
-            names = [self._engine.connect(member.endpoint, CONNECT_S) for member in order.destination.members]
+            members = order.destination.members
+            names = {to: self._engine.connect(members[to].endpoint, CONNECT_S) for to in plan.readers(self._rank)}
             self._routes[order.peer] = _Route(plan, names)
         except (TesseraError, ValueError) as failure:
             error = str(failure)
