@@ -58,6 +58,9 @@ class Server:
         assert answer.finish is None, f"{output} after the end"
         answer.tokens += output.tokens
         answer.logprobs += output.logprobs or []
+        if output.prompt_logprobs is not None:
+            assert answer.prompt_logprobs is None, "prompt logprobs twice"
+            answer.prompt_logprobs = output.prompt_logprobs
         answer.finish = output.finish
         if output.handed is not None:
             assert output.request_id not in self.handed, "told twice"

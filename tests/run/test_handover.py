@@ -11,7 +11,7 @@ import pytest
 from run.pd import Pair, Server
 from tessera.core.messages import SamplingParams, Submit
 from tessera.run.poster import Poster
-from tiny import Run, TinyModel, serve, tiny_model
+from tiny import Answer, Run, TinyModel, serve, tiny_model
 
 MODELS = {name: tiny_model(name) for name in ("qwen3", "hybrid", "mla")}
 EXACT = {"dtype": "float64", "chunked_prefill_size": 16, "watchdog_timeout": 60.0}
@@ -35,6 +35,8 @@ def requests(count: int) -> list[Submit]:
             seed=i,
             max_new_tokens=3 + i % 6,
             logprobs=2 if i % 3 == 0 else -1,
+            prompt_logprobs=1 if i % 4 == 1 else -1,
+            logprob_start=2 * (i % 8 == 5),
             repetition_penalty=1.3 if i % 5 == 0 else 1.0,
         )
         made.append(Submit(f"r{i}", prompt(i, 1 + (i * 5) % 70), params, 1 + (i % 4 == 3)))
@@ -56,12 +58,21 @@ def check_equal(pair: Pair, asked: list[Submit]) -> None:
         for ours, theirs in zip(answer.logprobs, expected.logprobs, strict=True):
             assert ours.top_ids == theirs.top_ids
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-8)
+        check_prompt(answer, expected)
     assert all(not answer.tokens for answer in pair.prefill.answers.values())
     for request in asked:  # a prompt of one token has nothing to hand over
         for server in (pair.prefill, pair.decode):
             times = server.handed.get(request.request_id)
             assert (times is not None) == (len(request.tokens) > 1)
             assert times is None or times.num_bytes > 0
+
+
+def check_prompt(answer: Answer, expected: Answer) -> None:
+    """Logprobs of the prompt, which prefill computed and decode tells."""
+    assert (answer.prompt_logprobs is None) == (expected.prompt_logprobs is None)
+    for ours, theirs in zip(answer.prompt_logprobs or [], expected.prompt_logprobs or [], strict=True):
+        assert ours.top_ids == theirs.top_ids
+        assert ours.logprob == (None if theirs.logprob is None else pytest.approx(theirs.logprob, abs=1e-8))
 
 
 @pytest.mark.parametrize(
@@ -167,12 +178,8 @@ def test_half_a_pair_is_told_at_its_deadline() -> None:
 
 def test_what_cannot_be_handed_over_is_refused_by_name() -> None:
     with Pair(MODELS["qwen3"], {}, {}, **EXACT) as pair:
-        scored = SamplingParams(temperature=0.0, max_new_tokens=4, prompt_logprobs=1)
-        pair.post(Submit("scored", prompt(0, 20), scored))
         pair.prefill.post(Submit("alone", prompt(0, 20), LONG))
-        pair.decode.ended([("scored", 0)])
-        pair.prefill.ended([("scored", 0), ("alone", 0)])
-        assert "logprobs of the prompt" in pair.decode.errors["scored"]
+        pair.prefill.ended([("alone", 0)])
         assert "bootstrap_room" in pair.prefill.errors["alone"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tessera.core.messages import Inbound
-from tessera.plan.handoff import Wire
+from tessera.plan.handoff import Scored, Wire
 from tessera.plan.step import Clock, StepDone
 
-Event = Inbound | StepDone | Wire | Clock
+Event = Inbound | StepDone | Wire | Scored | Clock

@@ -30,7 +30,7 @@ from typing import Protocol
 
 import msgspec
 
-from tessera.core.messages import Address, Fault, HandoverTimes
+from tessera.core.messages import Address, Fault, HandoverTimes, TokenLogprobs
 from tessera.plan.step import Clock, Ints
 
 
@@ -93,11 +93,13 @@ class Reserve(msgspec.Struct, tag=True, frozen=True, eq=False):
 
 
 class Sent(msgspec.Struct, tag=True, frozen=True):
-    """The record: everything has landed. Goes last, and is checked before first use."""
+    """The record: everything has landed. Goes last, and is checked before first use. `scores`: logprobs of the prompt,
+    where they were asked for."""
 
     generation: int
     prompt: Prompt
     times: HandoverTimes | None = None
+    scores: list[TokenLogprobs] | None = None
 
 
 class Closed(msgspec.Struct, tag=True, frozen=True):
@@ -172,6 +174,13 @@ class Written(msgspec.Struct, tag=True, frozen=True):
     seconds: float = 0.0
 
 
+class Scored(msgspec.Struct, tag=True, frozen=True):
+    """At prefill: the logprobs of a prompt have come from the ranks, with the step that computed the last of them."""
+
+    request_id: str
+    scores: list[TokenLogprobs]
+
+
 Wire = Heard | Met | Unmet | Joined | Gone | Fenced | Written  # what comes from outside the planner
 
 
@@ -207,6 +216,13 @@ class Leased(msgspec.Struct, frozen=True, eq=False):
     slot: int
 
 
+class Noted(msgspec.Struct, frozen=True):
+    """At prefill: what goes into the record of a request."""
+
+    key: int
+    scores: list[TokenLogprobs]
+
+
 class Ticketed(msgspec.Struct, frozen=True):
     """At prefill: a step was planned that writes. `last`: with it all of the prompt is written."""
 
@@ -215,7 +231,7 @@ class Ticketed(msgspec.Struct, frozen=True):
     last: bool
 
 
-Inner = Opened | Refused | Cancelled | Leased | Ticketed | Clock  # what comes from the planner
+Inner = Opened | Refused | Cancelled | Leased | Ticketed | Noted | Clock  # what comes from the planner
 
 
 # -- actions -----------------------------------------------------------------------------------------------------------
@@ -254,6 +270,7 @@ class Arrive(msgspec.Struct, frozen=True):
 
     key: int
     times: HandoverTimes
+    scores: list[TokenLogprobs] | None = None
 
 
 class Start(msgspec.Struct, frozen=True, eq=False):

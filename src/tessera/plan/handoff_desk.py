@@ -29,8 +29,10 @@ from tessera.plan.handoff import (
     Leased,
     Machine,
     Meet,
+    Noted,
     Opened,
     Refused,
+    Scored,
     Start,
     Tell,
     Ticketed,
@@ -96,11 +98,6 @@ class Desk:
 
     def misfit(self, submit: Submit) -> str | None:
         """Why a request cannot be served by a server of this role."""
-        if self.concerns(submit) and submit.params.prompt_logprobs >= 0:
-            return (
-                "logprobs of the prompt are not handed over from prefill to decode; ask a server that does both, or "
-                "leave them out"
-            )
         if self.gives and submit.bootstrap_room is None and submit.params.max_new_tokens > 1:
             return (
                 "this is a prefill server (--disaggregation-mode prefill): a request needs a bootstrap_room, and a "
@@ -130,6 +127,12 @@ class Desk:
         """Something happened."""
         for action in self.machine.apply(event):
             self._do(action)
+
+    def scored(self, scored: Scored) -> None:
+        """Ranks have told the logprobs of a prompt."""
+        for case in self.cases.values():
+            if case.submit.request_id == scored.request_id:
+                self.hear(Noted(case.key, scored.scores))
 
     def sends(self, sends: Seq[Send]) -> None:
         """A step was planned that writes."""
@@ -182,10 +185,12 @@ class Desk:
                 case = self.cases[key]
                 case.leader.route = action
                 case.rank.release_away(case.leader)
-            case Arrive(key, times):
+            case Arrive(key, times, scores):
                 leader = self.cases.pop(key).leader
+                leader.params = msgspec.structs.replace(leader.params, prompt_logprobs=-1)  # they are here
                 self._homes.pop(key).state.arrived.append(leader)
                 came = Output(leader.request_id, leader.choice, [], num_prompt=leader.num_prompt, handed=times)
+                came.prompt_logprobs = scores
                 self._said.append(came)
             case End(key, why, times):
                 if key in self._wanting:

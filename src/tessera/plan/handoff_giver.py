@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 
-from tessera.core.messages import HandoverTimes
+from tessera.core.messages import HandoverTimes, TokenLogprobs
 from tessera.plan.handoff import (
     ABORTED,
     Action,
@@ -19,6 +19,7 @@ from tessera.plan.handoff import (
     Heard,
     Inner,
     Joined,
+    Noted,
     Opened,
     Over,
     Prompt,
@@ -57,6 +58,7 @@ class Giving:
     writing: float = 0.0
     slowest: float = 0.0  # rank of a ticket, so far
     why: Why = ABORTED
+    scores: list[TokenLogprobs] | None = None
     marks: list[float] = field(default_factory=list)  # when it came, was asked for, was all planned, and was written
 
 
@@ -104,6 +106,8 @@ class Giver:
                 return list(self._over(peer, over))
             case Ticketed(key, ticket, last):
                 self._ticketed(self.keys[key], ticket, last)
+            case Noted(key, scores) if key in self.keys:
+                self.keys[key].scores = scores
             case Written():
                 return list(self._written(event))
             case Cancelled(key, why):
@@ -239,7 +243,7 @@ class Giver:
             self._wait(room, self.config.reply_s)
             yield Free(room.key)
             room.marks.append(self.now)
-            yield Tell(room.peer, Sent(generation, room.reserve.prompt, times_of(room)))
+            yield Tell(room.peer, Sent(generation, room.reserve.prompt, times_of(room), room.scores))
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 

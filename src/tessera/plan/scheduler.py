@@ -17,7 +17,7 @@ from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
 from tessera.plan.events import Event
 from tessera.plan.halves import cut
-from tessera.plan.handoff import Errand, Fenced, Gone, Heard, Joined, Met, Unmet, Why, Wire, Written
+from tessera.plan.handoff import Errand, Fenced, Gone, Heard, Joined, Met, Scored, Unmet, Why, Wire, Written
 from tessera.plan.handoff_desk import Desk
 from tessera.plan.request import Sequence, choices, given
 from tessera.plan.step import Clock, Part, Step, StepDone
@@ -77,6 +77,9 @@ class Planner:
                     assert event.now >= self.now, f"the clock went back from {self.now} to {event.now}"
                     self.now = event.now
                     outputs += self._handoff(event)
+                case Scored():
+                    if self.desk is not None:
+                        self.desk.scored(event)
                 case Heard() | Met() | Unmet() | Joined() | Gone() | Fenced() | Written():
                     outputs += self._handoff(event)
                 case Flush():

@@ -161,6 +161,7 @@ class RankState:
                     s.seed,
                     s.num_cached,
                     s.key >= 0 and s.route is None,
+                    s.route is not None,
                 )
             )
         self.change.enter(enters)

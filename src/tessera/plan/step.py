@@ -35,6 +35,7 @@ class Enter(msgspec.Struct, frozen=True, eq=False, gc=False):
     `start`: position that its first range starts at; what lies before is in the pages (and in the slot) already.
     `slot` is -1 for models without recurrent state. `num_prompt` of the tokens are the prompt, `num_cached` of those
     came from the prefix cache when the sequence first entered. `arrived`: a prefill server computed it up to `start`.
+    `leaves`: it ends before its last token, which a decode server computes.
     """
 
     row: int
@@ -49,6 +50,7 @@ class Enter(msgspec.Struct, frozen=True, eq=False, gc=False):
     seed: int
     num_cached: int = 0
     arrived: bool = False
+    leaves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 from tessera.core.errors import PeerError
 from tessera.core.messages import Fatal, Fault, Outbound, Output, Outputs, StepReport, Submit, Tick
 from tessera.plan.events import Event
-from tessera.plan.handoff import Errand
+from tessera.plan.handoff import Errand, Scored
 from tessera.plan.step import Clock, Step, StepDone
 from tessera.run.inbox import Inbox, Message
 from tessera.run.poster import Broke, Connect, Order, Part, Shut
@@ -205,6 +205,12 @@ class StepLoop(Generic[TicketT]):
         self._settle(self.planner.apply(events))
         self._run_errands()
 
+    def _scores(self, outputs: list[Output]) -> list[Event]:
+        """Logprobs of prompts, for whoever takes the prompts over."""
+        if self._outside is None:
+            return []
+        return [Scored(o.request_id, o.prompt_logprobs) for o in outputs if o.prompt_logprobs is not None]
+
     def _run_errands(self) -> None:
         if self._outside is not None:
             for errand in self.planner.errands():
@@ -239,7 +245,7 @@ class StepLoop(Generic[TicketT]):
         now = time.monotonic()
         seconds, self._last_collect = now - self._last_collect, now
         self._send(outputs)
-        self._apply([Clock(now), done])
+        self._apply([Clock(now), *self._scores(outputs), done])
         self._send_reports(self.report(done, launched.tallies, seconds))
 
     def _send(self, outputs: list[Output]) -> None:

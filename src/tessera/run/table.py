@@ -102,7 +102,7 @@ class RowTable:
         self.pages[row, : len(enter.pages)] = enter.pages
         self.slots[row] = max(enter.slot, 0)
         self.num_prompt[row] = enter.num_prompt
-        self.limit[row] = min(enter.num_prompt + params.max_new_tokens, self.max_context)
+        self.limit[row] = min(enter.num_prompt + params.max_new_tokens, self.max_context) - enter.leaves
         self.ends[row] = self.end_tokens(params)
         return Known(row, enter.tokens, enter.pages)
 
