@@ -21,6 +21,7 @@ from tiny import TinyModel, serve, tiny_model
 
 LAYOUTS = tuple((attn, dp) for attn in (1, 2, 4) for dp in (1, 2))
 NUM = 64
+WAIT_S = 600.0
 RANDOM = ("qwen3", "hybrid", "mla")
 TRAINED = ("abacus-hybrid", "abacus-mla")
 
@@ -51,14 +52,14 @@ def prompts(vocab_size: int) -> list[Submit]:
     return made
 
 
-def pairs(name: str, only: int) -> Iterator[tuple[str, str, float]]:
+def pairs(name: str, only: int, skip: int) -> Iterator[tuple[str, str, float]]:
     """Every pair of layouts of a model: which, what was wrong ("" where nothing was), and its seconds."""
     model, exact = model_of(name)
     both = {**exact, "chunked_prefill_size": 32, "watchdog_timeout": 120.0}
     asked = prompts(model.spec.vocab_size)
     wanted = serve(model, asked, **both).tokens()
     room = 0
-    for source in LAYOUTS[:only]:
+    for source in LAYOUTS[skip:only]:
         prefill = Server(model, "prefill", **both, **flags(*source))
         try:
             for target in LAYOUTS[:only]:
@@ -82,10 +83,10 @@ def one(prefill: Server, decode: Server, asked: list[Submit], wanted: Any, prefi
         prefill.post(whole)
         decode.post(whole)
     keys = [(prefix + submit.request_id, 0) for submit in asked]
-    decode.ended(keys)
-    prefill.ended(keys)
-    prefill.free()
-    decode.free()
+    for server in (decode, prefill):
+        server.ended(keys, WAIT_S)
+    for server in (decode, prefill):
+        server.free(WAIT_S)
     if decode.errors:
         return f"{len(decode.errors)} errors, as {next(iter(decode.errors.values()))}"
     differ = [s.request_id for s in asked if decode.answers[prefix + s.request_id, 0].tokens != wanted[s.request_id, 0]]
@@ -97,10 +98,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=[*RANDOM, *TRAINED])
     parser.add_argument("--layouts", type=int, default=len(LAYOUTS), help="Only the first few.")
+    parser.add_argument("--skip", type=int, default=0, help="Leave out the first few as prefill.")
     options = parser.parse_args()
     failed = 0
     for name in options.models:
-        for which, wrong, seconds in pairs(name, options.layouts):
+        for which, wrong, seconds in pairs(name, options.layouts, options.skip):
             failed += bool(wrong)
             sys.stdout.write(f"{'FAILED' if wrong else 'ok'} {which} ({seconds:.1f} s) {wrong}\n")
             sys.stdout.flush()

@@ -85,10 +85,10 @@ class Server:
             assert self._changed.wait_for(lambda: condition() or self.fatal is not None, seconds), "it takes too long"
         assert self.fatal is None, self.fatal
 
-    def ended(self, names: Iterable[tuple[str, int]]) -> None:
+    def ended(self, names: Iterable[tuple[str, int]], seconds: float = WAIT_S) -> None:
         """Waits until all these choices have ended."""
         wanted = list(names)
-        self.until(lambda: all(key in self.answers and self.answers[key].finish is not None for key in wanted))
+        self.until(lambda: all(key in self.answers and self.answers[key].finish is not None for key in wanted), seconds)
 
     def free(self, seconds: float = 10.0) -> None:
         """Everything is free, soon."""
