@@ -2,8 +2,8 @@
 
 Adds up the proportional set sizes (PSS) of the server's processes ten times a second: while it loads, and while it
 answers long and short prompts at once. The bound is 1.3 times the weights, plus the pools, plus 900 MB (issue 2). The
-default model is a random one of Qwen3-0.6B's shape in bfloat16 with the packaged tokeniser; the pools are written
-full, for memory that nobody touched is not there. Exit code 1 where the bound is broken.
+default model is a random one of Qwen3-0.6B's shape in bfloat16 with the packaged tokeniser. Pools are all there from
+the start, since they are zeroed. Exit code 1 where the bound is broken.
 """
 
 from __future__ import annotations
