@@ -196,7 +196,8 @@ class Poster:
                     one.num_bytes += int(runs[:, 4].sum())
                     found, users = batches.setdefault(to, ([], []))
                     found.append(runs)
-                    users.append(one)
+                    if not users or users[-1] is not one:  # its pages and its slot may go to the same rank
+                        users.append(one)
             for to, (found, users) in batches.items():
                 ticket = self._engine.write(route.names[to], np.concatenate(found))
                 self._batches[ticket] = users
