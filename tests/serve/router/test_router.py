@@ -256,7 +256,7 @@ async def test_one_trace_id_reaches_both_servers_and_the_client() -> None:
 
 @in_loop
 async def test_draining_lets_what_runs_finish_and_then_ends_it() -> None:
-    async with world(worker=1, drain_timeout=0.3) as made:
+    async with world(worker=1, drain_timeout=3.0) as made:
         fake = made.fakes[0]
         fake.gap = 0.05
         short = asyncio.create_task(bytes_of(made, "/generate", {"text": "x", "stream": True}))
