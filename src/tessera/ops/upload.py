@@ -9,7 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def staged(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A host array in memory that the device copies from without anybody waiting: on CPU the same memory."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory()
+
+
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     """A host array on the device: on CPU the same memory, on CUDA by way of pinned memory, without waiting."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return staged(array, device).to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tessera.ops.expand import Columns, Expanded
 from tessera.ops.segments import Segments
+from tessera.ops.upload import staged
 from tessera.plan.step import NO_INTS, Ints, Part, Step
 from tessera.run.batch import Input
 from tessera.run.table import RowTable
@@ -156,7 +157,7 @@ class Graphs:
         if size not in self._recorded:
             self._recorded[size] = self._record(size)
         recorded = self._recorded[size]
-        recorded.columns.copy_(_pinned(columns, recorded.columns.device), non_blocking=True)
+        recorded.columns.copy_(staged(columns, recorded.columns.device), non_blocking=True)
         recorded.run()
         return recorded
 
@@ -197,8 +198,3 @@ class Graphs:
         tokens = logits.argmax(-1)
         table.tokens[columns.draw_rows, columns.starts + columns.lengths] = tokens.to(torch.int32)
         return tokens, logits
-
-
-def _pinned(array: NDArray[np.int32], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory()

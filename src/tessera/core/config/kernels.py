@@ -13,7 +13,7 @@ CUDA_ONLY = ("triton",)
 RECORDED = {"triton"}  # backends whose launches do not depend on a step's numbers
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
 GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-GRAPH_FLAGS = ("disable_cuda_graph", "cuda_graph_max_bs", "cuda_graph_bs")
+GRAPH_FLAGS = ("cuda_graph_max_bs", "cuda_graph_bs")
 
 
 def kernels_phase(
@@ -50,20 +50,13 @@ def kernels_phase(
 
 def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: Notes) -> GraphSizes:
     """Padded sizes of the steps that run as CUDA graphs."""
-    if values.on("disable_cuda_graph") or device != "cuda":
-        for name in GRAPH_FLAGS[0 if device != "cuda" else 1 :]:
+    why = _no_graphs(values, run, device)
+    if why:
+        for name in GRAPH_FLAGS:
             if values.gave(name):
-                why = "there is no CUDA device" if device != "cuda" else "--disable-cuda-graph is given"
                 notes.decide(f"--{name.replace('_', '-')}", "ignored", why)
-        return (), (), ()
-    if values.word("moe_a2a_backend") != "none":
-        notes.decide(
-            "CUDA graphs", "off", "with --moe-a2a-backend the host learns how many rows travel, in every layer"
-        )
-        return (), (), ()
-    if not run <= RECORDED:
-        others = ", ".join(sorted(run - RECORDED))
-        notes.decide("CUDA graphs", "off", f"kernels of {others} read a step's numbers on the host")
+        if device == "cuda":
+            notes.decide("CUDA graphs", "off", why)
         return (), (), ()
     most = values.whole("cuda_graph_max_bs") or max_running
     asked = values.wholes("cuda_graph_bs")
@@ -75,8 +68,20 @@ def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: 
         f"decode of up to {rows[-1]} rows, other steps of up to {GRAPH_TOKENS[-1]} tokens",
         f"{len(rows)} sizes of decode; each is recorded when it is met first",
     )
-    segments = tuple(1 << n for n in range(3, max(max_running - 1, 1).bit_length() + 1)) or (8,)
+    segments = tuple(1 << n for n in range(3, max(max_running.bit_length(), 3) + 1))  # all rows, and one of padding
     return rows, segments, GRAPH_TOKENS
+
+
+def _no_graphs(values: Asked, run: set[str], device: str) -> str:
+    """Why no step runs as a graph; empty when steps do."""
+    if device != "cuda":
+        return "there is no CUDA device"
+    if values.on("disable_cuda_graph"):
+        return "--disable-cuda-graph is given"
+    if values.word("moe_a2a_backend") != "none":
+        return "with --moe-a2a-backend the host learns how many rows travel, in every layer"
+    others = ", ".join(sorted(run - RECORDED))
+    return f"kernels of {others} read a step's numbers on the host" if others else ""
 
 
 def graph_rows(most: int) -> tuple[int, ...]:
