@@ -46,6 +46,7 @@ SEED1 = {
     "load_format": "dummy", "skip_tokenizer_init": True, "context_length": 2048, "log_level": "warning",
     "disable_radix_cache": True,
 }  # fmt: skip
+LINES: dict[str, dict[str, Any]] = {"graphs": {}, "no graphs": {"disable_cuda_graph": True}, "ep 2": {"ep_size": 2}}
 
 
 def say(**fields: object) -> None:
@@ -70,13 +71,13 @@ def answered(model: str, num: int, flags: dict[str, Any]) -> tuple[list[str], li
     return [a["text"] for a in found], logprobs, seconds
 
 
-def answers(num: int, meshes: list[str]) -> None:
-    """Every mesh against one GPU."""
-    for model in MODELS:
-        texts, logprobs, _ = answered(model, num, {})
+def answers(num: int, meshes: list[str], models: list[str], more: dict[str, Any]) -> None:
+    """Every mesh against one GPU, `more` flags on both sides."""
+    for model in models:
+        texts, logprobs, _ = answered(model, num, more)
         for mesh in meshes:
             try:
-                found, theirs, seconds = answered(model, num, MESHES[mesh])
+                found, theirs, seconds = answered(model, num, {**more, **MESHES[mesh]})
             except Exception as error:  # one mesh that fails must not cost the others on a lent machine
                 say(model=model, mesh=mesh, error=f"{type(error).__name__}: {error}")
                 continue
@@ -111,16 +112,15 @@ def main() -> None:
     parser.add_argument("what", choices=["answers", "seed1"])
     parser.add_argument("--num-questions", type=int, default=60)
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--lines", nargs="+", default=list(LINES), choices=list(LINES))
+    parser.add_argument("--flags", type=json.loads, default={}, help="Further flags of the engine, as JSON.")
     args = parser.parse_args()
     if args.what == "answers":
-        answers(args.num_questions, args.meshes)
+        answers(args.num_questions, args.meshes, args.models, args.flags)
         return
-    for name, flags in (
-        ("graphs", SEED1),
-        ("no graphs", {**SEED1, "disable_cuda_graph": True}),
-        ("ep 2", {**SEED1, "ep_size": 2}),
-    ):
-        seed1(200, flags, name)
+    for name in args.lines:
+        seed1(200, {**SEED1, **LINES[name], **args.flags}, name)
         gc.collect()
         torch.cuda.empty_cache()
 
