@@ -34,7 +34,7 @@ lint: venv
 format: venv
 	@$(BIN)/ruff check --fix-only --exit-zero . && $(BIN)/ruff format .
 
-# ARGS="--minutes 60": how long it may take; what has passed at this commit is not run again.
+# For both: ARGS="--minutes 60" says how long it may take; what has passed at this commit is not run again.
 matrix: venv
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 exec $(BIN)/python -m matrix $(ARGS)
 

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from matrix.points import ACCEPTED, REFUSED, Point, by_processes, covering, layouts
+from matrix.results import ROOT, Line, Results, commit, counted
 from matrix.serving import Verdict, Way, judge
 
-ROOT = Path(__file__).parents[2]
-Key = tuple[str, str, str]
 MANY = 4  # ranks
 
 
@@ -48,39 +44,6 @@ def stages() -> list[Stage]:
     ]
 
 
-class Results:
-    """The file of results, one line for each point that was run."""
-
-    def __init__(self, path: Path, commit: str) -> None:
-        self.path, self.commit = path, commit
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._found: dict[Key, dict[str, Any]] = {}
-        for line in map(json.loads, lines):
-            self._found[line["commit"], line["point"], line["way"]] = line
-
-    def of(self, point: Point, way: Way) -> dict[str, Any] | None:
-        """What is known of a point at this commit."""
-        return self._found.get((self.commit, str(point), way))
-
-    def add(self, point: Point, way: Way, verdict: Verdict, seconds: float) -> None:
-        """A point was run."""
-        line = {
-            "commit": self.commit,
-            "point": str(point),
-            "way": way,
-            "outcome": verdict.outcome,
-            "worst": verdict.worst,
-            "why": verdict.why,
-            "together": sorted(sorted(kinds) for kinds in verdict.together),
-            "seconds": round(seconds, 2),
-            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        self._found[self.commit, str(point), way] = line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def run(point: Point, way: Way) -> Verdict:
     """The verdict on a point; one that breaks has failed."""
     try:
@@ -92,15 +55,14 @@ def run(point: Point, way: Way) -> Verdict:
 def work(results: Results, plan: Sequence[Stage], until: float) -> None:
     """Runs what has not passed yet, until the time is over."""
     for stage in plan:
-        for point in stage.points:
-            known = results.of(point, stage.way)
-            if known is not None and known["outcome"] != "failed":
-                continue
+        for point in results.left(stage.points, stage.way):
             if time.monotonic() >= until:
                 return
             began = time.monotonic()
             verdict = run(point, stage.way)
-            results.add(point, stage.way, verdict, time.monotonic() - began)
+            together = sorted(sorted(kinds) for kinds in verdict.together)
+            told = {"worst": verdict.worst, "why": verdict.why, "together": together}
+            results.add(point, stage.way, verdict.outcome, time.monotonic() - began, **told)
             if verdict.outcome != "refused" and point.tp > MANY:
                 gc.collect()  # of sixteen ranks that is a gigabyte
             if verdict.outcome == "failed":
@@ -113,18 +75,10 @@ def table(results: Results, plan: Sequence[Stage]) -> Iterator[str]:
     yield "| stage | points | passed | refused | failed | left | seconds | worst logprob |"
     yield "|---|---|---|---|---|---|---|---|"
     for stage in plan:
-        lines = [line for point in stage.points if (line := results.of(point, stage.way)) is not None]
-        counts = [sum(line["outcome"] == name for line in lines) for name in ("passed", "refused", "failed")]
-        seconds, worst = sum(line["seconds"] for line in lines), max((line["worst"] for line in lines), default=0.0)
-        cells = [stage.name, len(stage.points), *counts, len(stage.points) - len(lines), round(seconds), f"{worst:.1e}"]
+        lines = results.lines(stage.points, stage.way)
+        worst = max((line["worst"] for line in lines), default=0.0)
+        cells = [stage.name, *counted(lines, len(stage.points)), f"{worst:.1e}"]
         yield f"| {' | '.join(map(str, cells))} |"
-
-
-def commit() -> str:
-    """The commit, with a + where the tree differs from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def main() -> int:
@@ -143,7 +97,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _failed(line: dict[str, Any] | None) -> bool:
+def _failed(line: Line | None) -> bool:
     return line is not None and line["outcome"] == "failed"
 
 

@@ -1,7 +1,7 @@
-"""`make matrix-pd`: every pair of a prefill and a decode layout answers as one rank, on random and on trained models.
+"""`make matrix-pd ARGS="--minutes 60"`: each pair of layouts of prefill and decode answers as one rank.
 
-Layouts are (attention TP, DP) with each attention TP in 1, 2, 4. One prefill server meets all decode servers in turn.
-Exit code 1 when a pair has failed; each is a line.
+Layouts are (attention TP, DP) of 1, 2, 4 each. One prefill server meets decode servers in turn. Each pair is a line of
+`runs/matrix-pd.jsonl`; what passed at this commit is not run again. Exit code 1 when one has failed.
 """
 
 from __future__ import annotations
@@ -9,21 +9,48 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
+from matrix.results import ROOT, Results, commit, counted
 from run.pd import Server
 from tessera.core.messages import SamplingParams, Submit
 from test_trained import trained
 from tiny import TinyModel, serve, tiny_model
 
-LAYOUTS = tuple((attn, dp) for attn in (1, 2, 4) for dp in (1, 2))
+Layout = tuple[int, int]
+SIZES = (1, 2, 4)
+LAYOUTS: tuple[Layout, ...] = tuple((attn, dp) for dp in SIZES for attn in SIZES)
 NUM = 64
 WAIT_S = 600.0
-RANDOM = ("qwen3", "hybrid", "mla")
 TRAINED = ("abacus-hybrid", "abacus-mla")
+MODELS = (*TRAINED, "qwen3", "hybrid", "mla")  # what issue 4 is judged by goes first
+WAY = "threads"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model, and two layouts."""
+
+    model: str
+    prefill: Layout
+    decode: Layout
+
+    def __str__(self) -> str:
+        return f"{self.model}: prefill {shown(self.prefill)}, decode {shown(self.decode)}"
+
+
+def shown(layout: Layout) -> str:
+    """For people."""
+    return f"TP {layout[0]} DP {layout[1]}"
 
 
 def flags(attn: int, dp: int) -> dict[str, Any]:
@@ -31,16 +58,36 @@ def flags(attn: int, dp: int) -> dict[str, Any]:
     return {"tp": attn * dp, "dp": dp, "enable_dp_attention": True} if dp > 1 else {"tp": attn}
 
 
-def shown(layout: tuple[int, int]) -> str:
-    """For people."""
-    return f"TP {layout[0]} DP {layout[1]}"
+def stages() -> list[tuple[str, list[Pair]]]:
+    """What counts most goes first: a name, and pairs by model and prefill."""
+    found = []
+    for what, most in (("DP 1 and 2", 2), ("DP 4 on a side", 4)):
+        for model in MODELS:
+            both = [Pair(model, p, d) for p in LAYOUTS for d in LAYOUTS if in_stage(max(p[1], d[1]), most)]
+            found.append((f"{model}, {what}", both))
+    return found
 
 
+def in_stage(dp: int, most: int) -> bool:
+    """The stage of DP 4 has it on at least one side."""
+    return dp == most if most > 2 else dp <= most
+
+
+@cache
 def model_of(name: str) -> tuple[TinyModel, dict[str, Any]]:
     """A model, and the flags under which answers must be equal."""
     if name in TRAINED:
         return trained(name), {"dtype": "float32", "page_size": 16, "max_total_tokens": 8192}
     return tiny_model(name), {"dtype": "float64"}
+
+
+@cache
+def expected(name: str) -> tuple[dict[str, Any], list[Submit], dict[tuple[str, int], list[int]]]:
+    """Flags of both servers, what they are asked, and what one rank answers."""
+    model, exact = model_of(name)
+    both = {**exact, "chunked_prefill_size": 32, "watchdog_timeout": 120.0}
+    asked = prompts(model.spec.vocab_size)
+    return both, asked, serve(model, asked, **both).tokens()
 
 
 def prompts(vocab_size: int) -> list[Submit]:
@@ -52,27 +99,31 @@ def prompts(vocab_size: int) -> list[Submit]:
     return made
 
 
-def pairs(name: str, only: int, skip: int) -> Iterator[tuple[str, str, float]]:
-    """Every pair of layouts of a model: which, what was wrong ("" where nothing was), and its seconds."""
-    model, exact = model_of(name)
-    both = {**exact, "chunked_prefill_size": 32, "watchdog_timeout": 120.0}
-    asked = prompts(model.spec.vocab_size)
-    wanted = serve(model, asked, **both).tokens()
-    room = 0
-    for source in LAYOUTS[skip:only]:
-        prefill = Server(model, "prefill", **both, **flags(*source))
+class Side:
+    """A prefill server that decode servers meet in turn; another one after a failure."""
+
+    def __init__(self, model: str, layout: Layout) -> None:
+        self._model, self._layout = model, layout
+        self._server: Server | None = None
+        self._rooms = 0
+
+    def wrong(self, decode: Layout) -> str:
+        """What is wrong with a decode server of this layout beside it; "" where nothing is."""
+        model, (both, asked, wanted) = model_of(self._model)[0], expected(self._model)
+        if self._server is None:
+            self._server = Server(model, "prefill", **both, **flags(*self._layout))
+        prefix, self._rooms = f"{self._rooms}/", self._rooms + NUM
+        server = Server(model, "decode", **both, **flags(*decode))
         try:
-            for target in LAYOUTS[:only]:
-                began, which = time.monotonic(), f"{name}: prefill {shown(source)}, decode {shown(target)}"
-                decode = Server(model, "decode", **both, **flags(*target))
-                try:
-                    wrong = one(prefill, decode, asked, wanted, f"{room}/", room * NUM)
-                finally:
-                    decode.close()
-                room += 1
-                yield which, wrong, time.monotonic() - began
+            return one(self._server, server, asked, wanted, prefix, self._rooms)
         finally:
-            prefill.close()
+            server.close()
+
+    def close(self) -> None:
+        """Ends the server."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            server.close()
 
 
 def one(prefill: Server, decode: Server, asked: list[Submit], wanted: Any, prefix: str, room: int) -> str:
@@ -93,19 +144,59 @@ def one(prefill: Server, decode: Server, asked: list[Submit], wanted: Any, prefi
     return f"{len(differ)} answers differ, as {differ[0]}" if differ else ""
 
 
+def judge(side: Side, decode: Layout) -> str:
+    """What is wrong with a pair; one that breaks has failed, and its prefill server is not used again."""
+    try:
+        return side.wrong(decode)
+    except Exception:
+        why = traceback.format_exc()
+        try:
+            side.close()
+        except Exception:
+            why += traceback.format_exc()
+        return why
+
+
+def work(results: Results, plan: Sequence[tuple[str, list[Pair]]], until: float) -> None:
+    """Runs what has not passed yet, until the time is over."""
+    for _, pairs in plan:
+        for (model, prefill), some in groupby(pairs, lambda pair: (pair.model, pair.prefill)):
+            side = Side(model, prefill)
+            try:
+                for pair in results.left(list(some), WAY):
+                    if time.monotonic() >= until:
+                        return
+                    began = time.monotonic()
+                    wrong = judge(side, pair.decode)
+                    results.add(pair, WAY, "failed" if wrong else "passed", time.monotonic() - began, why=wrong)
+                    if wrong:
+                        sys.stdout.write(f"FAILED {pair}\n  {wrong}\n")
+                        sys.stdout.flush()
+            finally:
+                side.close()
+
+
+def table(results: Results, plan: Sequence[tuple[str, list[Pair]]]) -> Iterator[str]:
+    """A line for each stage."""
+    yield "| pairs | points | passed | refused | failed | left | seconds |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, pairs in plan:
+        yield f"| {' | '.join(map(str, [name, *counted(results.lines(pairs, WAY), len(pairs))]))} |"
+
+
 def main() -> int:
-    """Runs all, a line each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=[*RANDOM, *TRAINED])
-    parser.add_argument("--layouts", type=int, default=len(LAYOUTS), help="Only the first few.")
-    parser.add_argument("--skip", type=int, default=0, help="Leave out the first few as prefill.")
+    """Runs, and prints what is known at this commit."""
+    parser = argparse.ArgumentParser(prog="make matrix-pd", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0, help="no pair begins later")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "matrix-pd.jsonl")
+    parser.add_argument("--only", metavar="TEXT", default="", help="stages in whose name this is")
     options = parser.parse_args()
-    failed = 0
-    for name in options.models:
-        for which, wrong, seconds in pairs(name, options.layouts, options.skip):
-            failed += bool(wrong)
-            sys.stdout.write(f"{'FAILED' if wrong else 'ok'} {which} ({seconds:.1f} s) {wrong}\n")
-            sys.stdout.flush()
+    torch.set_num_threads(1)  # the ranks are threads already
+    results, plan = Results(options.results, commit()), [s for s in stages() if options.only in s[0]]
+    work(results, plan, time.monotonic() + 60 * options.minutes)
+    lines = [line for _, pairs in plan for line in results.lines(pairs, WAY)]
+    failed = [f"FAILED {line['point']}" for line in lines if line["outcome"] == "failed"]
+    sys.stdout.write("\n".join([f"At commit {results.commit}:", *table(results, plan), *failed]) + "\n")
     return 1 if failed else 0
 
 
