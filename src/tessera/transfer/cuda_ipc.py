@@ -1,12 +1,14 @@
 """Bytes between GPUs of one host: the reader maps the writer's memory (CUDA IPC) and its device copies from there.
 
 The memory is mapped on the reader's device, which reaches it over NVLink or PCIe (the driver enables peer access), as
-NCCL does; both processes may see different devices. All copies run on a stream of their own, beside the model's.
+NCCL does; both processes may see different devices. All copies of a batch are one launch, on a stream of their own,
+beside the model's.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from tessera.core.errors import ConfigError, Conflict, PeerError
 from tessera.transfer.base import Runs
-from tessera.transfer.mover import Regions
-from tessera.transfer.scatter import copy_runs
+from tessera.transfer.mover import Regions, starts
+from tessera.transfer.optional import library
 
 # Of a storage, as `torch.UntypedStorage` tells and takes it: device, handle, bytes, offset, the counter of its readers
 # and its offset there, an event, whether that must be waited for.
 Storage = tuple[int, bytes, int, int, bytes, int, bytes, bool]
+
+CopyRuns = Callable[[Runs, Mapping[int, int], Mapping[int, int], torch.device], Iterator[None]]
 
 
 class Shared(msgspec.Struct, frozen=True):
@@ -35,6 +39,9 @@ class CudaIpcMover:
 
     kind = "cuda_ipc"
     host = None
+
+    def __init__(self) -> None:
+        self._copy_runs: CopyRuns = library(self.kind, ("tessera.transfer.triton_copy",), "Install triton.").copy_runs
 
     def export(self, regions: Regions) -> bytes:
         """See `Mover.export`. Each call counts a reader, until which memory of the writer is not given back."""
@@ -52,7 +59,8 @@ class CudaIpcMover:
         devices = {memory.device for memory in own.values()}
         if len(devices) != 1:
             raise PeerError(f"the reader has regions on {len(devices)} devices, one is expected")
-        return CudaIpcSource(msgspec.msgpack.decode(exported, type=dict[int, Shared]), own, devices.pop())
+        shared = msgspec.msgpack.decode(exported, type=dict[int, Shared])
+        return CudaIpcSource(shared, own, devices.pop(), self._copy_runs)
 
     def close(self) -> None:
         """Readers let go of the memory themselves."""
@@ -67,8 +75,8 @@ def _check(number: int, memory: Tensor) -> None:
 class CudaIpcSource:
     """See `Source`."""
 
-    def __init__(self, shared: dict[int, Shared], own: Regions, device: torch.device) -> None:
-        self._own, self._device = own, device
+    def __init__(self, shared: dict[int, Shared], own: Regions, device: torch.device, copy_runs: CopyRuns) -> None:
+        self._own, self._device, self._copy_runs = starts(own), device, copy_runs
         try:
             self._theirs = {number: _mapped(region, device) for number, region in shared.items()}
         except RuntimeError as error:
@@ -81,7 +89,7 @@ class CudaIpcSource:
         """See `Source.copy`."""
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                for _ in copy_runs(runs, self._theirs, self._own):
+                for _ in self._copy_runs(runs, starts(self._theirs), self._own, self._device):
                     self._event.record(self._stream)
                     self._event.synchronize()
                     if stop.is_set():

@@ -248,6 +248,7 @@ class _Readers:
         self._turns: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._door: tuple[socket.socket, str] | None = None
+        self._connections: list[tuple[socket.socket, threading.Thread]] = []
         self._closed = False
 
     def open_door(self) -> str:
@@ -264,7 +265,9 @@ class _Readers:
                 sock, _ = self._door[0].accept()
             except OSError:  # closed
                 return
-            threading.Thread(target=self._receive, args=(sock,), name=f"{self._name} reader", daemon=True).start()
+            thread = threading.Thread(target=self._receive, args=(sock,), name=f"{self._name} reader", daemon=True)
+            thread.start()
+            self._connections = [*(c for c in self._connections if c[1].is_alive()), (sock, thread)]
 
     def _receive(self, sock: socket.socket) -> None:
         """The life of a connection."""
@@ -332,7 +335,7 @@ class _Readers:
             )
 
     def close(self) -> None:
-        """Takes nothing more from anybody."""
+        """Takes nothing more from anybody. A thread still inside a library would abort a process that ends."""
         self._closed = True
         if self._door is not None:
             with contextlib.suppress(OSError):  # wakes `accept`
@@ -342,3 +345,8 @@ class _Readers:
             writers = list(self._writers.values())
         for writer in writers:
             writer.retire(FENCE_S)
+        until = time.monotonic() + FENCE_S
+        for sock, thread in self._connections:
+            with contextlib.suppress(OSError):  # one that has said nothing yet
+                sock.shutdown(socket.SHUT_RD)
+            thread.join(max(until - time.monotonic(), 0))
