@@ -50,7 +50,10 @@ def memory_phase(
     left = pools - slots * sizes.slot
     num_pages, why = _pages(values, hardware, sizes.page, page, context, rows, left)
     context = _fit(values, sizes, page, num_pages, context, budget, hardware, notes)
-    notes.decide("KV pool", f"{max(num_pages - 1, 0) * page} tokens, {gib(num_pages * sizes.page)}", why)
+    held = max(num_pages - 1, 0) * page
+    if held < rows * context:
+        why = f"{why}; {held // max(rows, 1)} for each of {rows} running requests"
+    notes.decide("KV pool", f"{held} tokens, {gib(num_pages * sizes.page)}", why)
     memory = MemoryConfig(
         page_size=page,
         num_pages=num_pages,
