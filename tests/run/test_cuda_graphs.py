@@ -16,6 +16,7 @@ from tessera.core.messages import SamplingParams, Submit
 from tessera.core.weights import weight_table
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
+from tessera.run import recordings
 from test_invariance import LAYOUTS, PLAIN, prompts, requests
 from tiny import TINY, Run, TinyModel, resolved, serve
 
@@ -41,6 +42,14 @@ WIDE: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size is recorded before it runs for the first time, so that every step that has one runs so."""
+    monkeypatch.setattr(recordings, "MEETINGS", 0)
+
+
 GRAPHED = ("all at once", "overlapped", "chunk 3", "mixed", "tiny pool", "tiny pool, mixed, cached")
 
 

@@ -65,7 +65,16 @@ def runner(sizes: Sizes = SIZES) -> tuple[Runner, Again]:
 
 def run(runner: Runner, *steps: Step) -> list:  # type: ignore[type-arg]
     """One after the other: without a device to copy from, what a graph gives is overwritten by its next run."""
-    return [runner.collect(runner.launch(s)) for s in steps]
+    return [runner.collect(runner.launch(recorded(runner, s))) for s in steps]
+
+
+def recorded(runner: Runner, step: Step) -> Step:
+    """The step, whose size is recorded by now where it has one."""
+    assert runner.graphs is not None
+    size = runner.graphs._sizes.of(step)
+    if size is not None and runner.graphs.size_of(step) is None:
+        runner.record(size)
+    return step
 
 
 def drawn(results: list) -> list[list[int]]:  # type: ignore[type-arg]
@@ -128,6 +137,20 @@ def test_as_many_ranges_as_tokens_are_not_ranges_of_one_token() -> None:
     assert drawn(run(graphed, *steps)) == drawn(run(plain, *steps))
     assert again.replayed == 3
     assert again.recorded == 1
+
+
+def test_what_is_not_recorded_runs_as_it_is() -> None:
+    graphed, again = runner()
+    assert graphed.graphs is not None
+    plain, _ = runner(Sizes())
+    steps = script([8, 4, 6])
+    found = [graphed.collect(graphed.launch(s)) for s in steps[:3]]
+    assert (again.recorded, again.replayed) == (0, 0)
+    graphed.record(Size(2, 2, True))
+    assert graphed.graphs.size_of(steps[2]) is None, "of another size"
+    found += [graphed.collect(graphed.launch(s)) for s in steps[3:]]
+    assert (again.recorded, again.replayed) == (1, 1), "the last step has two rows"
+    assert drawn(found) == drawn(run(plain, *steps))
 
 
 def test_which_steps_have_a_size() -> None:

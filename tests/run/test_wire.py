@@ -17,8 +17,24 @@ from tessera.core.errors import Conflict
 from tessera.core.messages import Output, SamplingParams, TokenLogprobs
 from tessera.plan.log import encode as as_text
 from tessera.plan.step import Change, Enter, Part, PartDone, Step, StepDone
+from tessera.run.graphs import Size
 from tessera.run.report import Tally
-from tessera.run.wire import Begin, Done, Drop, End, Failed, Hello, Loaded, Loading, Run, decode_down, decode_up, encode
+from tessera.run.wire import (
+    Begin,
+    Done,
+    Drop,
+    End,
+    Failed,
+    Hello,
+    Kept,
+    Loaded,
+    Loading,
+    Record,
+    Run,
+    decode_down,
+    decode_up,
+    encode,
+)
 from tiny import resolved, tiny_model
 
 WORLDS = ("shared_prefix", "crowded", "riding", "spread", "forked", "halved")
@@ -112,10 +128,10 @@ def test_any_result_arrives_as_it_was(done: Done) -> None:
 
 def test_the_other_messages_arrive_as_they_were() -> None:
     config = resolved(tiny_model("hybrid").spec, tp=4, dp=2, enable_dp_attention=True).config
-    for down in (Begin(config, "a:1"), Drop("r", 1), End()):
+    for down in (Begin(config, "a:1"), Record(Size(4, 64)), Drop("r", 1), End()):
         assert decode_down(encode(down)) == down
     refused = Failed("ConfigError", "no", (Conflict(("--a", "--b"), "why", "what"),))
-    for up in (Hello(), Loading(1, 2), Loaded(), refused):
+    for up in (Hello(), Loading(1, 2), Loaded(), Kept(), refused):
         assert decode_up(encode(up)) == up
 
 

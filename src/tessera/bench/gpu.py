@@ -1,10 +1,10 @@
 """Tessera on one GPU at the shapes and workloads of well-known measurements: `python -m tessera.bench.gpu [--json]`.
 
-Dummy weights, random prompts, greedy, the engine without text. Each workload runs once to warm up (graphs are recorded,
-kernels compiled) and then `--rounds` times; the best counts. Beside tokens/s stands the share of what the card could do
-at most: for one token after the other the bytes that a step must read (weights once, of the experts only those that
-were touched, keys, values and states) over the measured copy bandwidth; for prompts the operations over the measured
-rate of a matrix product. Launches and gaps come from the profiler, over a short run of the same kind.
+Dummy weights, random prompts, greedy, the engine without text. Each workload runs once to warm up (kernels are
+compiled, then graphs recorded) and then `--rounds` times; the best counts. Beside tokens/s stands the share of what the
+card could do at most: for one token after the other the bytes that a step must read (weights once, of the experts only
+those that were touched, keys, values and states) over the measured copy bandwidth; for prompts the operations over the
+measured rate of a matrix product. Launches and gaps come from the profiler, over a short run of the same kind.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
     best, steps = 0.0, []
     for turn in range(rounds + 1):
         measured = ours(prompts(workload, vocab, turn), workload.new)
+        ours.settle()
         seconds = max(t[-1] for t in measured.times)
         count = workload.requests * (workload.new if workload.new > 1 else workload.prompt)
         if turn and count / seconds > best:
@@ -111,6 +112,8 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
         limit = card.seconds_of_prompts(work, workload.requests, workload.prompt) * best / count
         profile = traced(lambda: ours(prompts(workload, vocab, 99), 1), ours, bool)
     else:
+        ours(prompts(short, vocab, 98), PROFILED)  # its steps have sizes of their own
+        ours.settle()
         context = workload.prompt + workload.new // 2
         limit = card.seconds_of_decode(work, workload.requests, context) / step_s if step_s else 0.0
         profile = traced(lambda: ours(prompts(short, vocab, 99), PROFILED), ours, without_prompts)

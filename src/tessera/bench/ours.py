@@ -60,6 +60,12 @@ class Ours:
         self.core.post(Stop(1.0))
         self._thread.join(PATIENCE_S)
 
+    def settle(self) -> None:
+        """Waits until all sizes of steps are recorded that were met or will be."""
+        until = time.monotonic() + PATIENCE_S
+        while self.core.recordings.num_left and not self._error and time.monotonic() < until:
+            time.sleep(0.01)
+
     def _take(self, message: Outbound) -> None:
         now = time.perf_counter()
         with self._changed:

@@ -20,11 +20,13 @@ from tessera.models.source import Source
 from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner
 from tessera.run.build import build_instance, planner_config
+from tessera.run.graphs import Sizes
 from tessera.run.handover import Handover
 from tessera.run.hardware import cores
 from tessera.run.inbox import Inbox
 from tessera.run.loop import StepLoop, failures
 from tessera.run.processes import unheard
+from tessera.run.recordings import Recordings
 from tessera.run.report import Reporter
 from tessera.run.startup import Prepared
 
@@ -59,8 +61,11 @@ class EngineCore:
         hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)
+        self.recordings = Recordings(Sizes(*resolved.config.kernels.graphs))
         planner = self.planner if self._events is None else Recorder(self.planner, self._events.write)
-        self._loop = StepLoop(planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover)
+        self._loop = StepLoop(
+            planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover, self.recordings
+        )
 
     def post(self, message: Inbound) -> None:
         """Hands a message to the loop. A `Submit` after the end is answered with an error output at once."""

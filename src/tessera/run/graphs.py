@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: all launches of a padded size are recorded once and replayed for every step that fits.
 
 A step of whatever ranges is columns of numbers (`ops/expand.py`); from them the device derives what each token needs,
-runs the layers and the head, and draws the likeliest token of every range. A size is recorded when it is met for the
-first time, while the engine serves; all ranks meet the same sizes in the same order, since a step tells them all parts.
-Recording runs the layers once on padding alone, which reads and writes scratch rows, pages and slots.
+runs the layers and the head, and draws the likeliest token of every range. Sizes are recorded while the engine serves,
+between steps (`recordings.py` says when); a step of a size that is not runs as it is. Recording runs the layers once on
+padding alone, which reads and writes scratch rows, pages and slots.
 """
 
 from __future__ import annotations
@@ -148,14 +148,21 @@ class Graphs:
         recorder: Recorder,
         num_dp: int = 1,
     ) -> None:
-        self.sizes, self._model, self._table, self._caches = sizes, model, table, caches
+        self._sizes, self._model, self._table, self._caches = sizes, model, table, caches
         self._page_size, self._expand, self._recorder, self._num_dp = page_size, expand, recorder, num_dp
         self._recorded: dict[Size, Recorded] = {}
 
+    def size_of(self, step: Step) -> Size | None:
+        """The recorded size that a step runs at; None: it runs as it is."""
+        size = self._sizes.of(step) if step.num_tokens else None
+        return size if size in self._recorded else None
+
+    def record(self, size: Size) -> None:
+        """Records a size; steps that are launched from now on run so."""
+        self._recorded[size] = self._record(size)
+
     def run(self, size: Size, columns: NDArray[np.int32]) -> Recorded:
         """Runs a step of packed `columns`; its tokens are in the row table too."""
-        if size not in self._recorded:
-            self._recorded[size] = self._record(size)
         recorded = self._recorded[size]
         recorded.columns.copy_(staged(columns, recorded.columns.device), non_blocking=True)
         recorded.run()

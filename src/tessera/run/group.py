@@ -6,12 +6,14 @@ Every rank runs every step. Ranks of one data-parallel group draw the same token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tessera.comm.local import LocalGroup
 from tessera.core.errors import PeerError
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
+from tessera.run.graphs import Size
 from tessera.run.poster import Order
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
@@ -77,6 +79,11 @@ class Group:
         """See `Reachable.order`."""
         for runner in self.runners:
             runner.order(order)
+
+    def record(self, size: Size) -> None:
+        """Steps of `size` run as a graph from now on, on every rank."""
+        with ThreadPoolExecutor(len(self.runners)) as pool:  # they meet while they record
+            list(pool.map(lambda runner: runner.record(size), self.runners))
 
     def close(self) -> None:
         """Ends all ranks; one that waits for another stops waiting."""

@@ -18,14 +18,17 @@ from tessera.core.messages import Fatal, Fault, Outbound, Output, Outputs, StepR
 from tessera.plan.events import Event
 from tessera.plan.handoff import Errand, Scored
 from tessera.plan.step import Clock, Step, StepDone
+from tessera.run.graphs import Size, Sizes
 from tessera.run.inbox import Inbox, Message
 from tessera.run.poster import Broke, Connect, Order, Part, Shut
+from tessera.run.recordings import Recordings
 from tessera.run.report import Tally
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # an idle loop wakes this often, to show that it is alive
 LOOK_S = 0.002  # and this often while ranks owe news
+REST_S = 0.05  # nothing came for so long: time to record a size that steps may have
 
 
 class Plans(Protocol):
@@ -85,6 +88,9 @@ class Runs(Protocol[TicketT]):
     @property
     def waits(self) -> bool:
         """Something is under way outside of steps that is told only when `check` asks."""
+
+    def record(self, size: Size) -> None:
+        """Steps of `size` run as a graph from now on. Waits until it is recorded."""
 
     def order(self, order: Order) -> None:
         """Gives all ranks an order about another server."""
@@ -147,6 +153,7 @@ class StepLoop(Generic[TicketT]):
         max_in_flight: int = 2,
         turn_hook: Callable[[], None] | None = None,
         outside: Outside | None = None,
+        recordings: Recordings | None = None,
     ) -> None:
         self.planner, self.runner, self.inbox, self.sink, self.report = planner, runner, inbox, sink, report
         self.max_in_flight = max_in_flight
@@ -158,6 +165,7 @@ class StepLoop(Generic[TicketT]):
         self._idle = True
         self._hook = turn_hook
         self._outside = outside
+        self._recordings = recordings or Recordings(Sizes())
         self._told = 0.0  # when the last Tick was sent
 
     def run(self, ready: Outbound) -> None:
@@ -179,18 +187,20 @@ class StepLoop(Generic[TicketT]):
 
     def _turn(self) -> None:
         waits = self.runner.waits
-        messages = self.inbox.drain((LOOK_S if waits else IDLE_WAIT_S) if self._idle else 0.0)
+        messages = self.inbox.drain(self._wait(waits))
         now = self.last_tick = time.monotonic()
         if waits or (self._idle and not messages):
             self.runner.check()
         if self._idle and not messages and now - self._told >= IDLE_WAIT_S * waits:
             self._told = now
             self.sink(Tick(now))
+            self._record(self._recordings.rest())
         self._apply([Clock(now), *self._note(messages)])
         while len(self._flying) < self.max_in_flight:
             step = self.planner.next_step()
             if step is None:
                 break
+            self._record(self._recordings.due(step))
             if not self._flying:
                 self._last_collect = time.monotonic()
             self._flying.append(self.runner.launch(step))
@@ -200,6 +210,16 @@ class StepLoop(Generic[TicketT]):
             self._collect()
         elif messages:
             self._send_reports(self.report.idle())
+
+    def _wait(self, waits: bool) -> float:
+        """How long to wait for messages."""
+        if not self._idle:
+            return 0.0
+        return LOOK_S if waits else REST_S if self._recordings.num_left else IDLE_WAIT_S
+
+    def _record(self, size: Size | None) -> None:
+        if size is not None:
+            self.runner.record(size)
 
     def _apply(self, events: list[Event]) -> None:
         self._settle(self.planner.apply(events))

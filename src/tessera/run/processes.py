@@ -18,11 +18,12 @@ from tessera.core.mesh import ranks_of
 from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
+from tessera.run.graphs import Size
 from tessera.run.hub import Hub
 from tessera.run.poster import News, Order, Part
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
-from tessera.run.wire import Begin, Do, Done, Drop, Hello, Loaded, Loading, Run, Told
+from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told
 
 START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
@@ -59,6 +60,7 @@ class Processes:
         self._first = mesh.group(0, "dp")
         self._silence = config.serving.watchdog_timeout
         self._tell, self._expected = tell, 0  # news that ranks still owe
+        self._keeping: set[int] = set()  # ranks that are recording a size
         self._attn = mesh.size_of("attn")
         self.seats: list[Seat] = []
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
@@ -140,6 +142,16 @@ class Processes:
         self._dropped = {choice: last for choice, last in self._dropped.items() if last > launched.index}
         return StepDone(launched.index, tuple(part for answer in answers for part in answer.done.parts)), outputs
 
+    def record(self, size: Size) -> None:
+        """Steps of `size` run as a graph from now on. Waits until every rank has recorded it."""
+        self._keeping = set(self._all)
+        self._hub.send(Record(size), self._all)
+        until = time.monotonic() + self._silence
+        while self._keeping:
+            if not self._take(until - time.monotonic()):
+                ranks = sorted(self._keeping)
+                raise DeadlineError(f"ranks {ranks} have not recorded steps of {size} in {self._silence:g} s")
+
     def _take(self, seconds: float) -> bool:
         """Takes a message; False when none comes in time."""
         found = self._hub.receive(max(seconds, 0))
@@ -149,6 +161,8 @@ class Processes:
         match message:
             case Done():
                 self._done[rank].append(message)
+            case Kept():
+                self._keeping.discard(rank)
             case Told(news):
                 self._expected -= 1
                 self._tell(news)

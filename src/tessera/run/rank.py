@@ -41,8 +41,10 @@ from tessera.run.wire import (
     End,
     Failed,
     Hello,
+    Kept,
     Loaded,
     Loading,
+    Record,
     Run,
     Spawn,
     Told,
@@ -180,6 +182,9 @@ class Steps:
                 launched = self._runner.launch(step)
                 self._flying.append(launched)
                 self._waiter.put(launched)
+            case Record(size):
+                self._runner.record(size)
+                self._link.tell(Kept())
             case Drop(request_id, choice):
                 self._runner.drop(request_id, choice)
             case Do(order):

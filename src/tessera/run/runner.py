@@ -139,7 +139,7 @@ class Runner:
     ) -> tuple[Work, list[Sequence], list[Sequence], list[Sequence]]:
         """What the device has to do; whose the drawn and the scored positions are; who draws nothing and is through."""
         part, device = step.parts[self.dp_rank], self.pools.device
-        size = self.graphs.sizes.of(step) if self.graphs is not None and step.num_tokens else None
+        size = self.graphs.size_of(step) if self.graphs is not None else None
         if size is not None:
             return self._replay(step, size, known, entered)
         batch = make_batch(step, self.dp_rank, self.table, self.page_size, device)
@@ -249,6 +249,17 @@ class Runner:
         """See `Reachable.order`."""
         assert self.post is not None
         self.post.poster.order(order)
+
+    def record(self, size: Size) -> None:
+        """Steps of `size` run as a graph from now on. Waits until it is recorded."""
+        graphs = self.graphs
+        assert graphs is not None
+
+        @torch.inference_mode()
+        def work() -> None:
+            graphs.record(size)
+
+        self._executor.submit(work).result()
 
     def close(self) -> None:
         """Waits for steps under way; what is being written elsewhere fails."""

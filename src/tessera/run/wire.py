@@ -1,8 +1,9 @@
 """The wire between an engine and its ranks: messages by msgspec, arrays as their raw bytes. No pickle: ranks may be on
 other hosts.
 
-Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer, and `Told`;
-`Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Drop`, `Do`, and `End` as the last.
+Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer, `Kept` for each
+`Record`, and `Told`; `Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Record`, `Drop`, `Do`,
+and `End` as the last.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tessera.core.config.types import Config
 from tessera.core.errors import Conflict
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
+from tessera.run.graphs import Size
 from tessera.run.poster import News, Order
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
@@ -89,6 +91,16 @@ class Do(msgspec.Struct, tag=True, frozen=True):
     order: Order
 
 
+class Record(msgspec.Struct, tag=True, frozen=True):
+    """Steps of `size` that come after this run as a graph; answered by `Kept`."""
+
+    size: Size
+
+
+class Kept(msgspec.Struct, tag=True, frozen=True):
+    """A size is recorded."""
+
+
 class End(msgspec.Struct, tag=True, frozen=True):
     """Finish what is under way and leave."""
 
@@ -116,8 +128,8 @@ def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
-Down = Begin | Run | Drop | Do | End
-Up = Hello | Loading | Loaded | Done | Told | Failed
+Down = Begin | Run | Record | Drop | Do | End
+Up = Hello | Loading | Loaded | Done | Kept | Told | Failed
 
 
 def plain(value: object) -> object:

@@ -66,7 +66,7 @@ def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: 
     notes.decide(
         "CUDA graphs",
         f"decode of up to {rows[-1]} rows, other steps of up to {GRAPH_TOKENS[-1]} tokens",
-        f"{len(rows)} sizes of decode; each is recorded when it is met first",
+        f"{len(rows)} sizes of decode; each is recorded while nothing runs, or when it was met twice",
     )
     segments = tuple(1 << n for n in range(3, max(max_running.bit_length(), 3) + 1))  # all rows, and one of padding
     return rows, segments, GRAPH_TOKENS

@@ -1,0 +1,53 @@
+"""When sizes of steps are recorded as graphs: after they have run as they are, so that no first token waits for it.
+
+A recording takes as long as a hundred steps of that size. It is due when the size has come `MEETINGS` times, since it
+will come again; and while there is nothing to run: first what was met, then all sizes of decode, which every load
+meets on its way up and down. Whoever drives the ranks decides, and tells all of them in order with the steps: ranks
+that disagreed would meet in collectives of different lengths.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tessera.plan.step import Step
+from tessera.run.graphs import Size, Sizes
+
+MEETINGS = 2  # as it is: for kernels and handles, and for a prompt that nothing like it follows
+
+
+class Recordings:
+    """Counts the sizes of steps and says which one is to be recorded. Who asks records what is answered."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._met: Counter[Size] = Counter()  # of those that are not recorded
+        self._recorded: set[Size] = set()
+        decodes = [Size(rows, rows, one_each=True) for rows in sizes.rows]
+        self._ahead = decodes[:-1][::-1] + decodes[-1:]  # from its end: the largest, whose memory serves all, then up
+
+    @property
+    def num_left(self) -> int:
+        """How many would be recorded if there were nothing else to do."""
+        return len(self._met.keys() | set(self._ahead))
+
+    def due(self, step: Step) -> Size | None:
+        """The size to record before `step` runs; None: it runs as what there is."""
+        size = self._sizes.of(step) if step.num_tokens else None
+        if size is None or size in self._recorded:
+            return None
+        self._met[size] += 1
+        return self._note(size) if self._met[size] > MEETINGS else None
+
+    def rest(self) -> Size | None:
+        """The size to record while nothing runs."""
+        if self._met:
+            return self._note(self._met.most_common(1)[0][0])
+        return self._note(self._ahead[-1]) if self._ahead else None
+
+    def _note(self, size: Size) -> Size:
+        self._recorded.add(size)
+        self._met.pop(size, None)
+        if size in self._ahead:
+            self._ahead.remove(size)
+        return size
