@@ -98,7 +98,7 @@ def test_all_conflicts_are_reported_together() -> None:
         context_length=10**6,
         quantization="fp8",
         atention_backend="torch",
-        kv_cache_dtype="fp8_e4m3",
+        kv_cache_dtype="fp4_e2m1",
     )
     for name, remedy in (
         ("--pp-size 4", "Leave it out, or use 1"),
@@ -108,7 +108,7 @@ def test_all_conflicts_are_reported_together() -> None:
         ("--context-length 1000000 with the model", "at most --context-length 4096"),
         ("--quantization fp8 with an unquantised checkpoint", "Leave --quantization out"),
         ("atention_backend", "Did you mean --attention-backend"),
-        ("--kv-cache-dtype fp8_e4m3", "keep 'auto'"),
+        ("--kv-cache-dtype fp4_e2m1", "use 'fp8_e4m3', or keep 'auto'"),
     ):
         assert any(t.startswith(name) and remedy.lower() in t.lower() for t in text), (name, text)
     assert len(text) == 8
@@ -138,6 +138,23 @@ def test_one_value_in_two_spellings_is_one_value_and_two_values_conflict() -> No
 def test_dtype(asked: str, checkpoint: str, bf16: bool, chosen: str) -> None:
     config = config_of(spec_of(dtype=checkpoint), replace(CPU, bf16=bf16), dtype=asked)
     assert config.model.dtype == config.memory.kv_dtype == config.memory.conv_dtype == chosen
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("fp8_e4m3", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")])
+def test_pages_in_fp8_are_half_as_large_and_the_scale_is_told(asked: str, kept: str) -> None:
+    result = resolved(spec_of(HYBRID), kv_cache_dtype=asked)
+    memory, plain = result.config.memory, config_of(spec_of(HYBRID)).memory
+    assert (memory.kv_dtype, memory.conv_dtype, memory.slot_bytes) == (kept, plain.conv_dtype, plain.slot_bytes)
+    assert memory.page_bytes * 2 == plain.page_bytes
+    assert decided(result, "scales of keys and values").value == 1.0
+
+
+def test_a_card_that_does_not_know_e4m3_is_refused_its_pages() -> None:
+    old = replace(CUDA, capability=(8, 0))
+    assert "8.9 on" in refusals(None, old, kv_cache_dtype="fp8_e4m3")[0]
+    assert config_of(None, old, kv_cache_dtype="fp8_e4m3", attention_backend="torch").memory.kv_dtype == "float8_e4m3fn"
+    assert config_of(None, old, kv_cache_dtype="fp8_e5m2").memory.kv_dtype == "float8_e5m2"
+    assert config_of(None, CUDA, kv_cache_dtype="fp8_e4m3").kernels.attention == "triton"
 
 
 def test_states_are_wide_unless_asked_otherwise() -> None:

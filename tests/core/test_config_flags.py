@@ -114,7 +114,7 @@ def test_the_seeds_prefill_line_is_refused_for_what_is_not_built_and_for_nothing
     notes = Notes()
     read(PREFILL, notes)
     refused = {flag.split()[0] for conflict in notes.conflicts for flag in conflict.flags}
-    assert refused == {"--attention-backend", "--kv-cache-dtype"}
+    assert refused == {"--attention-backend"}
     assert {d.what.split()[0] for d in notes.decisions} == {"--trust-remote-code", "--mamba-track-interval"}
 
 

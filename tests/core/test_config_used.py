@@ -25,7 +25,6 @@ EXCUSED = {
     "mesh.dense_tp": "part of mesh.mesh",
     "mesh.dp_lm_head": "part of mesh.mesh",
     "mesh.all_to_all": "part of mesh.mesh",
-    "memory.kv_dtype": "part of memory.dtypes",
     "memory.conv_dtype": "part of memory.dtypes",
     "memory.state_dtype": "part of memory.dtypes",
 }

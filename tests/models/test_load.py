@@ -186,6 +186,18 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         tiles(tmp_path / "none")
 
 
+def test_scales_of_a_quantised_cache_are_one_or_refused_where_pages_are_fp8(tmp_path: Path) -> None:
+    state, config = made(MOE, tmp_path / "plain")
+    name = "model.layers.1.self_attn.k_scale"
+    for scale in (1.0, 0.5):
+        write(tmp_path / "scaled", {**state, name: torch.tensor(scale)}, config)
+        assert_same(tiles(tmp_path / "scaled"), tiles(tmp_path / "plain"))
+        if scale == 1:
+            assert_same(tiles(tmp_path / "scaled", kv_dtype="float8_e4m3fn"), tiles(tmp_path / "plain"))
+    with pytest.raises(ModelError, match=f"{name}' is 0.5; .* --kv-cache-dtype auto"):
+        tiles(tmp_path / "scaled", kv_dtype="float8_e5m2")
+
+
 @pytest.mark.parametrize("block", [None, [128], [128, 0], [1.5, 2], "128"])
 def test_a_block_size_that_is_none_is_refused(block: object, tmp_path: Path) -> None:
     _, config = made(MOE, tmp_path)

@@ -50,9 +50,10 @@ def test_narrow_dtypes(dtype):
     assert_close(found, _expected(q, pool, segments))
 
 
-def test_pool_in_fp8():
+@pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_pool_in_fp8(pool_dtype):
     """Values of the pool times `kv_scale` are what was cached."""
-    segments, q, pool = _inputs(MIXED, 16, (4, 2, 32), torch.bfloat16, torch.float8_e4m3fn)
+    segments, q, pool = _inputs(MIXED, 16, (4, 2, 32), torch.bfloat16, pool_dtype)
     found = paged_attention(q, pool, segments, SCALE, kv_scale=0.5)
     assert_close(found, _expected(q, pool.float() * 0.5, segments))
 

@@ -9,11 +9,13 @@ from ops.cases import assert_close, case
 from tessera.ops.fused import HeadInputs, LatentInputs
 from tessera.ops.fused import write_heads as plain_heads
 from tessera.ops.fused import write_latents as plain_latents
+from tessera.ops.narrow import narrowed
 from tessera.ops.rope import rope_tables
 from tessera.ops.triton_cache import write_heads, write_latents
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNTOUCHED = 1024.0  # what nothing here comes to
 RANGES = [(0, 20), (33, 5), (7, 1), (0, 1), (40, 3)]
 MANY = [(100, 300), (0, 1000), (4000, 1), (15, 1), (16, 1)]
@@ -56,7 +58,7 @@ def test_heads(heads, rope, norm, zero_centred, interleaved):
 
 
 # Triton 3.7's interpreter loses the carry where rounding to fp8 reaches the next power of two: 1.97 becomes 1.
-@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.gpu) for d in FP8)])
 def test_heads_in_narrow_dtypes(pool_dtype):
     y, inputs, pool, segments = _heads(RANGES, (4, 2, 16), 8, False, True, True, torch.bfloat16)
     found = torch.zeros_like(pool, dtype=torch.float32).to(pool_dtype)
@@ -88,6 +90,21 @@ def _latents(ranges, heads, rank, rope, interleaved, dtype, page_size=16):
 def test_latents(heads, rank, rope, interleaved):
     y, *rest = _latents(RANGES, heads, rank, rope, interleaved, torch.float32)
     _same(write_latents, plain_latents, y, *rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pool_dtype", FP8, ids=str)
+def test_latents_in_fp8(pool_dtype):
+    y, q, inputs, pool, segments = _latents(RANGES, 4, 32, 16, True, torch.bfloat16)
+    found, wide = torch.zeros_like(pool, dtype=torch.float32).to(pool_dtype), torch.full_like(pool, UNTOUCHED).double()
+    y *= 1e3 if pool_dtype == torch.float8_e4m3fn else 1  # the roped key is not normed: some are beyond the largest
+    write_latents(y, q, inputs, found, segments)
+    exact = LatentInputs(inputs.kv, inputs.tables, True, inputs.norm.double(), inputs.eps)
+    plain_latents(y.double(), q.double(), exact, wide, segments)
+    touched = wide != UNTOUCHED
+    found, expected = found[touched].float(), narrowed(wide[touched], pool_dtype).float()
+    steps = (found - expected).abs() / expected.abs().clamp(min=0.1)
+    assert steps.max() <= torch.finfo(pool_dtype).eps  # one step, where fp32 and fp64 round differently
 
 
 @pytest.mark.gpu

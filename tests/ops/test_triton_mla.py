@@ -61,6 +61,12 @@ def test_narrow_dtypes(dtype):
     _assert_plain(*_inputs(MIXED, 16, TINY, dtype))
 
 
+@pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_pool_in_fp8(pool_dtype):
+    segments, pool, *rest = _inputs(MIXED, 16, TINY, torch.bfloat16)
+    _assert_plain(segments, pool.to(pool_dtype), *rest)
+
+
 @pytest.mark.parametrize("most_bytes", [1 << 30, 0])
 def test_what_precedes_long_ranges_is_expanded(monkeypatch, most_bytes):
     """Of some ranges, beside those of which it is not; and not at all where that would take too many bytes."""

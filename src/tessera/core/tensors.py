@@ -26,6 +26,9 @@ DTYPE_BYTES = {
 }
 
 
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A box to copy: `src` in checkpoint tensor `tensor`, `dst` in the rank's tile; (start, length) per dim.

@@ -15,6 +15,7 @@ from tessera.models.safetensors import Entry, read_folder
 from tessera.models.source import Span, blocks
 
 SCALE = "_scale_inv"
+CACHE_SCALES = (".k_scale", ".v_scale")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FUSED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
@@ -81,6 +82,17 @@ class Checkpoint:
         known = set(used)
         known |= {self._parts[name] for name in known if name in self._parts}
         return sorted(name for name in self._found if name.removesuffix(SCALE) not in known)
+
+    def refuse_cache_scales(self) -> None:
+        """Raises `ModelError` where keys or values are to be scaled before they are rounded to fp8 pages."""
+        for name, entry in self._entries.items():
+            if name.endswith(CACHE_SCALES):
+                found = entry.read(0, entry.rows, torch.empty(entry.bytes(entry.rows), dtype=torch.uint8)).float()
+                if (found != 1).any():
+                    raise ModelError(
+                        f"{entry.path}: '{name}' is {found.flatten()[0].item():g}; fp8 pages hold keys and values as "
+                        "they are, scaled by 1: serve this checkpoint with --kv-cache-dtype auto"
+                    )
 
     def _plain(self, name: str, entry: Entry, box: Tensor, row: int, column: int) -> Tensor:
         """What a stored box stands for; its first element is stored at (row, column)."""

@@ -10,10 +10,12 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
+from tessera.core.config.types import Config
 from tessera.core.errors import ModelError
 from tessera.core.families import read_spec
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import TensorSpec
+from tessera.core.tensors import FP8, TensorSpec
+from tessera.core.weights import weight_table
 from tessera.models.checkpoint import Checkpoint
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
@@ -85,9 +87,26 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def open_source(
-    folder: Path, spec: ModelSpec, table: Sequence[TensorSpec], load_format: str = "auto", seed: int = 0
+    folder: Path,
+    spec: ModelSpec,
+    table: Sequence[TensorSpec],
+    load_format: str = "auto",
+    seed: int = 0,
+    kv_dtype: str = "",
 ) -> Source:
-    """Where the weights of `table` come from: the folder's safetensors, or noise of seed `seed` ("dummy")."""
+    """Where the weights of `table` come from: the folder's safetensors, or noise of seed `seed` ("dummy").
+
+    `kv_dtype`: of the pages. Raises `ModelError` for a checkpoint that cannot be served with them.
+    """
     if load_format == "dummy":
         return Noise(stored_shapes(table), spec.zero_centred, seed)
-    return Checkpoint(folder, spec.block)
+    found = Checkpoint(folder, spec.block)
+    if kv_dtype in FP8:
+        found.refuse_cache_scales()
+    return found
+
+
+def configured_source(folder: Path, spec: ModelSpec, config: Config) -> Source:
+    """Where the weights of a configuration's model come from: see `open_source`."""
+    table, model = weight_table(spec, config.mesh.mesh), config.model
+    return open_source(folder, spec, table, model.load_format, model.seed, config.memory.kv_dtype)

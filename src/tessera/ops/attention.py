@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops.buckets import Shape, attend, buckets, gathered
+from tessera.ops.narrow import movable, narrowed, picked
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
@@ -18,7 +19,7 @@ def write_kv(pool: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
     """Writes k and v [T, H, D] of the step's tokens into their pages, in the pool's dtype."""
     at = segments.once("write", lambda: (segments.write_page.long(), segments.write_offset.long()))
     for plane, heads in enumerate((k, v)):
-        pool[:, plane].transpose(1, 2)[at] = heads.to(pool.dtype)
+        movable(pool)[:, plane].transpose(1, 2)[at] = movable(narrowed(heads, pool.dtype))
 
 
 def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -32,7 +33,7 @@ def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale
     for s in range(segments.num_segments):
         tokens = segments.tokens_of(s, s + 1)
         end = int(segments.host_starts[s] + segments.host_lengths[s])
-        pages = pool[segments.page_table[s, : -(-end // segments.page_size)].long()]  # [P, 2, H, token, D]
+        pages = picked(pool, segments.page_table[s, : -(-end // segments.page_size)].long())  # [P, 2, H, token, D]
         kv = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end].to(dtype)  # [2, H, L, D]
         k, v = kv.repeat_interleave(group, 1)
         scores = torch.einsum("thd,hld->htl", q[tokens].to(dtype), k) * scale

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.ops.narrow import movable
 from tessera.ops.products import attend_by_products, products_pay
 from tessera.ops.segments import Segments
 from tessera.ops.upload import upload
@@ -75,13 +76,13 @@ def gathered(pool: Tensor, shape: Shape, bucket: Bucket) -> Tensor:
     The pool ends in (token, dim) and has no gaps (`view` fails on one that has): one copy puts all in place.
     """
     token, dim = pool.shape[-2:]
-    rows = pool.view(-1, token * dim).index_select(0, bucket.lines).view(-1, dim)
+    rows = movable(pool).view(-1, token * dim).index_select(0, bucket.lines).view(-1, dim)
     if bucket.stale is not None:
         rows.index_fill_(0, bucket.stale, 0)
     rows = rows.view(shape.planes, bucket.num_blocks, shape.heads, -1, dim)[..., : bucket.length, :]
     if bucket.length > bucket.end:
         rows[..., bucket.end :, :] = 0
-    return rows.to(shape.dtype)
+    return rows.view(pool.dtype).to(shape.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float, out: Tensor) -> None:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from tessera.ops.buckets import Shape, attend, buckets, gathered
+from tessera.ops.narrow import movable, narrowed, picked
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
 
 def write_latent(pool: Tensor, latent: Tensor, rope: Tensor, segments: Segments) -> None:
     """Writes latent [T, R] and rope [T, Dr] of the step's tokens into their pages, in the pool's dtype."""
-    pool[segments.write_page, segments.write_offset] = torch.cat((latent, rope), -1).to(pool.dtype)
+    entries = narrowed(torch.cat((latent, rope), -1), pool.dtype)
+    movable(pool)[segments.write_page, segments.write_offset] = movable(entries)
 
 
 def mla_absorbed_reference(q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -61,7 +63,8 @@ def mla_expanded_reference(
 def _cached(pool: Tensor, segments: Segments, s: int) -> Tensor:
     """[L, R + Dr]: what the pages of segment s hold up to its end."""
     end = int(segments.host_starts[s] + segments.host_lengths[s])
-    return pool[segments.page_table[s, : -(-end // segments.page_size)].long()].flatten(0, 1)[:end]
+    pages = segments.page_table[s, : -(-end // segments.page_size)].long()
+    return picked(pool, pages).flatten(0, 1)[:end]
 
 
 def _later(segments: Segments, tokens: slice, length: int) -> Tensor:

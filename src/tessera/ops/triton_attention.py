@@ -139,7 +139,7 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """See `paged_attention_reference`. Only the last dims must be dense; D is best a power of two.
 
-    The pool has q's dtype, or is fp8_e4m3 with values that are to be multiplied by `kv_scale`. `decode`, `prefill` and
+    The pool has q's dtype, or is of fp8 with values that are to be multiplied by `kv_scale`. `decode`, `prefill` and
     `splits` override what the tables say.
     """
     (num_tokens, num_q, dim), num_kv = q.shape, pool.shape[2]

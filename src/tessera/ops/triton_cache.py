@@ -18,6 +18,16 @@ BLOCK = 8  # heads of a program at most: with D = 128, eight elements a thread
 
 
 @triton.jit
+def narrowed(x, to):
+    """x as `to` holds it; see `narrow.narrowed`. NaN stays NaN."""
+    if to.dtype.element_ty == tl.float8e4nv:
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    elif to.dtype.element_ty == tl.float8e5:
+        x = tl.where(x > 57344.0, 57344.0, tl.where(x < -57344.0, -57344.0, x))
+    return x.to(to.dtype.element_ty)
+
+
+@triton.jit
 def _columns(half, P: tl.constexpr, INTERLEAVED: tl.constexpr):
     """[P] where the first and the second of each pair lie."""
     i = tl.arange(0, P)
@@ -64,15 +74,15 @@ def _normed_rotated(
         if NORM:
             squares = tl.sum(rest * rest, 1)
             rest *= tl.rsqrt(squares / D + eps)[:, None] * _weight(norm, dims, dims < D, ZERO_CENTRED)
-        tl.store(to + head[:, None] * to_head + dims, rest.to(to.dtype.element_ty), mask=live & outside)
+        tl.store(to + head[:, None] * to_head + dims, narrowed(rest, to), mask=live & outside)
     if NORM:
         factor = tl.rsqrt(squares / D + eps)[:, None]
         a *= factor * _weight(norm, first, i < HALF, ZERO_CENTRED)
         b *= factor * _weight(norm, second, i < HALF, ZERO_CENTRED)
     a, b = _rotated(a, b, cos, sin, position, HALF, P)
     at = head[:, None] * to_head
-    tl.store(to + at + first, a.to(to.dtype.element_ty), mask=inside)
-    tl.store(to + at + second, b.to(to.dtype.element_ty), mask=inside)
+    tl.store(to + at + first, narrowed(a, to), mask=inside)
+    tl.store(to + at + second, narrowed(b, to), mask=inside)
 
 
 @triton.jit
@@ -104,7 +114,7 @@ def _write_heads(
         head, dims = (block - q_blocks - k_blocks) * BK + tl.arange(0, BK), tl.arange(0, DP)
         live = (head < HK)[:, None] & (dims < D)
         v = tl.load(row + v_column + head[:, None] * D + dims, mask=live, other=0.0)
-        tl.store(to + plane_stride + head[:, None] * head_stride + dims, v.to(pool.dtype.element_ty), mask=live)
+        tl.store(to + plane_stride + head[:, None] * head_stride + dims, narrowed(v, pool), mask=live)
 
 
 @triton.jit
@@ -117,12 +127,12 @@ def _cache_latent(
     first, second = _columns(half, P, INTERLEAVED)
     latent = tl.load(x + r, mask=r < R, other=0.0).to(tl.float32)
     latent *= tl.rsqrt(tl.sum(latent * latent, 0) / R + eps) * _weight(norm, r, r < R, False)
-    tl.store(to + r, latent.to(to.dtype.element_ty), mask=r < R)
+    tl.store(to + r, narrowed(latent, to), mask=r < R)
     a = tl.load(x + R + first, mask=i < half, other=0.0).to(tl.float32)
     b = tl.load(x + R + second, mask=i < half, other=0.0).to(tl.float32)
     a, b = _rotated(a, b, cos, sin, position, half, P)
-    tl.store(to + R + first, a.to(to.dtype.element_ty), mask=i < half)
-    tl.store(to + R + second, b.to(to.dtype.element_ty), mask=i < half)
+    tl.store(to + R + first, narrowed(a, to), mask=i < half)
+    tl.store(to + R + second, narrowed(b, to), mask=i < half)
 
 
 @triton.jit
@@ -147,8 +157,8 @@ def _write_latents(
     b = tl.load(at + second, mask=inside, other=0.0).to(tl.float32)
     a, b = _rotated(a, b, cos, sin, position, half, P)
     to = q_out + (t * H + head[:, None]) * (2 * half)
-    tl.store(to + first, a.to(q_out.dtype.element_ty), mask=inside)
-    tl.store(to + second, b.to(q_out.dtype.element_ty), mask=inside)
+    tl.store(to + first, narrowed(a, q_out), mask=inside)
+    tl.store(to + second, narrowed(b, q_out), mask=inside)
 
 
 def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments) -> Tensor:

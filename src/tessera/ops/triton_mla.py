@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.ops.narrow import picked
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, dot
 from tessera.ops.triton_softmax import (
@@ -215,7 +216,7 @@ def mla_expanded(
         _attend(q_latent, q_rope, pool, latent, segments, scale, None, long, None, rows.firsts, lse)
         out = torch.einsum("thr,hvr->thv", latent, w_v).contiguous()
     if segments.max_length > SHORT:
-        cached = pool[rows.pages, rows.offsets].to(q_nope.dtype)
+        cached = picked(pool, rows.pages, rows.offsets).to(q_nope.dtype)
         expanded = torch.nn.functional.linear(cached[:, :rank], kv_b.flatten(0, 1))
         t = own or OWN.get(q_nope.element_size(), WIDE)
         tiles = tiles_of(segments, 1, t.m, SHORT)

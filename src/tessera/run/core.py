@@ -13,8 +13,7 @@ from tessera.core.errors import ConfigError, Conflict
 from tessera.core.mesh import share
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.core.spec import ModelSpec
-from tessera.core.weights import weight_table
-from tessera.models.folder import open_source
+from tessera.models.folder import configured_source
 from tessera.models.load import Progress
 from tessera.models.source import Source
 from tessera.plan.log import Recorder
@@ -122,6 +121,5 @@ def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress
     # torch counts the host's cores; a container may use fewer. OMP_NUM_THREADS, which it has read, may be lower still.
     config, spec = prepared.resolved.config, prepared.spec
     torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), config.mesh.replicas), 1))
-    table = weight_table(spec, config.mesh.mesh)
-    source = open_source(prepared.folder, spec, table, config.model.load_format, config.model.seed)
+    source = configured_source(prepared.folder, spec, config)
     return EngineCore(prepared.resolved, spec, source, sink, progress)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.tensors import CacheSpec
+from tessera.ops.narrow import movable
 from tessera.plan.step import Change, Ints, Part
 from tessera.run.host import upload_columns
 
@@ -35,8 +36,7 @@ class Pools:
             units = num_pages if spec.kind == "page" else num_slots
             shape = (units, *spec.layout.local_shape(mesh, rank))
             self.tensors[spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=self.device)
-        # As bytes, because not every device moves every dtype (fp8 on CPU).
-        flat = {spec.name: self.tensors[spec.name].view(units_as_bytes(self.tensors[spec.name])) for spec in table}
+        flat = {spec.name: movable(self.tensors[spec.name]) for spec in table}
         self._paged = [flat[spec.name] for spec in table if spec.kind == "page"]
         self._slotted = [flat[spec.name] for spec in table if spec.kind == "slot"]
 
@@ -53,11 +53,6 @@ class Pools:
             held = pool[slot_src]
             pool[zeros] = 0
             pool[slot_dst] = held
-
-
-def units_as_bytes(tensor: Tensor) -> torch.dtype:
-    """The dtype to move elements of this tensor as: itself, or uint8 where it has one byte."""
-    return torch.uint8 if tensor.element_size() == 1 else tensor.dtype
 
 
 class SlotWatch:

@@ -25,8 +25,7 @@ from tessera.comm.connect import Place, connect
 from tessera.core.config.types import Config
 from tessera.core.errors import ConfigError, DeadlineError, PeerError, TesseraError
 from tessera.core.mesh import share
-from tessera.core.weights import weight_table
-from tessera.models.folder import open_source, read_model
+from tessera.models.folder import configured_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
@@ -233,8 +232,7 @@ def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: L
     """The runner of a rank, with weights from its folder."""
     folder = Path(spawn.folder)
     spec = read_model(folder)
-    table = weight_table(spec, config.mesh.mesh)
-    source = open_source(folder, spec, table, config.model.load_format, config.model.seed)
+    source = configured_source(folder, spec, config)
     return build_runner(config, spec, source, LoadingReports(link), None, spawn.rank, comm, device, news.put)
 
 

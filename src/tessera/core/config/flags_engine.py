@@ -9,7 +9,7 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, swi
 
 FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
 
-FP8_KV = "keep 'auto' (the model's dtype)"
+FP8_KV = "use 'fp8_e4m3', or keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
 TORCH = "use 'torch', which runs on every device"
 
@@ -84,8 +84,8 @@ MEMORY = (
          "memory"),
     Flag("page_size", whole(1, 1024), 16, "Tokens of a KV page.", "memory"),
     Flag("kv_cache_dtype", text, "auto", "Type of the KV cache; auto: that of the model.", "memory",
-         choices=("auto", "bfloat16", "float16", "float32", "float64", "bf16"),
-         unbuilt=("fp8_e4m3", "fp8_e5m2", "fp4_e2m1"), instead=FP8_KV),
+         choices=("auto", "bfloat16", "float16", "float32", "float64", "bf16", "fp8_e4m3", "fp8_e5m2"),
+         unbuilt=("fp4_e2m1",), instead=FP8_KV),
     Flag("mamba_ssm_dtype", text, None, "Type of the recurrent state; default: the model's own, else float32.",
          "memory", choices=("float32", "bfloat16", "float16", "float64")),
     Flag("max_mamba_cache_size", whole(1), None, "Most recurrent states; default: one per running request.", "memory"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from tessera.core.config.ask import Asked
-from tessera.core.config.types import KernelConfig, Notes
+from tessera.core.config.types import Hardware, KernelConfig, Notes
 from tessera.core.spec import ModelSpec, MoESpec
 
 NAMES = {"torch_native": "torch", "pytorch": "torch"}  # SGLang's names of the same thing
 FOLLOWERS = ("linear_attn_backend", "moe_runner_backend", "sampling_backend")
 ALONE = {"sampling_backend": {"triton": "torch"}}  # what is not there under the attention's name
 CUDA_ONLY = ("triton",)
+FP8_FROM = (8, 9)  # compute capability from which on a device knows e4m3
 RECORDED = {"triton"}  # backends whose launches do not depend on a step's numbers
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
 GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -17,9 +18,10 @@ GRAPH_FLAGS = ("cuda_graph_max_bs", "cuda_graph_bs")
 
 
 def kernels_phase(
-    values: Asked, spec: ModelSpec, device: str, dtype: str, max_running: int, notes: Notes
+    values: Asked, spec: ModelSpec, hardware: Hardware, dtype: str, max_running: int, notes: Notes
 ) -> KernelConfig:
     """The versions by name; those that nobody chose follow the attention's where they exist there."""
+    device = hardware.device
     _quantization(values, spec, notes)
     attention = values.word("attention_backend")
     if attention == "auto":
@@ -43,6 +45,7 @@ def kernels_phase(
             notes.decide(name.replace("_", "-"), follows, f"with --attention-backend {attention}")
         chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
     _devices(values, chosen, device, dtype, notes)
+    _pages(values, chosen[0], hardware, notes)
     attention, delta, moe, sampling = chosen
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
     return KernelConfig(attention, delta, moe, sampling, _graphs(values, run, device, max_running, notes))
@@ -101,6 +104,17 @@ def _devices(values: Asked, chosen: list[str], device: str, dtype: str, notes: N
             notes.refuse((flag, f"--device {device}"), "these kernels need a CUDA device", "Use torch.")
         elif found in CUDA_ONLY and misfit:
             notes.refuse((flag, f"--dtype {dtype}"), misfit, "Use torch.")
+
+
+def _pages(values: Asked, attention: str, hardware: Hardware, notes: Notes) -> None:
+    """Refuses pages that the attention's kernels cannot read on this device."""
+    kv, found = values.word("kv_cache_dtype"), hardware.capability
+    if kv == "fp8_e4m3" and attention in CUDA_ONLY and found is not None and found < FP8_FROM:
+        notes.refuse(
+            (f"--kv-cache-dtype {kv}", f"--attention-backend {attention}"),
+            f"{hardware.name or 'this device'} has compute capability {found[0]}.{found[1]}, e4m3 is known from 8.9 on",
+            "Use --kv-cache-dtype fp8_e5m2 or auto, or --attention-backend torch.",
+        )
 
 
 def _misfit(dtype: str) -> str:

@@ -13,11 +13,12 @@ from tessera.core.config.sizes import Sizes, sizes_of
 from tessera.core.config.types import Hardware, MemoryConfig, Notes
 from tessera.core.mesh import Mesh
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import DTYPE_BYTES, cache_dtypes
+from tessera.core.tensors import DTYPE_BYTES, FP8, cache_dtypes
 
 CPU_POOL = 2 << 30
 STATE_SHARE = 0.5  # of the pools, for recurrent states, when nobody said how many requests run
 GIB = 1 << 30
+KV_DTYPES = {"auto": None, "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 def memory_phase(
@@ -35,7 +36,13 @@ def memory_phase(
     `hardware.memory` is that of one rank. `mesh` None: the model cannot be cut (refused elsewhere), so weighs nothing.
     """
     page = values.number("page_size")
-    kv = {"auto": None, "bf16": "bfloat16"}.get(values.word("kv_cache_dtype"), values.word("kv_cache_dtype"))
+    kv = KV_DTYPES.get(values.word("kv_cache_dtype"), values.word("kv_cache_dtype"))
+    if kv in FP8:
+        notes.decide(
+            "scales of keys and values",
+            1.0,
+            f"they are rounded to {kv} as they are; a checkpoint that brings other scales is refused",
+        )
     caches = cache_dtypes(spec, dtype, kv, values.text("mamba_ssm_dtype"))
     sizes = sizes_of(spec, mesh, page, dtype, caches) if mesh is not None else Sizes(0, 1, 1)
     fraction = values.real("mem_fraction_static")

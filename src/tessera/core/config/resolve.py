@@ -56,7 +56,7 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
         mesh=mesh,
         memory=memory,
         scheduling=_scheduling(values, spec, mesh, (chunk, most), max_running, notes),
-        kernels=kernels_phase(values, spec, device, dtype, max_running, notes),
+        kernels=kernels_phase(values, spec, hardware, dtype, max_running, notes),
         serving=_serving(values, mesh, notes),
         logging=LoggingConfig(
             values.word("log_level"),
