@@ -3,7 +3,8 @@
 A case says how many bytes must move and how many operations must be done; the device's own copy and matrix product,
 measured first, say how long that takes at best. Each case is checked against its plain twin, then captured in a CUDA
 graph over several sets of inputs, together larger than the cache, as the layers of a model are; the time is the median
-of its replays, per call. `--sweep` tries the other options that a case names; `--only` is a pattern of names.
+of its replays, per call. `--sweep` tries the other options that a case names, `--tried` those that match a pattern, for
+instance those of a library; `--only` is a pattern of names.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ def measure_limits() -> Limits:
     return Limits(memory, 2 * 8192**3 / seconds(lambda: a @ b))
 
 
-def rows(cases: Iterator[Case], limits: Limits, sweep: bool) -> Iterator[dict[str, Any]]:
-    """One row for what the tables choose, and with `sweep` one for each variant, the fastest first."""
+def rows(cases: Iterator[Case], limits: Limits, tried: str) -> Iterator[dict[str, Any]]:
+    """One row for what the tables choose, and one for each variant that matches `tried`, the fastest first."""
     for case in cases:
         sets = [case.make() for _ in range(case.num_sets)]
         found = []
-        for options in [{}, *(case.variants if sweep else [])]:
+        for options in options_of(case, tried):
             try:
                 error = case.check(sets[0], case.run(sets[0], **options))
                 took = seconds(partial(_all, case, sets, options)) / len(sets) if error <= TOLERANCE else float("inf")
@@ -85,6 +86,16 @@ def rows(cases: Iterator[Case], limits: Limits, sweep: bool) -> Iterator[dict[st
         yield from sorted(found[1:], key=lambda row: row["us"])
 
 
+def options_of(case: Case, tried: str) -> list[dict[str, Any]]:
+    """None, for what the tables choose, and those of the variants that match the pattern."""
+    return [{}, *(options for options in case.variants if re.search(tried, named(options)))]
+
+
+def named(options: dict[str, Any]) -> str:
+    """A variant as one word a number."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
 def _all(case: Case, sets: list[Any], options: dict[str, Any]) -> None:
     for inputs in sets:
         case.run(inputs, **options)
@@ -93,7 +104,7 @@ def _all(case: Case, sets: list[Any], options: dict[str, Any]) -> None:
 def _row(case: Case, options: dict[str, Any], error: float, took: float, limits: Limits) -> dict[str, Any]:
     return {
         "case": case.name,
-        "options": " ".join(f"{name}={value}" for name, value in options.items()) or "table",
+        "options": named(options) or "table",
         "us": round(took * 1e6, 2),
         "GB/s": round(case.num_bytes / took / 1e9),
         "TFLOP/s": round(case.operations / took / 1e12, 1),
@@ -109,12 +120,12 @@ def cases_of(group: str, only: str) -> Iterator[Case]:
             yield make(name)
 
 
-def compile_part(group: str, only: str, sweep: bool, part: int, parts: int) -> None:
+def compile_part(group: str, only: str, tried: str, part: int, parts: int) -> None:
     """Runs every `parts`-th variant once: its kernels are then in the cache on disk."""
     at = 0
     for case in cases_of(group, only):
         inputs = None
-        for options in [{}, *(case.variants if sweep else [])]:
+        for options in options_of(case, tried):
             at += 1
             if at % parts == part:
                 inputs = inputs or case.make()
@@ -122,10 +133,10 @@ def compile_part(group: str, only: str, sweep: bool, part: int, parts: int) -> N
                     case.run(inputs, **options)
 
 
-def compile_all(group: str, only: str, sweep: bool, jobs: int) -> None:
+def compile_all(group: str, only: str, tried: str, jobs: int) -> None:
     """Compiles the variants in processes side by side."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_part, args=(group, only, sweep, part, jobs)) for part in range(jobs)]
+    workers = [context.Process(target=compile_part, args=(group, only, tried, part, jobs)) for part in range(jobs)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -136,7 +147,8 @@ def main() -> None:
     """Prints a table, or with --json one object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep", action="store_const", const="", dest="tried", help="--tried everything")
+    parser.add_argument("--tried", default="$^")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile before anything is timed")
@@ -144,7 +156,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     if asked.jobs:
-        compile_all(asked.group, asked.only, asked.sweep, asked.jobs)
+        compile_all(asked.group, asked.only, asked.tried, asked.jobs)
     limits = measure_limits()
     head = {
         "device": torch.cuda.get_device_name(),
@@ -156,7 +168,7 @@ def main() -> None:
     found = []
     if not asked.json:
         sys.stdout.write(" ".join(f"{name} {value}" for name, value in head.items()) + "\n")
-    for row in rows(cases_of(asked.group, asked.only), limits, asked.sweep):
+    for row in rows(cases_of(asked.group, asked.only), limits, asked.tried):
         found.append(row)
         if not asked.json:
             sys.stdout.write(" | ".join(str(value) for value in row.values()) + "\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from tessera.ops import triton_attention, triton_cache, triton_mla
 from tessera.ops.attention import paged_attention_reference
+from tessera.ops.backend import Backend, backend
 from tessera.ops.fused import HeadInputs, LatentInputs, write_heads, write_latents
 from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
 from tessera.ops.rope import rope_tables
@@ -36,6 +39,13 @@ MLA_SPLITS = [Tile(16, 64, 4, 4), Tile(16, 32, 4, 3), Tile(16, 64, 4, 3), Tile(1
 MLA_OWN = [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 3)]
 MLA_LONG = [Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)]
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128
+LIBRARY: list[dict[str, Any]] = [{"by": "flashinfer"}] if importlib.util.find_spec("flashinfer") else []
+
+
+@cache
+def library(name: str) -> Backend:
+    """The backend of a library: planned when it is first run, so that graphs hold its launches only."""
+    return backend(name)
 
 
 def segments_of(num: int, start: int, length: int, page_size: int) -> tuple[Segments, int]:
@@ -55,8 +65,9 @@ def attention(name: str, shape: str, num: int, start: int, length: int, page_siz
     def make() -> Any:
         return random(num * length, num_q, dim), random(num_pages, 2, num_kv, page_size, dim)
 
-    def run(inputs: Any, **options: Any) -> Tensor:
-        return triton_attention.paged_attention(*inputs, segments, scale, **options)
+    def run(inputs: Any, by: str = "", **options: Any) -> Tensor:
+        op = library(by).paged_attention if by else triton_attention.paged_attention
+        return op(*inputs, segments, scale, **options)
 
     def check(inputs: Any, found: Tensor) -> float:
         """One key head of the last range."""
@@ -70,6 +81,7 @@ def attention(name: str, shape: str, num: int, start: int, length: int, page_siz
     variants: list[dict[str, Any]] = [{kind: tile} for kind, choice in tiles.items() for tile in choice]
     if length == 1 and num < 512:
         variants += [{"splits": n} for n in ((4, 8, 16) if num == 1 else (1, 2, 4, 6, 8))]
+    variants += LIBRARY
     moved = 2 * num_kv * dim * 2 * num * (start + length) + 4 * num * length * num_q * dim
     size = num_pages * page_size * 2 * num_kv * dim * 2
     return Case(name, moved, 4 * pairs * num_q * dim, size, make, run, check, variants)
@@ -86,11 +98,11 @@ def latent(name: str, num: int, start: int, length: int, page_size: int, heads: 
         tokens = num * length
         return random(tokens, heads, width), random(tokens, heads, ROPE), random(num_pages, page_size, RANK + ROPE)
 
-    def run(inputs: Any, **options: Any) -> Tensor:
-        q, rope, pool = inputs
+    def run(inputs: Any, by: str = "", **options: Any) -> Tensor:
+        (q, rope, pool), ops = inputs, library(by) if by else triton_mla
         if absorbed:
-            return triton_mla.mla_absorbed(q, rope, pool, segments, scale, **options)
-        return triton_mla.mla_expanded(q, rope, kv_b, pool, segments, scale, **options)
+            return ops.mla_absorbed(q, rope, pool, segments, scale, **options)
+        return ops.mla_expanded(q, rope, kv_b, pool, segments, scale, **options)
 
     def check(inputs: Any, found: Tensor) -> float:
         """One head of the last range."""
@@ -110,7 +122,8 @@ def latent(name: str, num: int, start: int, length: int, page_size: int, heads: 
         variants += [{"splits": n} for n in ((8, 16, 32) if num == 1 else (1, 2, 3, 4, 8))] if num < 512 else []
     else:
         variants = [{"own": tile} for tile in MLA_OWN] + [{"long": tile} for tile in (MLA_LONG if start else [])]
-    return Case(name, moved, work, num_pages * page_size * 2 * (RANK + ROPE), make, run, check, variants)
+    size = num_pages * page_size * 2 * (RANK + ROPE)
+    return Case(name, moved, work, size, make, run, check, variants + LIBRARY)
 
 
 def head_writes(name: str, shape: str, num: int, length: int) -> Case:

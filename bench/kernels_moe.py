@@ -5,6 +5,7 @@ Experts are chosen at random. The bytes are those of the experts that are touche
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -14,6 +15,7 @@ from kernel_case import Case, distance, random
 from torch import Tensor
 
 from tessera.ops import moe
+from tessera.ops.backend import backend, expert_runner
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts
 from tessera.ops.triton_moe_few import few_experts
 from tessera.ops.triton_route import route
@@ -24,6 +26,7 @@ SHAPES = {  # experts, hidden, intermediate, chosen
     "qwen3next": (512, 2048, 512, 10),
 }
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192)
+RUNNERS = ["grouped_mm", *(["deep_gemm"] if importlib.util.find_spec("deep_gemm") else [])]
 SWEPT_FEW, SWEPT_SMALL = 16, 512  # tokens up to which the vector products, and the tiles of few rows, are tried
 
 
@@ -69,7 +72,15 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     )  # fmt: skip
 
 
-def _run(inputs: tuple[Any, ...], tiles: Tiles | None = None, few: bool = False) -> Tensor:
+@cache
+def library(name: str) -> Callable[..., Tensor]:
+    """The experts of a runner by its name."""
+    return expert_runner(name, backend("triton")).experts
+
+
+def _run(inputs: tuple[Any, ...], tiles: Tiles | None = None, few: bool = False, by: str = "") -> Tensor:
+    if by:
+        return library(by)(*inputs)
     if tiles is not None:
         return grouped_experts(*inputs, tiles)
     return few_experts(*inputs) if few else experts(*inputs)
@@ -85,4 +96,4 @@ def _variants(tokens: int) -> list[dict[str, Any]]:
         tried += [Tiles(0, up, down), Tiles(0, replace(up, group=1), replace(down, group=1))]
         tried += [Tiles(0, replace(up, group=4, stages=3), replace(down, group=4, stages=3))]
     few: list[dict[str, Any]] = [{"few": True}] if tokens <= SWEPT_FEW else []
-    return few + [{"tiles": tiles} for tiles in tried]
+    return few + [{"tiles": tiles} for tiles in tried] + [{"by": name} for name in RUNNERS]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from core.test_config import CUDA, HYBRID, config_of, resolved, spec_of
+from core.test_config import CUDA, DENSE, HYBRID, config_of, refusals, resolved, spec_of
+from tessera.core.config.kernels import LIBRARIES
 
 
 def graphs(**asked: object) -> tuple[tuple[int, ...], ...]:
@@ -40,3 +41,78 @@ def test_sizes_are_those_asked_for() -> None:
 def test_float64_gets_kernels_that_compute_in_it() -> None:
     assert config_of(spec_of(HYBRID), CUDA, dtype="float64").kernels.attention == "torch"
     assert config_of(spec_of(HYBRID), CUDA).kernels.attention == "triton"
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "rope_theta": 1e4,
+}
+EQUIPPED = replace(CUDA, libraries=tuple(LIBRARIES))
+WIDE = spec_of(HYBRID, head_dim=64)
+OLDER = replace(EQUIPPED, capability=(8, 0))
+REFUSED = {
+    "no library": (WIDE, CUDA, {"attention_backend": "flashinfer"}, "pip install 'tessera-llm[flashinfer]'"),
+    "no other library": (WIDE, CUDA, {"moe_runner_backend": "deep_gemm"}, "pip install 'tessera-llm[deep-gemm]'"),
+    "heads": (spec_of(DENSE), EQUIPPED, {"attention_backend": "flashinfer"}, "heads have 16 dims"),
+    "fp32": (WIDE, EQUIPPED, {"attention_backend": "flashinfer", "dtype": "float32"}, "the model is in float32"),
+    "keys": (WIDE, EQUIPPED, {"attention_backend": "flashinfer", "kv_cache_dtype": "float32"}, "dtype of queries"),
+    "older": (WIDE, OLDER, {"moe_runner_backend": "grouped_mm"}, "needs compute capability 9.0"),
+    "fp16": (WIDE, EQUIPPED, {"moe_runner_backend": "deep_gemm", "dtype": "float16"}, "the model is in float16"),
+}
+
+
+@pytest.mark.parametrize(("spec", "hardware", "asked", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_a_library_cannot_do_is_refused_with_the_reason(spec, hardware, asked, why) -> None:
+    (refusal,) = refusals(spec, hardware, **asked)
+    assert why in refusal
+    assert f"--{next(iter(asked)).replace('_', '-')} {next(iter(asked.values()))}" in refusal
+
+
+def test_latents_of_another_size_are_refused() -> None:
+    spec = spec_of(DEEPSEEK)
+    (refusal,) = refusals(spec, EQUIPPED, attention_backend="flashinfer")
+    assert "latents have 32 + 16 dims" in refusal
+
+
+def test_kernels_of_the_gpu_are_refused_without_one() -> None:
+    for asked in ({"attention_backend": "flashinfer"}, {"moe_runner_backend": "deep_gemm"}):
+        assert any("need a CUDA device" in refusal for refusal in refusals(WIDE, **asked))
+    (refusal,) = refusals(WIDE, moe_runner_backend="grouped_mm", dtype="float64")
+    assert "the model is in float64" in refusal
+    assert config_of(WIDE, moe_runner_backend="grouped_mm").kernels.moe == "grouped_mm"
+
+
+def test_flashinfer_has_our_kernels_around_it_and_says_which_steps_it_serves() -> None:
+    result = resolved(WIDE, EQUIPPED, attention_backend="flashinfer")
+    kernels, told = result.config.kernels, {decision.what: decision for decision in result.decisions}
+    assert (kernels.attention, kernels.delta, kernels.moe, kernels.sampling) == (
+        "flashinfer",
+        "triton",
+        "triton",
+        "torch",
+    )
+    assert told["attention of steps that run as CUDA graphs"].value == "triton"
+    whole = resolved(WIDE, EQUIPPED, attention_backend="flashinfer", disable_cuda_graph=True)
+    assert not any("steps that run as CUDA graphs" in decision.what for decision in whole.decisions)
+
+
+def test_auto_says_what_it_took_and_why() -> None:
+    told = {decision.what: str(decision) for decision in resolved(WIDE, EQUIPPED).decisions}
+    assert "triton" in told["attention-backend"]
+    assert "triton" in told["moe-runner-backend"]

@@ -30,7 +30,10 @@ FORBIDDEN = {"core": HEAVY, "plan": HEAVY | CLOCK_AND_IO}
 
 # Imports inside functions: only factories of optional back ends, and commands that must start without loading all.
 # (file, function; * is any) -> the reason.
-LATE: dict[tuple[str, str], str] = {("ops/backend.py", "backend"): "Triton is not there on every machine"}
+LATE: dict[tuple[str, str], str] = {
+    ("ops/backend.py", "backend"): "Triton and FlashInfer are not there on every machine",
+    ("ops/backend.py", "expert_runner"): "DeepGEMM is not there on every machine",
+}
 
 
 def _imports(module: Module) -> Iterator[tuple[ast.stmt, str]]:

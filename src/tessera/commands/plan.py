@@ -10,6 +10,7 @@ from tessera.commands.settings import flags
 from tessera.commands.terminal import pairs, table, write
 from tessera.core.config import Hardware, MemoryConfig, Notes, Resolved, read
 from tessera.core.config.flag import size
+from tessera.core.config.kernels import LIBRARIES
 from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
 from tessera.run.startup import prepare
@@ -63,5 +64,5 @@ def _planned(memory_asked: str, count: int, asked: Mapping[str, object]) -> Hard
         raise ConfigError([Conflict((f"--device-memory {memory_asked}",), str(error), "For instance 80G.")]) from error
     device = read(asked, Notes()).word("device")
     if device == "cuda":
-        return Hardware("cuda", memory, count=count, name="planned", capability=(9, 0))
+        return Hardware("cuda", memory, count=count, name="planned", capability=(9, 0), libraries=tuple(LIBRARIES))
     return Hardware("cpu", memory, name="planned")

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
-from tessera.ops import attention, cpu_fused, delta, draw, fused, linear, mla, moe, norm, sample, tied
+from tessera.core.spec import ModelSpec
+from tessera.ops import attention, cpu_fused, delta, draw, fused, grouped, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
+
+
+def nothing(spec: ModelSpec, dtype: torch.dtype, kv: torch.dtype) -> None:
+    """Nothing is compiled before it is launched."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One version of each op that has several. All versions share signature and docstring (see the reference)."""
+    """One version of each op that has several. All versions share signature and docstring (see the reference).
+
+    `compile`: builds what a model will launch, where that takes long; given the dtypes of the model and of its pages.
+    """
 
     name: str
     pack: Callable[..., linear.PackedLinear]
@@ -25,6 +34,7 @@ class Backend:
     delta_net: fused.DeltaNet
     route: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
     rmsnorm: Callable[..., Tensor]
     add_rmsnorm: Callable[..., tuple[Tensor, Tensor]]
     write_heads: Callable[..., Tensor]
@@ -34,6 +44,7 @@ class Backend:
     add_gated: Callable[..., Tensor]
     draw: Callable[..., Tensor]
     expand: Callable[..., Expanded]
+    compile: Callable[[ModelSpec, torch.dtype, torch.dtype], None] = nothing
 
 
 REFERENCE = Backend(
@@ -46,6 +57,7 @@ REFERENCE = Backend(
     delta_net=fused.delta_net_of(delta.causal_conv_reference, delta.gated_delta_rule_reference),
     route=moe.route,
     experts=moe.experts_reference,
+    combine=moe.combine,
     rmsnorm=norm.rmsnorm,
     add_rmsnorm=norm.add_rmsnorm,
     write_heads=fused.write_heads,
@@ -67,6 +79,7 @@ TORCH = Backend(
     delta_net=fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule),
     route=moe.route,
     experts=moe.experts,
+    combine=moe.combine,
     rmsnorm=cpu_fused.rmsnorm,
     add_rmsnorm=cpu_fused.add_rmsnorm,
     write_heads=cpu_fused.write_heads,
@@ -82,19 +95,35 @@ BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
 
 
 def backend(name: str) -> Backend:
-    """A backend by its name. Triton is imported only where its kernels are asked for."""
+    """A backend by its name. Libraries that are not on every machine are imported only where they are asked for."""
     if name == "triton":
         from tessera.ops.triton_backend import TRITON
 
         return TRITON
+    if name == "flashinfer":
+        from tessera.ops.flashinfer_backend import make
+
+        return make()
     return BACKENDS[name]
+
+
+def expert_runner(name: str, base: Backend) -> Backend:
+    """Routing and experts by the name of their runner; what it has no version of is that of `base`."""
+    if name == "grouped_mm":
+        return replace(base, experts=grouped.experts_of(base.silu_mul, base.combine))
+    if name == "deep_gemm":
+        from tessera.ops.deep_gemm import experts
+
+        return replace(base, experts=experts)
+    return backend(name)
 
 
 def chosen(kernels: KernelConfig) -> Backend:
     """The versions that a configuration names; linear maps and what is between are those of the attention's."""
-    moe_runner = backend(kernels.moe)
+    base = backend(kernels.attention)
+    moe_runner = expert_runner(kernels.moe, base)
     return replace(
-        backend(kernels.attention),
+        base,
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,
         experts=moe_runner.experts,

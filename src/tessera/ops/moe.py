@@ -95,3 +95,13 @@ def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     gate, up = (w13 @ as_columns(x)).chunk(2, 0)
     y = w2 @ (silu(gate) * up)
     return turned(y[:, :1] if len(x) == 1 else y)
+
+
+def combine(y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
+    """[T, H]: the rows y [T * k, H] of a token times their weights [T, k], added up; those of id -1 are not read.
+
+    `places` [T * k]: which row of y is each routed one; None: they are in order.
+    """
+    rows = (y if places is None else y[places]).view(*ids.shape, -1)
+    rows = torch.where((ids >= 0)[..., None], rows.to(wide(y.dtype)), 0)  # a row that nobody wrote may be NaN
+    return (rows * weights[..., None].to(rows.dtype)).sum(1).to(y.dtype)

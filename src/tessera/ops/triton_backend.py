@@ -27,6 +27,7 @@ TRITON = replace(
     delta_net=triton_delta.delta_net,
     route=triton_route.route,
     experts=triton_moe.experts,
+    combine=triton_moe.combine,
     rmsnorm=triton_fused.rmsnorm,
     add_rmsnorm=triton_fused.add_rmsnorm,
     silu_mul=triton_fused.silu_mul,

@@ -134,8 +134,8 @@ def _down(
 
 @triton.jit
 def _combine(
-    y_ptr, ids_ptr, weights_ptr, out_ptr,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
+    y_ptr, ids_ptr, weights_ptr, places_ptr, out_ptr,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """out [T, H]: a token's rows times their weights, added in fp32 in the order of its experts."""
     token = tl.program_id(0).to(tl.int64)
@@ -145,7 +145,8 @@ def _combine(
     for j in tl.static_range(TOP_K):
         row = token * TOP_K + j
         held = tl.load(ids_ptr + row) >= 0
-        y = tl.load(y_ptr + row * HIDDEN + column, mask=shown & held, other=0.0).to(tl.float32)
+        at = tl.load(places_ptr + row).to(tl.int64) if PLACED else row
+        y = tl.load(y_ptr + at * HIDDEN + column, mask=shown & held, other=0.0).to(tl.float32)
         out += y * tl.load(weights_ptr + row).to(tl.float32)
     tl.store(out_ptr + token * HIDDEN + column, out.to(out_ptr.dtype.element_ty), mask=shown)
 
@@ -190,12 +191,12 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     return combine(y, ids, weights)
 
 
-def combine(y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """[T, H]: the rows y [T * k, H] of a token times their weights [T, k], added up; those of id -1 are not read."""
+def combine(y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
+    """See `moe.combine`; up to float32."""
     (num_tokens, top_k), hidden = ids.shape, y.shape[1]
     out = y.new_empty(num_tokens, hidden)
     width = min(triton.next_power_of_2(hidden), 1024)
     _combine[num_tokens, triton.cdiv(hidden, width)](
-        y, ids, weights, out, HIDDEN=hidden, TOP_K=top_k, N=width, num_warps=4
+        y, ids, weights, places, out, HIDDEN=hidden, TOP_K=top_k, N=width, PLACED=places is not None, num_warps=4
     )
     return out

@@ -154,6 +154,7 @@ def build_runner(
     backend = chosen(config.kernels)
     dtype = getattr(torch, config.model.dtype)
     context = config.model.context_length
+    backend.compile(spec, dtype, getattr(torch, memory.kv_dtype))
     tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
     decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, context)
     weights = [tile.weight for tile in tiles.values() if isinstance(tile, PackedLinear)] + [decoder.head.weight.weight]

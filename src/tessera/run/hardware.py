@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import psutil
 import torch
 
+from tessera.core.config.kernels import LIBRARIES
 from tessera.core.config.types import Hardware
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -24,6 +26,7 @@ def measure(device: str = "auto") -> Hardware:
             count=torch.cuda.device_count(),
             name=torch.cuda.get_device_name(0),
             capability=torch.cuda.get_device_capability(0),
+            libraries=tuple(name for name in LIBRARIES if importlib.util.find_spec(name)),
         )
     return Hardware(device="cpu", memory=free_memory(), cores=cores(), name="cpu", bf16=bf16_is_fast())
 

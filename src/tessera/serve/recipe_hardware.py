@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tessera.core.config import Hardware
+from tessera.core.config.kernels import LIBRARIES
 
 GIB = 1 << 30
 
@@ -35,4 +36,5 @@ def assumed(gpu_type: str, count: int) -> Hardware | None:
     gpu = GPUS.get(gpu_type.lower().replace("-", "").replace("_", ""))
     if gpu is None:
         return None
-    return Hardware("cuda", gpu.memory, count=count, name=f"{gpu_type} (assumed)", capability=gpu.capability)
+    name, libraries = f"{gpu_type} (assumed)", tuple(LIBRARIES)
+    return Hardware("cuda", gpu.memory, count=count, name=name, capability=gpu.capability, libraries=libraries)

@@ -130,14 +130,13 @@ SCHEDULING = (
 
 KERNELS = (
     Flag("attention_backend", text, "auto", "Attention kernels; reference: the plain twin, slow. Others follow it.",
-         "kernels", choices=("auto", "torch", "torch_native", "triton", "reference"),
-         unbuilt=("flashinfer", "fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha",
-                                     "trtllm_mla", "intel_amx"), instead=TORCH),
+         "kernels", choices=("auto", "torch", "torch_native", "triton", "flashinfer", "reference"),
+         unbuilt=("fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha", "trtllm_mla", "intel_amx"), instead=TORCH),
     Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels",
          choices=("auto", "torch", "triton", "reference"), unbuilt=("cutedsl", "flashinfer"), instead=TORCH),
     Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels",
-         choices=("auto", "torch", "triton", "reference"),
-         unbuilt=("deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "cutlass", "flashinfer_mxfp4", "marlin"),
+         choices=("auto", "torch", "triton", "grouped_mm", "deep_gemm", "reference"),
+         unbuilt=("flashinfer_trtllm", "flashinfer_cutlass", "cutlass", "flashinfer_mxfp4", "marlin"),
          instead=TORCH),
     Flag("moe_a2a_backend", text, "none", "Tokens go to all ranks (none), or each where its experts are.",
          "kernels", choices=("none", "all_to_all"), unbuilt=("deepep", "mooncake", "nixl", "flashinfer"),

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tessera.core.config.ask import Asked
 from tessera.core.config.types import Hardware, KernelConfig, Notes
-from tessera.core.spec import ModelSpec, MoESpec
+from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec, MoESpec
 
 NAMES = {"torch_native": "torch", "pytorch": "torch"}  # SGLang's names of the same thing
 FOLLOWERS = ("linear_attn_backend", "moe_runner_backend", "sampling_backend")
-ALONE = {"sampling_backend": {"triton": "torch"}}  # what is not there under the attention's name
-CUDA_ONLY = ("triton",)
+ALONE = {  # what is not there under the attention's name
+    "linear_attn_backend": {"flashinfer": "triton"},
+    "moe_runner_backend": {"flashinfer": "triton"},
+    "sampling_backend": {"triton": "torch", "flashinfer": "torch"},
+}
+LIBRARIES = {"flashinfer": "flashinfer", "deep_gemm": "deep-gemm"}  # modules, and which extra of ours installs each
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What kernels cannot do without. `dtypes`: those of the model on CUDA, and `why`; `on_cpu`: likewise, none: they
+    need CUDA. `capability`: of the device."""
+
+    dtypes: tuple[str, ...]
+    why: str
+    on_cpu: tuple[str, ...] = ()
+    capability: tuple[int, int] = (0, 0)
+    library: str = ""
+
+
+NEEDS = {
+    "triton": Needs(("float32", "bfloat16", "float16"), "they compute in float32"),
+    "flashinfer": Needs(("bfloat16", "float16"), "it multiplies in 16 bits", capability=(8, 0), library="flashinfer"),
+    "grouped_mm": Needs(
+        ("bfloat16",), "its products are in bfloat16", ("float32", "bfloat16", "float16"), capability=(9, 0)
+    ),
+    "deep_gemm": Needs(("bfloat16",), "its grouped products are in bfloat16", capability=(9, 0), library="deep_gemm"),
+}
 FP8_FROM = (8, 9)  # compute capability from which on a device knows e4m3
-RECORDED = {"triton"}  # backends whose launches do not depend on a step's numbers
+RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
+HEAD_DIMS, LATENT = (64, 128, 256), (512, 64)  # that FlashInfer has kernels for: of heads; of latents and their rope
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
 GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 GRAPH_FLAGS = ("cuda_graph_max_bs", "cuda_graph_bs")
@@ -21,13 +50,12 @@ def kernels_phase(
     values: Asked, spec: ModelSpec, hardware: Hardware, dtype: str, max_running: int, notes: Notes
 ) -> KernelConfig:
     """The versions by name; those that nobody chose follow the attention's where they exist there."""
-    device = hardware.device
     _quantization(values, spec, notes)
-    attention = values.word("attention_backend")
+    device, attention = hardware.device, values.word("attention_backend")
     if attention == "auto":
         attention, why = "torch", f"the one that this build has on {device}"
         if device == "cuda":
-            misfit = _misfit(dtype)
+            misfit = _misfit("triton", dtype)
             attention = "torch" if misfit else "triton"
             why = f"triton's: {misfit}" if misfit else "our kernels, which run as CUDA graphs"
         notes.decide("attention-backend", attention, why)
@@ -44,11 +72,14 @@ def kernels_phase(
         if asked == "auto" and used[name]:
             notes.decide(name.replace("_", "-"), follows, f"with --attention-backend {attention}")
         chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
-    _devices(values, chosen, device, dtype, notes)
+    _needs(values, chosen, hardware, dtype, notes)
     _pages(values, chosen[0], hardware, notes)
     attention, delta, moe, sampling = chosen
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
-    return KernelConfig(attention, delta, moe, sampling, _graphs(values, run, device, max_running, notes))
+    graphs = _graphs(values, run, device, max_running, notes)
+    if attention == "flashinfer":
+        _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
+    return KernelConfig(attention, delta, moe, sampling, graphs)
 
 
 def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: Notes) -> GraphSizes:
@@ -93,23 +124,30 @@ def graph_rows(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def _devices(values: Asked, chosen: list[str], device: str, dtype: str, notes: Notes) -> None:
-    """Refuses kernels that this device, this dtype or this model cannot have."""
-    misfit = _misfit(dtype)
+def _needs(values: Asked, chosen: list[str], hardware: Hardware, dtype: str, notes: Notes) -> None:
+    """Refuses kernels that this device or this dtype cannot have, and those of a library that is not here."""
+    device = hardware.device
     for name, found in zip(("attention_backend", *FOLLOWERS), chosen, strict=True):
-        flag = f"--{name.replace('_', '-')} {found}"
-        if not values.gave(name):
+        flag, needs = f"--{name.replace('_', '-')} {found}", NEEDS.get(found)
+        if needs is None or not values.gave(name):
             continue
-        if found in CUDA_ONLY and device != "cuda":
+        misfit, has, wants = _misfit(found, dtype, device), hardware.capability or (0, 0), needs.capability
+        if device != "cuda" and not needs.on_cpu:
             notes.refuse((flag, f"--device {device}"), "these kernels need a CUDA device", "Use torch.")
-        elif found in CUDA_ONLY and misfit:
-            notes.refuse((flag, f"--dtype {dtype}"), misfit, "Use torch.")
+        elif misfit:
+            notes.refuse((flag, f"--dtype {dtype}"), misfit, "Use torch." if dtype == "float64" else "Use triton.")
+        elif device == "cuda" and has < wants:
+            reason = f"it needs compute capability {wants[0]}.{wants[1]}, this device has {has[0]}.{has[1]}"
+            notes.refuse((flag,), reason, "Use triton.")
+        elif needs.library and needs.library not in hardware.libraries:
+            install = f"pip install 'tessera-llm[{LIBRARIES[needs.library]}]'"
+            notes.refuse((flag,), f"the module {needs.library} is not installed", f"Use triton, or {install}.")
 
 
 def _pages(values: Asked, attention: str, hardware: Hardware, notes: Notes) -> None:
     """Refuses pages that the attention's kernels cannot read on this device."""
     kv, found = values.word("kv_cache_dtype"), hardware.capability
-    if kv == "fp8_e4m3" and attention in CUDA_ONLY and found is not None and found < FP8_FROM:
+    if kv == "fp8_e4m3" and attention == "triton" and found is not None and found < FP8_FROM:
         notes.refuse(
             (f"--kv-cache-dtype {kv}", f"--attention-backend {attention}"),
             f"{hardware.name or 'this device'} has compute capability {found[0]}.{found[1]}, e4m3 is known from 8.9 on",
@@ -117,9 +155,29 @@ def _pages(values: Asked, attention: str, hardware: Hardware, notes: Notes) -> N
         )
 
 
-def _misfit(dtype: str) -> str:
-    """Why Triton's kernels do not run a model; empty when they do."""
-    return "they compute in float32, the model in float64" if dtype == "float64" else ""
+def _misfit(kernels: str, dtype: str, device: str = "cuda") -> str:
+    """Why kernels do not run a model of this dtype; empty when they do."""
+    needs = NEEDS[kernels]
+    allowed = needs.dtypes if device == "cuda" else needs.on_cpu
+    return "" if dtype in allowed else f"{needs.why}, the model is in {dtype}"
+
+
+def _flashinfer(values: Asked, spec: ModelSpec, dtype: str, graphs: bool, notes: Notes) -> None:
+    """Refuses a model that FlashInfer has no kernels for; tells which of its steps it does not serve."""
+    flag = "--attention-backend flashinfer"
+    for mixer in dict.fromkeys(layer.mixer for layer in spec.layers):
+        if isinstance(mixer, AttentionSpec) and mixer.head_dim not in HEAD_DIMS:
+            has = ", ".join(map(str, HEAD_DIMS))
+            notes.refuse((flag,), f"heads have {mixer.head_dim} dims, it has kernels for {has}", "Use triton.")
+        if isinstance(mixer, MLASpec) and (mixer.latent_dim, mixer.rope.dim) != LATENT:
+            found = f"latents have {mixer.latent_dim} + {mixer.rope.dim} dims"
+            notes.refuse((flag,), f"{found}, it has kernels for {LATENT[0]} + {LATENT[1]}", "Use triton.")
+    kv = values.word("kv_cache_dtype")
+    if kv not in ("auto", dtype, {"bfloat16": "bf16"}.get(dtype)):
+        notes.refuse((flag, f"--kv-cache-dtype {kv}"), f"it reads keys in the dtype of queries, {dtype}", "Use auto.")
+    if graphs:
+        what, why = "attention of steps that run as CUDA graphs", "FlashInfer plans each step on the host"
+        notes.decide(what, "triton", f"{why}: it serves the larger steps, or all with --disable-cuda-graph")
 
 
 def _quantization(values: Asked, spec: ModelSpec, notes: Notes) -> None:

@@ -15,7 +15,7 @@ class Hardware:
 
     `memory`: bytes free at start, of the RAM that this process can still get (cpu) or of each device (cuda).
     `capability`: compute capability of CUDA devices. `bf16`: matrix products in bfloat16 are at least as fast as in
-    float32.
+    float32. `libraries`: which of the optional kernel libraries can be imported.
     """
 
     device: str
@@ -25,6 +25,7 @@ class Hardware:
     name: str = ""
     capability: tuple[int, int] | None = None
     bf16: bool = True
+    libraries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
