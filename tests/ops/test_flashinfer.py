@@ -160,6 +160,9 @@ def test_what_it_has_no_kernels_for_runs_beside_it():
     unknown = for_a_graph(segments, pages=12)
     beside = _fake(replace(ALONE, paged_attention=lambda *_: "beside", mla_absorbed=lambda *_: "beside"))
     assert beside.paged_attention(q, pool, unknown, SCALE) == "beside"
+    for recorded, served in ((len(q), False), (len(q) - 1, True)):
+        beside._recorded = recorded  # a step that a graph will hold runs on the same kernels before it does
+        assert (beside.paged_attention(q, pool, segments, SCALE) != "beside") is served
     _latents_are_plain(ops, *_latent(RANGES["long"], 16, 2, torch.float16, nope=64, value=64))
     assert not any(key[0] == "BatchPrefillWithRaggedKVCacheWrapper" for key in ops._turns)
     segments, _, q_nope, q_rope, kv_b = _latent([(0, 1)], 16, 2, torch.float16)

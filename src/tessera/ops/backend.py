@@ -94,8 +94,12 @@ TORCH = Backend(
 BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
 
 
-def backend(name: str) -> Backend:
-    """A backend by its name. Libraries that are not on every machine are imported only where they are asked for."""
+def backend(name: str, recorded: int = 0) -> Backend:
+    """A backend by its name. Libraries that are not on every machine are imported only where they are asked for.
+
+    `recorded`: tokens of the largest step that a graph may hold, which then runs on kernels that can be recorded, also
+    before it is.
+    """
     if name == "triton":
         from tessera.ops.triton_backend import TRITON
 
@@ -103,7 +107,7 @@ def backend(name: str) -> Backend:
     if name == "flashinfer":
         from tessera.ops.flashinfer_backend import make
 
-        return make()
+        return make(recorded)
     return BACKENDS[name]
 
 
@@ -120,7 +124,7 @@ def expert_runner(name: str, base: Backend) -> Backend:
 
 def chosen(kernels: KernelConfig) -> Backend:
     """The versions that a configuration names; linear maps and what is between are those of the attention's."""
-    base = backend(kernels.attention)
+    base = backend(kernels.attention, max(kernels.graphs[2], default=0))
     moe_runner = expert_runner(kernels.moe, base)
     return replace(
         base,

@@ -1,10 +1,10 @@
 """Attention by FlashInfer's kernels (arXiv 2501.01005), behind the entries of `attention.py` and `mla.py`.
 
 Our pools are what it reads: `[page, 2, H, token, D]` is its HND layout, and of MLA's pages it takes two strided views.
-A step is planned on the host, once for all layers (`flashinfer_plans.py`); a step whose lengths the host does not know,
-which is recorded in a CUDA graph, and whatever FlashInfer has no kernel for, runs on `rest`. Long ranges come first in
-a step: what is before the last of them is one launch of the Hopper form, the rest one of the form that cuts keys into
-splits and packs the query heads of a key head.
+A step is planned on the host, once for all layers (`flashinfer_plans.py`). A step that is, or later will be, recorded
+in a CUDA graph, and whatever FlashInfer has no kernel for, runs on `rest`. Long ranges come first in a step: what is
+before the last of them is one launch of the Hopper form, the rest one of the form that cuts keys into splits and packs
+the query heads of a key head.
 
 T tokens, S segments, H heads, D head dim, R latent rank, Dr rope dim, N nope dim, V value dim, L expanded positions.
 """
@@ -44,10 +44,13 @@ class Expanded:
 
 
 class FlashInfer:
-    """`library`: the module flashinfer. `hopper`: its kernels for compute capability 9.0 can run."""
+    """`library`: the module flashinfer. `hopper`: its kernels for compute capability 9.0 can run. `mark`: see `Turns`.
 
-    def __init__(self, library: Any, rest: Backend, hopper: bool, mark: Callable[[], Done]) -> None:
-        self._library, self._rest, self._mark = library, rest, mark
+    Ranges of up to `recorded` tokens together are for `rest`.
+    """
+
+    def __init__(self, library: Any, rest: Backend, hopper: bool, mark: Callable[[], Done], recorded: int = 0) -> None:
+        self._library, self._rest, self._mark, self._recorded = library, rest, mark, recorded
         self._fast = "fa3" if hopper else "fa2"
         self._workspace: Tensor | None = None
         self._turns: dict[tuple[str, str], Turns[Any]] = {}
@@ -78,7 +81,7 @@ class FlashInfer:
 
     def paged_attention(self, q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
         """See `paged_attention_reference`; q in bf16 or fp16."""
-        if not segments.known or not len(q):
+        if not self._serves(segments):
             return self._rest.paged_attention(q, pool, segments, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for first, last, form in self._runs(segments, self._form(q.dtype, pool.dtype)):
@@ -87,6 +90,10 @@ class FlashInfer:
             planned = part.once(("flashinfer", *key), partial(self._paged, form, q, pool, part, scale))
             planned.wrapper.run(q[tokens], pool, out=out[tokens])
         return out
+
+    def _serves(self, segments: Segments) -> bool:
+        """The host knows the lengths, and no graph will ever hold such a step."""
+        return segments.known and segments.num_tokens > self._recorded
 
     @staticmethod
     def _runs(segments: Segments, form: str) -> list[tuple[int, int, str]]:
@@ -110,7 +117,7 @@ class FlashInfer:
     def mla_absorbed(self, q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
         """See `mla_absorbed_reference`; in bf16 or fp16. One launch for ranges of any length."""
         rank, dim = q_latent.shape[2], q_rope.shape[2]
-        if not segments.known or not len(q_latent) or (rank, dim) != LATENT or pool.dtype != q_latent.dtype:
+        if not self._serves(segments) or (rank, dim) != LATENT or pool.dtype != q_latent.dtype:
             return self._rest.mla_absorbed(q_latent, q_rope, pool, segments, scale)
         key = ("flashinfer", "mla", q_latent.shape[1], scale, q_latent.dtype)
         planned = segments.once(key, partial(self._latent, q_latent, segments, scale))
@@ -136,7 +143,7 @@ class FlashInfer:
         (heads, width, rank), nope, dim = kv_b.shape, q_nope.shape[2], q_rope.shape[2]
         ends = segments.host_starts + segments.host_lengths
         fits = int(ends.sum()) * heads * (width + nope + dim) * q_nope.element_size() <= MOST_BYTES
-        if not segments.known or not len(q_nope) or (nope + dim, width - nope) != EXPANDED or not fits:
+        if not self._serves(segments) or (nope + dim, width - nope) != EXPANDED or not fits:
             return self._rest.mla_expanded(q_nope, q_rope, kv_b, pool, segments, scale)
         rows = segments.once("flashinfer expanded", partial(_expanded, segments))
         cached = pool[rows.pages, rows.offsets].to(q_nope.dtype)

@@ -14,9 +14,9 @@ from tessera.ops.flashinfer_plans import Done
 from tessera.ops.triton_backend import TRITON
 
 
-def make() -> Backend:
-    """With workspaces of its own, on the current device."""
-    attention = FlashInfer(flashinfer, TRITON, torch.cuda.get_device_capability()[0] == 9, _mark)
+def make(recorded: int) -> Backend:
+    """With workspaces of its own, on the current device; steps of up to `recorded` tokens are for our kernels."""
+    attention = FlashInfer(flashinfer, TRITON, torch.cuda.get_device_capability()[0] == 9, _mark, recorded)
     return replace(
         TRITON,
         name="flashinfer",
