@@ -53,6 +53,12 @@ def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) ->
     texts = {choice["text"] for body in bodies for choice in body["choices"]}
     assert len(texts) == 1, "greedy, on either data-parallel rank"
     assert "collectives: shared (" in started.server.text
+    line = re.search(r"Start: (.*)", started.server.text)
+    assert line is not None
+    told = re.sub(r"[\d.]+", "N", line[1])
+    weights = "weights N s (N GB a rank, N GB/s)"
+    stages = ("imports N s", "config N s", "processes N s", "connect N s", weights, "pools N s", "first token N s")
+    assert told == ", ".join(stages)
     wait_until(lambda: "DP0 Prefill" in started.server.text and "DP1 Prefill" in started.server.text)
     for child in started.below:  # as `systemctl stop` does: to all
         child.send_signal(signal.SIGTERM)

@@ -135,10 +135,12 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
 
 @contextmanager
 def started(folder: Path, flags: dict[str, Any]) -> Iterator[tuple[Ours, float]]:
-    """The engine, and the seconds that it took until it could take requests."""
+    """The engine, and the seconds that it took until its first token."""
     began = time.perf_counter()
     asked = {"model_path": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, "device": "cuda"}
     with Ours({**asked, "disable_radix_cache": True, "log_level": "warning", **flags}) as ours:
+        with ours.core.stages.timed("first token"):
+            ours([[1]], 1)
         yield ours, time.perf_counter() - began
 
 
@@ -157,7 +159,9 @@ def main() -> None:
         folder = Path(shape) if Path(shape).is_dir() else SHAPES / shape
         flags = {"max_running_requests": 512, "context_length": 8192, **args.flags}
         with started(folder, flags) as (ours, seconds):
-            print(f"{shape}: ready after {seconds:.1f} s, {torch.cuda.memory_allocated() / 1e9:.1f} GB", flush=True)
+            size = torch.cuda.memory_allocated() / 1e9
+            print(f"{shape}: ready after {seconds:.1f} s, {size:.1f} GB: {ours.core.stages.line()}", flush=True)
+            ours.settle()
             for name in args.workloads:
                 row = run(ours, shape, WORKLOADS[name], card, args.rounds)
                 print(json.dumps(asdict(row)) if args.json else line(row), flush=True)

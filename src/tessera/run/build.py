@@ -19,14 +19,14 @@ from tessera.models.build import build_model
 from tessera.models.decoder import Decoder
 from tessera.models.load import Progress, load_weights
 from tessera.models.source import Source
-from tessera.ops.backend import chosen
+from tessera.ops.backend import Backend, chosen
 from tessera.ops.linear import PackedLinear
 from tessera.plan.handoff import HandoffConfig
 from tessera.plan.scheduler import PlannerConfig
 from tessera.run.batch import Input
 from tessera.run.graphs import CudaGraphs, Graphs, Sizes
 from tessera.run.group import Group
-from tessera.run.host import Executor, Inline, Worker
+from tessera.run.host import Executor, Inline, Worker, finished
 from tessera.run.hugepages import gather_pages
 from tessera.run.pools import Pools
 from tessera.run.poster import Poster
@@ -35,6 +35,7 @@ from tessera.run.rowparams import RowParams
 from tessera.run.runner import Post, Runner
 from tessera.run.sampler import Sampler
 from tessera.run.seat import Seat
+from tessera.run.stages import Stages
 from tessera.run.table import RowTable
 from tessera.transfer.engines import make_engine
 from tessera.transfer.manifest import member
@@ -151,22 +152,21 @@ def build_runner(
     `device`: which one, where there are several. `tell`: see `build_instance`.
     """
     mesh, memory, device = config.mesh.mesh, config.memory, device or _home(config.mesh)
-    backend = chosen(config.kernels)
-    dtype = getattr(torch, config.model.dtype)
-    context = config.model.context_length
-    backend.compile(spec, dtype, getattr(torch, memory.kv_dtype))
-    tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
-    decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, context)
-    weights = [tile.weight for tile in tiles.values() if isinstance(tile, PackedLinear)] + [decoder.head.weight.weight]
-    del tiles  # what the model keeps in another form
+    backend, stages = chosen(config.kernels), Stages(weight_bytes=memory.weight_bytes)
+    with stages.timed("kernels"):
+        backend.compile(spec, getattr(torch, config.model.dtype), getattr(torch, memory.kv_dtype))
+    with stages.timed("weights"):
+        decoder, weights = load_decoder(config, spec, source, backend, rank, comm or SingleComm(), device, progress)
     caches = cache_table(spec, memory.page_size, memory.dtypes)
-    rows = config.scheduling.max_running
+    rows, context = config.scheduling.max_running, config.model.context_length
     sizes = Sizes(*config.kernels.graphs)
-    table = RowTable(rows, context, memory.page_size, spec.eos, device, mirror_pages=sizes != Sizes())
-    params = RowParams(rows, device)
-    model, pools = Driven(decoder), Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank)
-    if device.type == "cpu":
-        gather_pages(weights)
+    with stages.timed("pools"):
+        table = RowTable(rows, context, memory.page_size, spec.eos, device, mirror_pages=sizes != Sizes())
+        params = RowParams(rows, device)
+        model, pools = Driven(decoder), Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank)
+        if device.type == "cpu":
+            gather_pages(weights)
+        finished(device)
     args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"))
     return Runner(
         model,
@@ -180,7 +180,27 @@ def build_runner(
         debug=config.logging.checks,
         post=make_post(config, caches, pools, rank, tell),
         graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
+        stages=stages,
     )
+
+
+def load_decoder(
+    config: Config,
+    spec: ModelSpec,
+    source: Source,
+    backend: Backend,
+    rank: int,
+    comm: Comm,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[Decoder, list[Tensor]]:
+    """The model of a rank with its weights on the device, and those of its products, as the model keeps them."""
+    mesh, dtype = config.mesh.mesh, getattr(torch, config.model.dtype)
+    tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
+    decoder = build_model(spec, mesh, rank, tiles, comm, backend, config.model.context_length)
+    weights = [tile.weight for tile in tiles.values() if isinstance(tile, PackedLinear)] + [decoder.head.weight.weight]
+    finished(device)
+    return decoder, weights
 
 
 def _home(mesh: MeshConfig) -> torch.device:

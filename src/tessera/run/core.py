@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
 import torch
 
 from tessera.core.config.types import Config, Resolved
@@ -27,6 +28,7 @@ from tessera.run.loop import StepLoop, failures
 from tessera.run.processes import unheard
 from tessera.run.recordings import Recordings
 from tessera.run.report import Reporter
+from tessera.run.stages import Stages
 from tessera.run.startup import Prepared
 
 
@@ -45,8 +47,9 @@ class EngineCore:
         source: Source,
         sink: Callable[[Outbound], None],
         progress: Progress | None = None,
+        stages: Stages | None = None,
     ) -> None:
-        self.resolved, self.spec = resolved, spec
+        self.resolved, self.spec, self.stages = resolved, spec, stages or Stages()
         self._sink = sink
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
@@ -55,6 +58,7 @@ class EngineCore:
         self.handover = Handover(resolved.config, spec, self._inbox.post) if handed_over else None
         tell = self.handover.tell if self.handover is not None else unheard
         self.runner = build_instance(resolved.config, spec, source, progress, tell)
+        self.stages.follow([self.runner.stages])
         if self.handover is not None:
             self.handover.open(self.runner.seats)
         hook = self.planner.check if resolved.config.logging.checks else None
@@ -97,6 +101,7 @@ class EngineCore:
             "vocab_size": self.spec.vocab_size,
             "context_length": self.resolved.config.model.context_length,
             "num_layers": len(self.spec.layers),
+            "start": msgspec.to_builtins(self.stages),
             "bootstrap": str(self.handover.bootstrap) if self.handover is not None else None,
         }
 
@@ -122,4 +127,4 @@ def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress
     config, spec = prepared.resolved.config, prepared.spec
     torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), config.mesh.replicas), 1))
     source = configured_source(prepared.folder, spec, config)
-    return EngineCore(prepared.resolved, spec, source, sink, progress)
+    return EngineCore(prepared.resolved, spec, source, sink, progress, prepared.stages)

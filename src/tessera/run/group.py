@@ -18,6 +18,7 @@ from tessera.run.poster import Order
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
 from tessera.run.seat import Seat
+from tessera.run.stages import Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,16 @@ class Group:
     def waits(self) -> bool:
         """Nothing is told by `check` alone."""
         return False
+
+    @property
+    def stages(self) -> Stages:
+        """What their start took: they load one after the other."""
+        found = Stages()
+        for runner in self.runners:
+            found.weight_bytes += runner.stages.weight_bytes
+            for stage, seconds in runner.stages.seconds.items():
+                found.seconds[stage] = found.seconds.get(stage, 0.0) + seconds
+        return found
 
     @property
     def seats(self) -> list[Seat]:

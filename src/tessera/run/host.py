@@ -28,6 +28,12 @@ def upload_columns(columns: Sequence[NDArray[Any]], device: torch.device) -> tup
     return packed.split([len(c) for c in columns])
 
 
+def finished(device: torch.device) -> None:
+    """Waits for all that the device was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Download:
     """Device tensors on their way to the host. `wait()` blocks, without spinning, until they are there, and until all
     that `device` was given before is done."""

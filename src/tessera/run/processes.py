@@ -23,6 +23,7 @@ from tessera.run.hub import Hub
 from tessera.run.poster import News, Order, Part
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
+from tessera.run.stages import Stages
 from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told
 
 START_S = 120.0  # for processes of one host to start
@@ -63,6 +64,7 @@ class Processes:
         self._keeping: set[int] = set()  # ranks that are recording a size
         self._attn = mesh.size_of("attn")
         self.seats: list[Seat] = []
+        self.stages = Stages()
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
         self._last = -1
         self._dropped: dict[tuple[str, int], int] = {}  # and the last step that may still bring something of it
@@ -77,12 +79,13 @@ class Processes:
         mesh = config.mesh
         several = mesh.num_nodes > 1
         host = (mesh.meeting or "").rpartition(":")[0] if several else HOST
-        with socket.create_server((host, 0)) as meeting:
-            here = ranks_of(mesh.tp, mesh.num_nodes, 0)
-            self._hub.start(here, mesh.devices, config.model.path, meeting.fileno())
-            address = f"{host}:{meeting.getsockname()[1]}"
-        self._meet(mesh, mesh.meet_within if several else START_S)
-        self._hub.met()
+        with self.stages.timed("processes"):
+            with socket.create_server((host, 0)) as meeting:
+                here = ranks_of(mesh.tp, mesh.num_nodes, 0)
+                self._hub.start(here, mesh.devices, config.model.path, meeting.fileno())
+                address = f"{host}:{meeting.getsockname()[1]}"
+            self._meet(mesh, mesh.meet_within if several else START_S)
+            self._hub.met()
         self._hub.send(Begin(config, address), self._all)
         loaded: dict[int, Loading] = {}
 
@@ -92,6 +95,7 @@ class Processes:
                 progress(sum(m.done for m in loaded.values()), sum(m.total for m in loaded.values()))
 
         said = self._until_all(Loaded, note, self._silence)
+        self.stages.follow([loaded.stages for loaded in said.values()])
         self.seats = [seat for rank in self._all if (seat := said[rank].seat) is not None]
 
     def _meet(self, mesh: MeshConfig, seconds: float) -> None:

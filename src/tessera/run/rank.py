@@ -31,6 +31,7 @@ from tessera.run.children import die_with
 from tessera.run.hardware import cores
 from tessera.run.poster import News
 from tessera.run.runner import Launched, Runner
+from tessera.run.stages import Stages
 from tessera.run.wire import (
     Begin,
     Do,
@@ -249,10 +250,13 @@ def serve(link: Link, spawn: Spawn) -> int:
         log.setLevel(begin.config.logging.level.upper())
         torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), mesh.ranks_here), 1))
         device = torch.device(mesh.device, spawn.device if mesh.device == "cuda" else None)
-        comm = join(begin, spawn, device)
+        stages = Stages()
+        with stages.timed("connect"):
+            comm = join(begin, spawn, device)
         news = NewsBox()
         runner = load(begin.config, spawn, comm, device, link, news)
-        link.tell(Loaded(runner.post.seat if runner.post is not None else None))
+        stages.follow([runner.stages])
+        link.tell(Loaded(runner.post.seat if runner.post is not None else None, stages))
         Steps(link, runner, news, spawn.rank in mesh.mesh.group(0, "dp")).run()
     except Exception as error:
         if not isinstance(error, TesseraError):

@@ -28,6 +28,7 @@ from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores
 from tessera.run.rowparams import RowParams
 from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, plan_prompt_scores
 from tessera.run.seat import Seat
+from tessera.run.stages import Stages
 from tessera.run.table import Known, RowTable, Sequence
 
 
@@ -107,11 +108,12 @@ class Runner:
         debug: bool = False,
         graphs: Graphs | None = None,
         post: Post | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.model, self.table, self.params, self.pools, self.sampler = model, table, params, pools, sampler
         self.page_size, self.dp_rank, self.graphs = page_size, dp_rank, graphs
         self._executor = executor or Inline()
-        self.post = post
+        self.post, self.stages = post, stages or Stages()
         self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
 
     def launch(self, step: Step) -> Launched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tessera.core.config import Hardware, Notes, Resolved, layered, read, read_environment, resolve
@@ -11,6 +11,7 @@ from tessera.core.errors import ConfigError, Conflict
 from tessera.core.spec import ModelSpec
 from tessera.models.folder import find_model, read_model
 from tessera.run.hardware import measure
+from tessera.run.stages import Stages
 
 NO_MODEL = Conflict(("--model-path",), "no model was named", "Give --model-path, for instance abacus-hybrid.")
 
@@ -22,6 +23,7 @@ class Prepared:
     folder: Path
     spec: ModelSpec
     resolved: Resolved
+    stages: Stages = field(default_factory=Stages)
 
     def as_replica(self, number: int) -> Prepared:
         """The same start, of another of several replicas."""
@@ -31,13 +33,25 @@ class Prepared:
 
 
 def prepare(
-    asked: Mapping[str, object], environ: Mapping[str, str], hardware: Hardware | None = None, weights: bool = True
+    asked: Mapping[str, object],
+    environ: Mapping[str, str],
+    hardware: Hardware | None = None,
+    weights: bool = True,
+    stages: Stages | None = None,
 ) -> Prepared:
     """Reads flags (any spelling; they win over `environ`), finds the model and resolves the configuration.
 
     `hardware`: measured here unless given. `weights` False: a config.json is enough. Raises `ConfigError` with every
-    conflict, `ModelError` when the model cannot be found or served.
+    conflict, `ModelError` when the model cannot be found or served. `stages`: of the start, so far.
     """
+    stages = stages or Stages()
+    with stages.timed("config"):
+        return replace(_prepared(asked, environ, hardware, weights), stages=stages)
+
+
+def _prepared(
+    asked: Mapping[str, object], environ: Mapping[str, str], hardware: Hardware | None, weights: bool
+) -> Prepared:
     environment = read_environment(environ)
     merged = layered(environment.asked, asked)
     notes = Notes()

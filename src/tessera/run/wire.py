@@ -22,6 +22,7 @@ from tessera.run.graphs import Size
 from tessera.run.poster import News, Order
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
+from tessera.run.stages import Stages
 
 HEARTBEAT_MS, SILENCE_MS = 1000, 4000
 
@@ -38,9 +39,11 @@ class Loading(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
-    """The rank has met the others and can run steps. `seat`: how ranks of other servers reach it, if they may."""
+    """The rank has met the others and can run steps. `seat`: how ranks of other servers reach it, if they may.
+    `stages`: what its start took."""
 
     seat: Seat | None = None
+    stages: Stages = msgspec.field(default_factory=Stages)
 
 
 class Told(msgspec.Struct, tag=True, frozen=True):

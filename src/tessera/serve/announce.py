@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
+
+import msgspec
 
 from tessera.core.config import Resolved
+from tessera.run.stages import Stages
+from tessera.serve.replica import Replica
 from tessera.serve.server import Server
 
 log = logging.getLogger(__name__)
@@ -21,11 +26,21 @@ def decisions(resolved: Resolved) -> None:
 
 
 def ready(server: Server, url: str, seconds: float) -> None:
-    """Where it is, how to call it, and the line that scripts wait for. `seconds`: from the start until now."""
+    """What the start took, where it is, how to call it, and the line that scripts wait for. `seconds`: until now."""
+    log.info("Start: %s", started(server.client.replicas).line())
     log.info(
         "Serving %s at %s after %.1f s. Try:\n%s", server.options.served_model_name, url, seconds, hint(server, url)
     )
     log.info(READY)
+
+
+def started(replicas: Sequence[Replica]) -> Stages:
+    """The stages of the start; of replicas that start side by side the slowest."""
+    stages = Stages()
+    for replica in replicas:
+        told = msgspec.convert(replica.info.get("start", {}), Stages)
+        stages.follow([told, Stages({"first token": replica.first_s})])
+    return stages
 
 
 # The packaged models know questions of this form; larger ones answer it too.

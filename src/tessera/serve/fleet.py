@@ -119,7 +119,7 @@ class Fleet:
         try:
             seconds = replica.silence
             async with asyncio.timeout(seconds):
-                await probe(number)
+                replica.first_s = await probe(number)
         except TimeoutError:
             replica.fail(DeadlineError(f"waited {seconds:g} s for the first token"))
         except TesseraError as error:

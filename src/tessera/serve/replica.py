@@ -31,6 +31,7 @@ class Replica:
         self.number, self.name, self.send, self.silence = number, name, send, silence
         self.load = Load(number)
         self.info: dict[str, object] = {}
+        self.first_s = 0.0  # what the first token took
         self.failure: TesseraError | None = None
         self.ready, self.warm = asyncio.Event(), asyncio.Event()
         self._sinks: dict[str, tuple[Sink, int]] = {}
