@@ -224,7 +224,7 @@ def ops():
 @needs_library
 @pytest.mark.timeout(600)  # kernels are compiled when they are met first
 @pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("heads", REAL, ids=str)
+@pytest.mark.parametrize("heads", REAL, ids=[f"dim{dim} {num}" for num, _, dim in REAL])
 @pytest.mark.parametrize("ranges", BATCHES)
 def test_real_attention(ops, ranges, heads, page_size):
     segments, q, pool = _paged(BATCHES[ranges], page_size, heads, torch.bfloat16)
@@ -239,7 +239,8 @@ def test_real_attention(ops, ranges, heads, page_size):
 @pytest.mark.parametrize(("heads", "page_size"), [(16, 16), (16, 64), (128, 64), (4, 64)])
 @pytest.mark.parametrize("ranges", BATCHES)
 def test_real_latents(ops, ranges, heads, page_size):
-    _latents_are_plain(ops, *_latent(BATCHES[ranges], page_size, heads, torch.bfloat16))
+    chosen = BATCHES[ranges] if ranges != "decode" else BATCHES["decode"][:7]  # all that 128 heads may expand
+    _latents_are_plain(ops, *_latent(chosen, page_size, heads, torch.bfloat16))
 
 
 @pytest.mark.gpu
