@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from core.test_config import CUDA, DENSE, HYBRID, config_of, refusals, resolved, spec_of
-from tessera.core.config.kernels import LIBRARIES
+from tessera.core.config.kernels import GRAPH_TOKENS, LIBRARIES
 
 
 def graphs(**asked: object) -> tuple[tuple[int, ...], ...]:
@@ -22,9 +22,26 @@ def test_a_step_of_all_rows_fits_a_size(rows: int) -> None:
 
 
 ALL_TO_ALL = {"moe_a2a_backend": "all_to_all", "tp_size": 2, "ep_size": 2}
+COUNTED = {**ALL_TO_ALL, "moe_a2a_padded_tokens": 0}
 
 
-@pytest.mark.parametrize("off", [{"disable_cuda_graph": True}, {"attention_backend": "torch"}, ALL_TO_ALL], ids=str)
+def test_steps_whose_tokens_travel_uncounted_run_as_graphs() -> None:
+    found = resolved(spec_of(HYBRID), replace(CUDA, count=4), moe_a2a_backend="all_to_all", tp_size=4, ep_size=4)
+    kernels, told = found.config.kernels, {decision.what: decision for decision in found.decisions}
+    assert kernels.graphs[2] == GRAPH_TOKENS
+    assert kernels.padded_up_to == told["moe-a2a-padded-tokens"].value >= GRAPH_TOKENS[-1]
+    few = resolved(
+        spec_of(HYBRID), replace(CUDA, count=4), moe_a2a_padded_tokens=512, moe_a2a_backend="all_to_all", tp_size=4,
+        ep_size=4, dp_size=2, enable_dp_attention=True, max_running_requests=500,
+    ).config.kernels  # fmt: skip
+    assert few.graphs[2][-1] == 256, "of 512 tokens in all, half are a DP rank's"
+    assert few.graphs[0][-1] == 256
+    assert resolved(spec_of(HYBRID), **ALL_TO_ALL).config.kernels.padded_up_to == 0, "on a CPU counting costs little"
+    alone = resolved(spec_of(HYBRID), moe_a2a_padded_tokens=5)
+    assert {d.what: d.value for d in alone.decisions}["--moe-a2a-padded-tokens"] == "ignored"
+
+
+@pytest.mark.parametrize("off", [{"disable_cuda_graph": True}, {"attention_backend": "torch"}, COUNTED], ids=str)
 def test_graphs_that_are_off_are_told_and_so_is_each_flag_that_sizes_them(off: dict[str, object]) -> None:
     found = resolved(spec_of(HYBRID), replace(CUDA, count=2), cuda_graph_max_bs=8, **off)
     told = {decision.what: decision.value for decision in found.decisions}

@@ -46,6 +46,8 @@ class Point:
             asked |= {"dp": self.dp, "enable_dp_attention": True}
         if self.overlap:
             asked |= {"enable_two_batch_overlap": True, "tbo_min_tokens": 2}
+        if self.travel:
+            asked |= {"moe_a2a_padded_tokens": 12}  # steps of decodes travel in one size, others are counted
         switches = {"enable_dp_lm_head": self.lm_head, "enable_mixed_chunk": self.mixed}
         return {**asked, **switches, "moe_a2a_backend": "all_to_all" if self.travel else "none"}
 

@@ -67,10 +67,11 @@ def make_rank(
     backend: Backend = TORCH,
     sequences: int = 2,
     length: int = 160,
+    padded_up_to: int = 6,
 ) -> Rank:
-    """Loads a rank's weights from `source` and makes its pools."""
+    """Loads a rank's weights from `source` and makes its pools. `padded_up_to`: so that steps take either way."""
     tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, pack_linear=backend.pack)
-    decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, max_positions=length)
+    decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, length, padded_up_to)
     pages = -(-length // PAGE)
     dtypes = cache_dtypes(spec, str(dtype).removeprefix("torch."))
     caches = {c.name: _pool(c, mesh, rank, pages, sequences) for c in cache_table(spec, PAGE, dtypes)}

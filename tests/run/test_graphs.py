@@ -6,6 +6,7 @@ On CPU a recorder stands in that computes anew what CUDA would replay: all but t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -113,6 +114,22 @@ def test_the_tokens_are_those_of_the_step_itself(temperature: float) -> None:
     assert again.recorded == 4, "two and four ranges by eight tokens, one and two rows"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_halves_run_as_one_graph(share: float, temperature: float) -> None:
+    """Cut between ranges and inside them; a half may have no range. Drawn tokens keep the order of the step."""
+    params = msgspec.structs.replace(PLAIN, temperature=temperature, seed=3)
+    steps = script([8, 4, 6], params)
+    split = [replace(s, cuts=(int(s.num_tokens * share + 0.5),)) for s in steps]
+    graphed, again = runner()
+    plain, _ = runner(Sizes())
+    assert drawn(run(graphed, *split)) == drawn(run(plain, *steps))
+    assert again.replayed == 5
+    for name, pool in graphed.pools.tensors.items():
+        assert torch.equal(pool[1:], plain.pools.tensors[name][1:]), name
+    assert torch.equal(graphed.table.tokens[:-1], plain.table.tokens[:-1])
+
+
 def test_padding_leaves_all_but_scratch_alone() -> None:
     graphed, _ = runner()
     plain, _ = runner(Sizes())
@@ -162,6 +179,10 @@ def test_which_steps_have_a_size() -> None:
     assert SIZES.of(step(0, [(0, 0, 17, True)])) is None, "more tokens than the largest size"
     assert SIZES.of(step(0, chunk, logits=2)) is None, "prompts are scored"
     halves = Step(0, step(0, chunk).parts, cuts=(3,))
-    assert SIZES.of(halves) is None
+    assert SIZES.of(halves) == Size(4, 8, False, 2), "three tokens, and three in two ranges"
+    ones = step(0, [(row, 4, 1, True) for row in range(3)])
+    assert SIZES.of(replace(ones, cuts=(1,))) == Size(2, 2, True, 2)
+    assert SIZES.of(replace(step(0, [(0, 0, 20, True)]), cuts=(10,))) == Size(2, 16, False, 2), "each half fits"
+    assert SIZES.of(replace(step(0, chunk, logits=2), cuts=(3,))) is None, "prompts are scored"
     two = Step(0, (step(0, one).parts[0], step(0, chunk).parts[0]))
     assert SIZES.of(two) == Size(4, 8), "the same on all ranks"

@@ -86,6 +86,8 @@ def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
         return first
     shape = first.shape
     assert all(part.shape == shape for part in others), f"one sum of {[tuple(part.shape) for part in parts]}"
+    if len(others) == 1:
+        return first + others[0]  # narrower ones are added in fp32 too, and rounded once: one launch
     total = first.to(torch.promote_types(first.dtype, torch.float32)) + others[0]
     for part in others[1:]:
         total += part

@@ -1,11 +1,13 @@
 """How tokens and experts meet: all tokens go everywhere, or each token goes only where its experts are.
 
-T tokens of a DP rank, R rows that came to this rank, k experts a token, E experts.
+T tokens of a DP rank, R rows that came to this rank, k experts a token, E experts. Shared experts that are whole on
+every rank compute while tokens are on the wire.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,8 +30,12 @@ class Experts(Protocol):
         """This rank's share of the weighted sum [R, hidden] of the chosen experts; those held elsewhere add nothing."""
         ...
 
-    def add_shared(self, part: Tensor, x: Tensor) -> Tensor:
-        """`part` with this rank's share of what every token visits."""
+    def shared(self, x: Tensor) -> Tensor | None:
+        """This rank's share of what every token visits, x [R, hidden] -> [R, hidden]; None: there is no such thing."""
+        ...
+
+    def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
+        """`part` with what `shared(x)` gave."""
         ...
 
 
@@ -51,7 +57,33 @@ class Everywhere:
         """See `Dispatch`."""
         x = yield from self.together.bring(x, counts)
         part = experts.part(x, *experts.route(x))
-        return (yield from self.together.home(experts.add_shared(part, x), counts))
+        return (yield from self.together.home(experts.joined(part, experts.shared(x), x), counts))
+
+
+class Padded:
+    """An exchange of one size, with room for the worst: that every token goes to every rank.
+
+    With so much room a token's place at each rank is its own number, and nothing is left to count, to sort or to move
+    to the front: going out is a gather, coming back a scattered sum, to which a rank without experts of a token adds
+    zero. The host learns nothing, so a step can be recorded. A token goes once to each rank, and its experts are chosen
+    where it arrives, which takes less time than to send the choice. Shared experts are whole, as in `Travelling`.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm, self.mesh = comm, comm.mesh
+        self.at = comm.mesh.coordinate(comm.rank, "attn")
+        self.dp = comm.mesh.coordinate(comm.rank, "dp")
+
+    def __call__(self, x: Tensor, counts: Sequence[int], experts: Experts) -> Waits[Tensor]:
+        """See `Dispatch`."""
+        pieces = [even_lengths(count, self.mesh.size_of("attn")) for count in counts]
+        mine = x.split(pieces[self.dp])[self.at]
+        coming = self.comm.gather(x, "tp/dp", 0, counts)
+        shared = experts.shared(mine)
+        everyone = yield coming
+        part = experts.part(everyone, *experts.route(everyone))
+        total = yield self.comm.scatter_sum([part], "tp", 0, [n for piece in pieces for n in piece])
+        return (yield self.comm.gather(experts.joined(total, shared, mine), "attn", 0, pieces[self.dp]))
 
 
 class Travelling:
@@ -77,16 +109,19 @@ class Travelling:
         mine = x.split(pieces)[self.at]
         ids, scores = experts.route(mine)
         wanted = self.holds[:, ids].any(-1)  # [ranks, tokens]
-        _, tokens = wanted.nonzero(as_tuple=True)
         num_sent = wanted.sum(1)
         ones = [1] * len(num_sent)
-        num_received = yield self.comm.exchange(num_sent, "tp", ones, ones)
+        counting = self.comm.exchange(num_sent, "tp", ones, ones)
+        _, tokens = wanted.nonzero(as_tuple=True)
+        packed = _pack(mine[tokens], ids[tokens], scores[tokens])
+        shared = experts.shared(mine)
+        num_received = yield counting
         sent, received = num_sent.tolist(), num_received.tolist()
-        rows = yield self.comm.exchange(_pack(mine[tokens], ids[tokens], scores[tokens]), "tp", sent, received)
+        rows = yield self.comm.exchange(packed, "tp", sent, received)
         part = experts.part(*_unpack(rows, mine, ids, scores))
         back = yield self.comm.exchange(part, "tp", received, sent)
         most = min(len(sent), ids.shape[1] * self.holders_of_one)
-        out = experts.add_shared(_sum_by_token(back, tokens, len(mine), most), mine)
+        out = experts.joined(_sum_by_token(back, tokens, len(mine), most), shared, mine)
         return (yield self.comm.gather(out, "attn", 0, pieces))
 
 
@@ -114,8 +149,25 @@ def _sum_by_token(rows: Tensor, tokens: Tensor, count: int, most: int) -> Tensor
     return ordered_sum([padded[column] for column in places.T])
 
 
-def dispatch(comm: Comm, holders: Sequence[Sequence[int]], num_experts: int, device: torch.device) -> Dispatch:
-    """As the mesh is made: tokens travel where shared experts are whole (`instance_mesh(all_to_all=True)`)."""
-    if comm.mesh.size_of("shared") < comm.mesh.size_of("tp"):
-        return Travelling(comm, holders, num_experts, device)
-    return Everywhere(comm)
+@dataclass(frozen=True)
+class BySize:
+    """`small` for steps of up to `most` tokens in all DP ranks, `large` for others: all ranks choose alike."""
+
+    most: int
+    small: Dispatch
+    large: Dispatch
+
+    def __call__(self, x: Tensor, counts: Sequence[int], experts: Experts) -> Waits[Tensor]:
+        """See `Dispatch`."""
+        chosen = self.small if sum(counts) <= self.most else self.large
+        return (yield from chosen(x, counts, experts))
+
+
+def dispatch(
+    comm: Comm, holders: Sequence[Sequence[int]], num_experts: int, device: torch.device, padded_up_to: int
+) -> Dispatch:
+    """As the mesh is made: tokens travel where shared experts are whole (`instance_mesh(all_to_all=True)`), padded in
+    steps of up to `padded_up_to` tokens in all DP ranks."""
+    if comm.mesh.size_of("shared") == comm.mesh.size_of("tp"):
+        return Everywhere(comm)
+    return BySize(padded_up_to, Padded(comm), Travelling(comm, holders, num_experts, device))

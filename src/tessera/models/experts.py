@@ -27,10 +27,10 @@ class MoE:
         self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
         held = weights.held("experts_in")
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
-        self.shared = GatedMLP(weights.at("shared"), tools) if spec.shared else None
+        self.shared_mlp = GatedMLP(weights.at("shared"), tools) if spec.shared else None
         self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
         holders = weights.holders("experts_in")
-        self.dispatch = dispatch(tools.comm, holders, spec.router.num_experts, self.w_in.device)
+        self.dispatch = dispatch(tools.comm, holders, spec.router.num_experts, self.w_in.device, tools.padded_up_to)
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
@@ -42,11 +42,15 @@ class MoE:
         part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, local, scores)
         return part
 
-    def add_shared(self, part: Tensor, x: Tensor) -> Tensor:
+    def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""
-        if self.shared is None:
+        return None if self.shared_mlp is None else self.shared_mlp.part(x)
+
+    def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
+        """See `Experts`."""
+        if shared is None:
             return part
-        out: Tensor = self.tools.backend.add_gated(part, self.shared.part(x), x, self.shared_gate)
+        out: Tensor = self.tools.backend.add_gated(part, shared, x, self.shared_gate)
         return out
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,13 +72,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tools:
-    """What layers compute and talk with. `eps`, `zero_centred`: of the model's norms."""
+    """What layers compute and talk with. `eps`, `zero_centred`: of norms. `padded_up_to`: see `comm/dispatch.py`."""
 
     comm: Comm
     backend: Backend
     ropes: Mapping[RopeSpec, RopeTables]
     eps: float
     zero_centred: bool
+    padded_up_to: int = 0
 
     def added_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + added), x + added), all [T, hidden]."""

@@ -97,11 +97,10 @@ def make_batch(step: Step, dp_rank: int, table: RowTable, page_size: int, device
     return Batch(halves, draws, prompts)
 
 
-def drawn_of(step: Step, dp_rank: int, device: torch.device | None) -> Wanted:
-    """The drawn positions of a part; `index`: which of its ranges draws. `device` None: only the host needs them."""
+def drawn_of(step: Step, dp_rank: int, places: Ints, device: torch.device | None) -> Wanted:
+    """The drawn positions of a part, whose ranges are at `places`. `device` None: only the host needs them."""
     part = step.parts[dp_rank]
-    ranges = np.flatnonzero(part.samples).astype(np.int32)
-    columns = (ranges, part.rows[ranges], (part.starts + part.lengths)[ranges])
+    columns = (places, part.rows[part.samples], (part.starts + part.lengths)[part.samples])
     on_device = upload_columns(columns, device) if device is not None else [torch.from_numpy(c) for c in columns]
     counts = tuple(int(np.count_nonzero(p.samples)) for p in step.parts)
     return Wanted(*on_device, host_rows=columns[1], host_positions=columns[2], counts=counts)

@@ -197,7 +197,8 @@ def load_decoder(
     """The model of a rank with its weights on the device, and those of its products, as the model keeps them."""
     mesh, dtype = config.mesh.mesh, getattr(torch, config.model.dtype)
     tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
-    decoder = build_model(spec, mesh, rank, tiles, comm, backend, config.model.context_length)
+    sizes = config.model.context_length, config.kernels.padded_up_to
+    decoder = build_model(spec, mesh, rank, tiles, comm, backend, *sizes)
     weights = [tile.weight for tile in tiles.values() if isinstance(tile, PackedLinear)] + [decoder.head.weight.weight]
     finished(device)
     return decoder, weights

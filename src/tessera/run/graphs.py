@@ -4,12 +4,15 @@ A step of whatever ranges is columns of numbers (`ops/expand.py`); from them the
 runs the layers and the head, and draws the likeliest token of every range. Sizes are recorded while the engine serves,
 between steps (`recordings.py` says when); a step of a size that is not runs as it is. Recording runs the layers once on
 padding alone, which reads and writes scratch rows, pages and slots.
+
+The halves of a step are one graph: what each launches on its way, in turns, and its collectives on the streams of the
+backend, which fork from the recorded stream and join it again where a half waits.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,11 +33,13 @@ Expand = Callable[[Columns, int, Tensor, Tensor, int], Expanded]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Padded counts of a step. `one_each`: every range is of one token (equal counts alone do not say so)."""
+    """Padded counts of a step, or of each of its `num_halves`. `one_each`: every range is of one token (equal counts
+    alone do not say so)."""
 
     num_segments: int
     num_tokens: int
     one_each: bool = False
+    num_halves: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +52,22 @@ class Sizes:
     tokens: tuple[int, ...] = ()
 
     def of(self, step: Step) -> Size | None:
-        """The size that all parts of a step fit in; None: it does not run as a graph.
+        """The size that all parts of a step, or of both of its halves, fit in; None: it does not run as a graph.
 
-        Prompts to be scored need the logits of many positions, halves meet collectives in turns: those run as they are.
+        Prompts to be scored need the logits of many positions, which no size holds.
         """
-        if step.cuts or any((part.num_logits > part.samples).any() for part in step.parts):
+        if any((part.num_logits > part.samples).any() for part in step.parts):
             return None
-        num_segments = max(len(part.rows) for part in step.parts)
-        num_tokens = max(part.num_tokens for part in step.parts)
-        if all((part.lengths == 1).all() for part in step.parts):
+        halves = step.halves
+        parts = [part for half in halves for part in half.parts]
+        num_segments = max(len(part.rows) for part in parts)
+        num_tokens = max(part.num_tokens for part in parts)
+        if all((part.lengths == 1).all() for part in parts):
             size = _at_least(self.rows, num_segments)
-            return Size(size, size, one_each=True) if size else None
+            return Size(size, size, True, len(halves)) if size else None
         segments = _at_least(self.segments, num_segments + 1)  # one is padding, which tokens of no range count to
         tokens = _at_least(self.tokens, num_tokens)
-        return Size(segments, tokens) if segments and tokens else None
+        return Size(segments, tokens, False, len(halves)) if segments and tokens else None
 
 
 def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
@@ -69,11 +76,16 @@ def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
     return sizes[at] if at < len(sizes) else 0
 
 
-def columns_of(part: Part, size: Size, slots: Ints, scratch_row: int) -> Ints:
-    """The packed columns of a part (see `Columns`), padded to `size`; `slots` by row of the row table.
+def columns_of(parts: Sequence[Part], size: Size, slots: Ints, scratch_row: int) -> Ints:
+    """The packed columns of the halves of a part, or of all of it (see `Columns`), one after the other, padded to
+    `size`; `slots` by row of the row table.
 
     Where every range is of one token the padding is too: then a token's number is that of its range.
     """
+    return np.concatenate([_columns(part, size, slots, scratch_row) for part in parts])
+
+
+def _columns(part: Part, size: Size, slots: Ints, scratch_row: int) -> Ints:
     count, total = len(part.rows), size.num_segments
     packed = np.zeros(6 * total + 1, np.int32)
     rows, starts, lengths, own, draws, cu = np.split(packed, np.arange(1, 6) * total)
@@ -85,6 +97,12 @@ def columns_of(part: Part, size: Size, slots: Ints, scratch_row: int) -> Ints:
     draws[:count][part.samples] = part.rows[part.samples]
     np.cumsum(lengths, out=cu[1:])
     return packed
+
+
+def places_of(parts: Sequence[Part], size: Size) -> Ints:
+    """Where the ranges that draw are among the padded ones of all halves, in order."""
+    found = [np.flatnonzero(part.samples) + size.num_segments * i for i, part in enumerate(parts)]
+    return np.concatenate(found).astype(np.int32)
 
 
 class Model(Protocol):
@@ -99,7 +117,8 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A size that can be run: fill `columns`, call `run`, read `tokens` [S] (the likeliest) and `logits` [S, V]."""
+    """A size that can be run: fill `columns`, call `run`, read `tokens` [S] (the likeliest) and `logits` [S, V], S the
+    ranges of all halves."""
 
     columns: Tensor
     tokens: Tensor
@@ -170,7 +189,7 @@ class Graphs:
 
     def _record(self, size: Size) -> Recorded:
         padding = Part(NO_INTS, NO_INTS, NO_INTS, NO_INTS, np.zeros(0, np.bool_))
-        columns = columns_of(padding, size, NO_INTS, self._table.scratch)
+        columns = columns_of((padding,) * size.num_halves, size, NO_INTS, self._table.scratch)
         packed = torch.from_numpy(columns).to(self._table.tokens.device)
         (tokens, logits), run = self._recorder(lambda: self._stage(packed, size))
         return Recorded(packed, tokens, logits, run)
@@ -178,7 +197,20 @@ class Graphs:
     def _stage(self, packed: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """What is recorded: ([S] likeliest tokens, [S, V] logits)."""
         table = self._table
-        columns = Columns.split(packed, size.num_segments)
+        halves = [Columns.split(half, size.num_segments) for half in packed.chunk(size.num_halves)]
+        hidden = self._model.forward(tuple(self._input(columns, size) for columns in halves), self._caches)
+        if not size.one_each:
+            last = [(c.cu_lengths[1:] - 1).clamp(min=0) + size.num_tokens * i for i, c in enumerate(halves)]
+            hidden = hidden[torch.cat(last) if len(last) > 1 else last[0]]
+        logits = self._model.narrow_logits(hidden, (size.num_segments * size.num_halves,) * self._num_dp)
+        tokens = logits.argmax(-1)
+        for columns, drawn in zip(halves, tokens.to(torch.int32).chunk(size.num_halves), strict=True):
+            table.tokens[columns.draw_rows, columns.starts + columns.lengths] = drawn
+        return tokens, logits
+
+    def _input(self, columns: Columns, size: Size) -> Input:
+        """What the layers get of ranges."""
+        table = self._table
         assert table.pages_on_device is not None, "graphs read page tables on the device"
         found = self._expand(columns, size.num_tokens, table.tokens, table.pages_on_device, self._page_size)
         segments = Segments(
@@ -197,11 +229,4 @@ class Graphs:
             max_length=1 if size.one_each else size.num_tokens,
             max_end=table.max_context,
         )
-        counts = (size.num_tokens,) * self._num_dp
-        hidden = self._model.forward((Input(found.tokens, segments, counts),), self._caches)
-        if not size.one_each:
-            hidden = hidden[(columns.cu_lengths[1:] - 1).clamp(min=0)]
-        logits = self._model.narrow_logits(hidden, (size.num_segments,) * self._num_dp)
-        tokens = logits.argmax(-1)
-        table.tokens[columns.draw_rows, columns.starts + columns.lengths] = tokens.to(torch.int32)
-        return tokens, logits
+        return Input(found.tokens, segments, (size.num_tokens,) * self._num_dp)

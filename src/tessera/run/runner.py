@@ -19,7 +19,7 @@ from tessera.core.messages import Output
 from tessera.ops.precision import wide
 from tessera.plan.step import Change, Ints, Part, Send, Step, StepDone
 from tessera.run.batch import Batch, Input, Wanted, drawn_of, make_batch
-from tessera.run.graphs import Graphs, Size, columns_of
+from tessera.run.graphs import Graphs, Size, columns_of, places_of
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
 from tessera.run.poster import Order, Poster
@@ -62,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A step that runs as a graph of `size`, with its packed columns; `draws.index`: which of its ranges draw."""
+    """A step that runs as a graph of `size`, with its packed columns; `draws.index`: which padded ranges draw."""
 
     size: Size
     columns: Ints
@@ -156,9 +156,11 @@ class Runner:
         self, step: Step, size: Size, known: list[Known], entered: Any
     ) -> tuple[Work, list[Sequence], list[Sequence], list[Sequence]]:
         part, device = step.parts[self.dp_rank], self.pools.device
-        columns = columns_of(part, size, self.table.slots, self.table.scratch)
+        halves = [half.parts[self.dp_rank] for half in step.halves]
+        columns = columns_of(halves, size, self.table.slots, self.table.scratch)
         plain = not self.params.flags[part.rows[part.samples]].any()  # then only the host asks where tokens are drawn
-        replay = Replay(size, columns, drawn_of(step, self.dp_rank, None if plain else device))
+        places = places_of(halves, size)
+        replay = Replay(size, columns, drawn_of(step, self.dp_rank, places, None if plain else device))
         drawn = self._at(replay.draws.host_rows)
         plan = GREEDY if plain else plan_draws(replay.draws, drawn, self.table, self.params, device)
         return Work(part.change, known, entered, replay, plan), drawn, [], self._through(part)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tessera.core.config.ask import Asked
 from tessera.core.config.types import Hardware, KernelConfig, Notes
+from tessera.core.mesh import share
 from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec, MoESpec
 
 NAMES = {"torch_native": "torch", "pytorch": "torch"}  # SGLang's names of the same thing
@@ -44,6 +45,9 @@ HEAD_DIMS, LATENT = (64, 128, 256), (512, 64)  # that FlashInfer has kernels for
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
 GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 GRAPH_FLAGS = ("cuda_graph_max_bs", "cuda_graph_bs")
+# Bytes over NVLink in the time for which a layer waits when the host must learn how many rows travel (two waits, and
+# launches that begin late): exchanges of one size may waste as many.
+WASTED = 45_000_000
 
 
 def kernels_phase(
@@ -76,15 +80,44 @@ def kernels_phase(
     _pages(values, chosen[0], hardware, notes)
     attention, delta, moe, sampling = chosen
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
-    graphs = _graphs(values, run, device, max_running, notes)
+    padded = _padded(values, spec, device, notes)
+    graphs = _graphs(values, run, device, max_running, padded, notes)
     if attention == "flashinfer":
         _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
-    return KernelConfig(attention, delta, moe, sampling, graphs)
+    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0)
 
 
-def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: Notes) -> GraphSizes:
-    """Padded sizes of the steps that run as CUDA graphs."""
-    why = _no_graphs(values, run, device)
+def _padded(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> int | None:
+    """Most tokens of a step, all DP ranks together, that travel in exchanges of one size; None: none travel."""
+    if values.word("moe_a2a_backend") != "all_to_all":
+        if values.gave("moe_a2a_padded_tokens"):
+            notes.decide("--moe-a2a-padded-tokens", "ignored", "only read with --moe-a2a-backend all_to_all")
+        return None
+    asked = values.whole("moe_a2a_padded_tokens")
+    if asked is not None:
+        return asked
+    if device != "cuda":
+        notes.decide("moe-a2a-padded-tokens", 0, f"on {device} counting first costs less than rows that nobody needs")
+        return 0
+    top_k = max((layer.mlp.router.top_k for layer in spec.layers if isinstance(layer.mlp, MoESpec)), default=1)
+    unwanted = (1 - 1 / values.number("ep_size")) ** top_k  # that a token needs none of a rank's experts, by chance
+    found = max(int(WASTED / (unwanted * 4 * spec.hidden)), GRAPH_TOKENS[-1] * _num_dp(values)) if unwanted else 0
+    why = f"{1 - unwanted:.0%} of the tokens travel to each rank: counting them first pays in larger steps only"
+    notes.decide("moe-a2a-padded-tokens", found, why)
+    return found
+
+
+def _num_dp(values: Asked) -> int:
+    """Groups of the attention."""
+    return values.number("dp_size") if values.on("enable_dp_attention") else 1
+
+
+def _graphs(
+    values: Asked, run: set[str], device: str, max_running: int, padded: int | None, notes: Notes
+) -> GraphSizes:
+    """Padded sizes of the steps that run as CUDA graphs. `padded`: see `_padded`."""
+    most_tokens = None if padded is None else share(padded, _num_dp(values))
+    why = _no_graphs(values, run, device, most_tokens)
     if why:
         for name in GRAPH_FLAGS:
             if values.gave(name):
@@ -95,25 +128,28 @@ def _graphs(values: Asked, run: set[str], device: str, max_running: int, notes: 
     most = values.whole("cuda_graph_max_bs") or max_running
     asked = values.wholes("cuda_graph_bs")
     rows = tuple(sorted(set(asked))) if asked else graph_rows(min(most, max_running))
+    tokens = GRAPH_TOKENS
+    if most_tokens is not None:
+        rows, tokens = (tuple(n for n in sizes if n <= most_tokens) for sizes in (rows, tokens))
     if asked and values.gave("cuda_graph_max_bs"):
         notes.refuse(("--cuda-graph-bs", "--cuda-graph-max-bs"), "both say which sizes", "Leave one of them out.")
     notes.decide(
         "CUDA graphs",
-        f"decode of up to {rows[-1]} rows, other steps of up to {GRAPH_TOKENS[-1]} tokens",
+        f"decode of up to {max(rows, default=0)} rows, other steps of up to {max(tokens, default=0)} tokens",
         f"{len(rows)} sizes of decode; each is recorded while nothing runs, or when it was met twice",
     )
     segments = tuple(1 << n for n in range(3, max(max_running.bit_length(), 3) + 1))  # all rows, and one of padding
-    return rows, segments, GRAPH_TOKENS
+    return rows, segments, tokens
 
 
-def _no_graphs(values: Asked, run: set[str], device: str) -> str:
+def _no_graphs(values: Asked, run: set[str], device: str, most_tokens: int | None) -> str:
     """Why no step runs as a graph; empty when steps do."""
     if device != "cuda":
         return "there is no CUDA device"
     if values.on("disable_cuda_graph"):
         return "--disable-cuda-graph is given"
-    if values.word("moe_a2a_backend") != "none":
-        return "with --moe-a2a-backend the host learns how many rows travel, in every layer"
+    if most_tokens == 0:
+        return "without --moe-a2a-padded-tokens the host learns how many rows travel, in every layer"
     others = ", ".join(sorted(run - RECORDED))
     return f"kernels of {others} read a step's numbers on the host" if others else ""
 

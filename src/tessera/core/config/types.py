@@ -177,13 +177,15 @@ class SchedulingConfig:
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
     """Which kernels, by the name of their backend. `graphs`: padded sizes of the steps that run as CUDA graphs, as
-    `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does."""
+    `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does. `padded_up_to`: most
+    tokens of a step, all DP ranks together, that travel to experts in exchanges of one size."""
 
     attention: str
     delta: str
     moe: str
     sampling: str
     graphs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
+    padded_up_to: int = 0
 
 
 @dataclass(frozen=True, slots=True)
