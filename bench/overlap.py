@@ -1,8 +1,9 @@
 """What two-batch overlap gains on two GPUs, by the size of a step: `python bench/overlap.py --shape dsv2lite`.
 
-DP attention and experts on two ranks, all-to-all, prompts of 4,096 tokens (fewer where a step holds less). Each size
-runs whole and as two halves, turn about; the median of `--rounds`. With `--trace FILE` the last size is traced on rank
-0 once more as halves, and the time is told in which a collective ran beside other kernels.
+DP attention and experts on two ranks, all-to-all, prompts of 4,096 tokens (fewer where a step holds less); steps that
+have a size run as CUDA graphs. Each size runs whole and as two halves, turn about; the median of `--rounds`. With
+`--trace FILE` the last size is traced on rank 0 once more as halves, and the time is told in which a collective ran
+beside other kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PROMPT = 4096
 FLAGS = {
     "load_format": "dummy", "skip_tokenizer_init": True, "device": "cuda", "tp_size": 2, "dp_size": 2, "ep_size": 2,
     "enable_dp_attention": True, "enable_two_batch_overlap": True, "disable_radix_cache": True,
-    "disable_cuda_graph": True, "context_length": 8192, "max_running_requests": 64, "chunked_prefill_size": 16384,
+    "context_length": 8192, "max_running_requests": 64, "chunked_prefill_size": 16384,
     "max_total_tokens": 40000, "page_size": 16,
 }  # fmt: skip
 PARAMS = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
@@ -87,13 +88,16 @@ def timed(runner: Runner, step: Step) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def rank_main(rank: int, port: int, shape: str, sizes: Sequence[int], rounds: int, trace: str | None, a2a: str) -> None:
+def rank_main(
+    rank: int, port: int, shape: str, sizes: Sequence[int], rounds: int, trace: str | None, more: dict[str, Any]
+) -> None:
     """One rank: measures; rank 0 tells."""
     device = torch.device("cuda", rank)
-    flags: dict[str, Any] = {**FLAGS, "model_path": str(SHAPES / shape), "moe_a2a_backend": a2a}
+    flags: dict[str, Any] = {**FLAGS, "model_path": str(SHAPES / shape), **more}
     prepared = prepare(flags, {})
     config, spec = prepared.resolved.config, prepared.spec
-    comm = connect(Place(config.mesh.mesh, rank, device, f"127.0.0.1:{port}", "nccl", 120.0, 120.0))
+    address = f"127.0.0.1:{port}"
+    comm = connect(Place(config.mesh.mesh, rank, device, address, "nccl", 120.0, 120.0, peers=config.mesh.peers))
     source = open_source(prepared.folder, spec, weight_table(spec, config.mesh.mesh), "dummy", 0)
     runner = build_runner(config, spec, source, None, None, rank, comm, device)
     steps = Steps(config.memory.page_size, spec.recurrent, spec.vocab_size)
@@ -106,12 +110,12 @@ def rank_main(rank: int, port: int, shape: str, sizes: Sequence[int], rounds: in
                     times[halves].append(taken)
         whole, split = (statistics.median(times[halves]) for halves in (False, True))
         if rank == 0:
-            say(shape=shape, a2a=a2a, tokens=size, whole_ms=whole, halves_ms=split, gain=whole / split)
+            say(shape=shape, **more, tokens=size, whole_ms=whole, halves_ms=split, gain=whole / split)
     if trace is not None:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             timed(runner, steps(sizes[-1], True))
         if rank == 0:
-            say(shape=shape, a2a=a2a, tokens=sizes[-1], **beside(profiler))
+            say(shape=shape, **more, tokens=sizes[-1], **beside(profiler))
             profiler.export_chrome_trace(trace)
             with Path(trace).open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
                 shutil.copyfileobj(plain, packed)
@@ -124,7 +128,8 @@ def beside(profiler: Any) -> dict[str, float]:
     wire, other = [], []
     for e in profiler.events():
         if e.device_type == torch.autograd.DeviceType.CUDA:
-            (wire if "nccl" in e.name.lower() else other).append((e.time_range.start, e.time_range.end))
+            on_wire = "nccl" in e.name.lower() or e.name in ("send", "receive")
+            (wire if on_wire else other).append((e.time_range.start, e.time_range.end))
     other = merged(other)
     both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in merged(wire) for c, d in other)
     return {
@@ -159,12 +164,17 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--a2a", choices=["none", "all_to_all"], default="all_to_all")
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--nccl", action="store_true", help="no collectives through the memory of the peers")
     parser.add_argument("--trace")
     args = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rest = (port, args.shape, args.sizes, args.rounds, args.trace, args.a2a)
+    more = {
+        "moe_a2a_backend": args.a2a, "disable_cuda_graph": args.no_graphs, "disable_custom_all_reduce": args.nccl,
+    }  # fmt: skip
+    rest = (port, args.shape, args.sizes, args.rounds, args.trace, more)
     multiprocessing.spawn(rank_main, rest, nprocs=2)
 
 

@@ -40,13 +40,27 @@ MESHES: dict[str, dict[str, Any]] = {
         **DP, "enable_mixed_chunk": True, "chunked_prefill_size": 64, "enable_two_batch_overlap": True,
         "tbo_min_tokens": 2,
     },
+    "dp 2, ep 2, all-to-all, two-batch overlap": {
+        **DP, "ep_size": 2, "moe_a2a_backend": "all_to_all", "enable_mixed_chunk": True, "chunked_prefill_size": 64,
+        "enable_two_batch_overlap": True, "tbo_min_tokens": 2,
+    },
+    "dp 2, ep 2, all-to-all, counted": {
+        **DP, "ep_size": 2, "moe_a2a_backend": "all_to_all", "moe_a2a_padded_tokens": 8,
+    },
+    "dp 2, NCCL alone": {**DP, "disable_custom_all_reduce": True},
 }  # fmt: skip
 SEED1 = {
     **DP, "enable_mixed_chunk": True, "chunked_prefill_size": 256, "max_running_requests": 64,
     "load_format": "dummy", "skip_tokenizer_init": True, "context_length": 2048, "log_level": "warning",
     "disable_radix_cache": True,
 }  # fmt: skip
-LINES: dict[str, dict[str, Any]] = {"graphs": {}, "no graphs": {"disable_cuda_graph": True}, "ep 2": {"ep_size": 2}}
+LINES: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "no graphs": {"disable_cuda_graph": True},
+    "ep 2": {"ep_size": 2},
+    "ep 2, all-to-all": {"ep_size": 2, "moe_a2a_backend": "all_to_all"},
+    "NCCL alone": {"disable_custom_all_reduce": True},
+}
 
 
 def say(**fields: object) -> None:

@@ -51,6 +51,12 @@ def test_the_seeds_layouts_resolve() -> None:
     assert "per data-parallel rank" in decided(mixed, "--chunked-prefill-size").why
     overlap = meshed(tp=2, enable_two_batch_overlap=True, tbo_token_distribution_threshold=0.4).config.scheduling
     assert (overlap.split_from, overlap.split_share) == (64, 0.4)
+    assert meshed(tp=2, gpus=2).config.mesh.peers
+    assert not meshed(tp=2, gpus=2, disable_custom_all_reduce=True).config.mesh.peers
+    several = meshed(tp=2, gpus=1, nnodes=2, dist_init_addr="h:1")
+    assert not several.config.mesh.peers
+    assert "several hosts" in decided(several, "small collectives").why
+    assert decided(meshed(tp=2, disable_custom_all_reduce=True), "--disable-custom-all-reduce").value == "ignored"
     alone = meshed(enable_two_batch_overlap=True)
     assert alone.config.scheduling.split_from == 0
     assert "no wire" in decided(alone, "two-batch overlap").why

@@ -31,7 +31,8 @@ class Place:
 
     `join_s`: how long it waits for the others to come; `deadline_s`: how long in one collective. `ordered`: sums add in
     the order of ranks, the same bits on every layout of the wire (`threads` and `shared` always do). `listening`: at
-    rank 0, the descriptor of a socket that listens at `address` already; it is given away.
+    rank 0, the descriptor of a socket that listens at `address` already; it is given away. `peers`: small collectives
+    of GPUs go through each other's memory (`peers.py`); all are on one host.
     """
 
     mesh: Mesh
@@ -43,6 +44,7 @@ class Place:
     deadline_s: float = 30.0
     ordered: bool = False
     listening: int | None = None
+    peers: bool = False
 
 
 def connect(place: Place) -> Comm:
@@ -83,7 +85,7 @@ def _gloo(place: Place) -> Comm:
 
 
 def _nccl(place: Place) -> Comm:
-    return dist.nccl(_meeting(place), place.device, place.deadline_s, place.ordered)
+    return dist.nccl(_meeting(place), place.device, place.deadline_s, place.ordered, place.peers)
 
 
 # Groups of threads by address; one lives as long as a rank of it.

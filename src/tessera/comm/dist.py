@@ -5,10 +5,13 @@ collective on the side: gloo on threads, NCCL on a stream of its own, which the 
 without the host. So on CUDA a collective that never ends is found not by `wait` but by NCCL's watchdog, which ends the
 process after `deadline_s`; on CPU `wait` raises.
 
-What is exact. `scatter_sum`, and `sum` when `ordered`, bring the terms together and add them in the order of ranks, in
-fp32 or wider, rounded once: the same bits everywhere. `sum` is otherwise the backend's all-reduce, faster and in
-another order: on CPU in fp32 or wider, on CUDA in the dtype of the parts, rounded at every addition (with two ranks
-there is one, so it is the same sum).
+GPUs of one host that reach each other's memory take small collectives in their own hands (`peers.py`), where all ranks
+bring as much; the rest goes through the backend.
+
+What is exact. `scatter_sum`, `sum` through peers and `sum` when `ordered` bring the terms together and add them in the
+order of ranks, in fp32 or wider, rounded once: the same bits everywhere. `sum` is otherwise the backend's all-reduce,
+faster and in another order: on CPU in fp32 or wider, on CUDA in the dtype of the parts, rounded at every addition (with
+two ranks there is one, so it is the same sum).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,7 +34,11 @@ from tessera.comm.single import SingleComm
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
+if TYPE_CHECKING:
+    from tessera.comm.peers import Peers
+
 Ranks = tuple[int, ...]
+Mapped = Callable[[Meeting, Ranks, torch.device], "Peers | None"]
 
 
 @dataclass
@@ -72,6 +80,7 @@ class DistComm:
         device: torch.device,
         deadline_s: float,
         ordered: bool,
+        mapped: Mapped | None = None,
     ) -> None:
         self.mesh: Mesh = meeting.mesh
         self.rank: int = meeting.rank
@@ -84,13 +93,23 @@ class DistComm:
             store = dist.PrefixStore(f"group/{ranks}", meeting.store)
             with _explained(f"rank {self.rank} connecting to ranks {ranks}", deadline_s):
                 made[ranks] = backend(store, ranks.index(self.rank), len(ranks))
+        peers = {} if mapped is None else {ranks: mapped(meeting, ranks, device) for ranks in made}
         self._groups = {axis: made.get(ranks) for axis, ranks in groups.items()}
+        self._peers = {axis: peers.get(ranks) for axis, ranks in groups.items()}
         for axis in self.mesh.axes:  # connects, so that a link that does not work is found now
-            self.sum([torch.ones(1, device=device)], axis.name).wait().tolist()
+            for start in (self._sum, self.sum):
+                total = start([torch.ones(1, device=device)], axis.name).wait().tolist()
+                assert total == [axis.size], f"rank {self.rank}: {total} is no sum of {axis.size} ones"
         meeting.all_at("connected")
 
     def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
         """See `Comm.sum`."""
+        peers = self._peers.get(axis)
+        if peers is not None and len(parts) == 1 and peers.sums(parts[0], 1):
+            return peers.sum(parts[0], 1)
+        return self._sum(parts, axis)
+
+    def _sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
         group = self._groups.get(axis)
         if group is None or parts[0].numel() == 0:
             return self._alone.sum(parts, axis)
@@ -115,6 +134,9 @@ class DistComm:
         at, length = self.mesh.coordinate(self.rank, axis), part.shape[dim]
         lengths = self._lengths(length, group, axis) if lengths is None else lengths
         assert length == lengths[at], f"{length} elements, {lengths} announced"
+        peers = self._peers.get(axis)
+        if peers is not None and dim == 0 and min(lengths) == max(lengths) and peers.takes(part.nbytes):
+            return peers.gather(part)
         mine = _padded(part, dim, max(lengths))
         everything = mine.new_empty(group.size(), *mine.shape)
         if everything.numel() == 0:
@@ -129,6 +151,9 @@ class DistComm:
             return self._alone.scatter_sum(parts, axis, dim, lengths)
         first = parts[0]
         assert first.shape[dim] == sum(lengths), f"{first.shape[dim]} elements to cut into {lengths}"
+        peers, even = self._peers.get(axis), min(lengths) == max(lengths)
+        if peers is not None and len(parts) == 1 and dim == 0 and even and peers.sums(first, len(lengths)):
+            return peers.sum(first, len(lengths))
         shape = list(first.shape)
         shape[dim] = lengths[self.mesh.coordinate(self.rank, axis)]
         terms = first.new_empty(group.size(), len(parts), *shape)
@@ -239,11 +264,17 @@ def _gloo(limit: timedelta, store: dist.Store, rank: int, size: int) -> dist.Bac
     return dist.ProcessGroupGloo(store, rank, size, limit)
 
 
-def nccl(meeting: Meeting, device: torch.device, deadline_s: float, ordered: bool) -> DistComm:
-    """Collectives of GPU ranks, one GPU each."""
+def nccl(meeting: Meeting, device: torch.device, deadline_s: float, ordered: bool, peers: bool) -> DistComm:
+    """Collectives of GPU ranks, one GPU each. `peers`: small ones through each other's memory, on one host."""
     torch.cuda.set_device(device)
     limit = timedelta(seconds=deadline_s)
-    return DistComm(meeting, partial(_nccl, limit), device, deadline_s, ordered)
+    return DistComm(meeting, partial(_nccl, limit), device, deadline_s, ordered, _mapped(deadline_s) if peers else None)
+
+
+def _mapped(deadline_s: float) -> Mapped:
+    from tessera.comm.peers import connect_peers
+
+    return partial(connect_peers, deadline_s=deadline_s)
 
 
 def _nccl(limit: timedelta, store: dist.Store, rank: int, size: int) -> dist.Backend:

@@ -225,6 +225,7 @@ def join(begin: Begin, spawn: Spawn, device: torch.device) -> Comm:
             mesh.collectives,
             deadline_s=silence,
             listening=spawn.listening,
+            peers=mesh.peers,
         )
     )
 

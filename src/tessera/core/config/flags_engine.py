@@ -68,6 +68,8 @@ MESH = (
     Flag("collectives", text, "auto", "How ranks add and exchange: through the memory of one host (shared), over TCP "
          "(gloo), between GPUs (nccl), or as threads of one process, slow, for tests (threads).", "mesh",
          choices=("auto", "shared", "gloo", "nccl", "threads")),
+    Flag("disable_custom_all_reduce", switch, False,
+         "All collectives between GPUs through NCCL, none through each other's memory.", "mesh"),
     Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh"),
     Flag("node_rank", whole(0), 0, "Number of this host.", "mesh"),
     Flag("dist_init_addr", text, None, "Address (host:port) at which the hosts meet.", "mesh", ("--nccl-init-addr",)),

@@ -24,6 +24,7 @@ MOST_RANKS = 64  # sizes that are tried for a remedy
 def mesh_phase(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes) -> tuple[MeshConfig, bool]:
     """The ranks, and whether the model can be laid out on them."""
     mesh = _asked(values, hardware.device, _balance(values, notes), _collectives(values, hardware.device, notes))
+    mesh = replace(mesh, peers=_peers(values, hardware.device, notes))
     _groups(values, notes)
     _divisors(values, notes)
     _straddling(mesh, notes)
@@ -52,6 +53,19 @@ def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshCo
         meet_within=values.real("dist_timeout") or 0.0,
         collectives=collectives,
     )
+
+
+def _peers(values: Asked, device: str, notes: Notes) -> bool:
+    """Whether GPUs take small collectives into their own hands."""
+    off = values.on("disable_custom_all_reduce")
+    if device != "cuda" or values.number("tp_size") == 1:
+        if off:
+            notes.decide("--disable-custom-all-reduce", "ignored", "there are no collectives between GPUs")
+        return False
+    one_host = values.number("nnodes") == 1
+    why = "as asked" if off else "they are on one host" if one_host else "they are on several hosts"
+    notes.decide("small collectives", "through NCCL" if off or not one_host else "through memory of the peers", why)
+    return one_host and not off
 
 
 def _groups(values: Asked, notes: Notes) -> None:

@@ -62,7 +62,8 @@ class MeshConfig:
     """Which ranks. `device`: "cpu" or "cuda". `tp`: all ranks of an instance, on `num_nodes` hosts that meet at
     `meeting` within `meet_within` seconds, of which this is `node_rank`. `dp`: groups of the attention. `replicas`:
     instances behind one front, of which this is `replica`. `balance`: how requests are spread over groups or replicas.
-    `collectives`: see `comm/connect.py`; ranks are processes, but with "threads".
+    `collectives`: see `comm/connect.py`; ranks are processes, but with "threads". `peers`: GPUs take small ones into
+    their own hands.
     """
 
     device: str
@@ -80,6 +81,7 @@ class MeshConfig:
     meeting: str | None = None
     meet_within: float = 600.0
     collectives: str = "shared"
+    peers: bool = False
 
     @property
     def mesh(self) -> Mesh:

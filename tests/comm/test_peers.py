@@ -1,0 +1,141 @@
+"""Promise: collectives through the memory of peers give what the plain ones give, whoever is ahead.
+
+The kernels run in Triton's interpreter, all ranks in one thread: in any order of their begins and waits that the GPUs
+could run them in. `test_nccl.py` runs them between GPUs.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.comm import peers
+from tessera.comm.base import ordered_sum
+from tessera.comm.peers import Memory, Peers, UnderWay, sizes
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter works on the host's memory")
+DTYPES = (torch.bfloat16, torch.float32, torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few channels of few bytes, so that every collective of the tests comes round to every slot."""
+    monkeypatch.setattr(peers, "CHANNELS", 2)
+    monkeypatch.setattr(peers, "REGION", 256)
+    monkeypatch.setattr(peers, "LARGEST", 512)
+    monkeypatch.setattr(peers, "BLOCK", 64)
+
+
+def group(world: int) -> list[Peers]:
+    """Ranks whose memory is that of this process, poisoned; their counts are about to wrap."""
+    slots, flags = ([torch.full((size,), 255, dtype=torch.uint8) for _ in range(world)] for size in sizes(world))
+    for own in flags:
+        own.view(torch.int32).fill_(2**31 - 3)
+    addresses = torch.tensor([[t.data_ptr() for t in slots], [t.data_ptr() for t in flags]])
+    counters = [torch.full((peers.CHANNELS,), 2**31 - 3, dtype=torch.int32) for _ in range(world)]
+    return [Peers(Memory(addresses, counters[at], (slots, flags)), at, world, 1.0) for at in range(world)]
+
+
+def parts_of(number: int, kind: str, world: int) -> list[Tensor]:
+    """What the ranks bring to a collective; not always in one piece, nor where 16 bytes can be loaded."""
+    make = torch.Generator().manual_seed(number)
+    chance = random.Random(number)
+    rows, dtype = chance.choice([1, 3, 8]), chance.choice(DTYPES[: 2 if kind != "gather" else 3])
+    shape = (rows * (world if kind == "scatter" else 1), chance.choice([1, 5, 8]))
+    found = [torch.randn(*shape, generator=make) * 10.0 ** chance.randint(-2, 3) for _ in range(world)]
+    found = [part.to(dtype) for part in found]
+    return [torch.cat([part[:1], part])[1:] if number % 2 else part.T.contiguous().T for part in found]
+
+
+def expected(kind: str, parts: list[Tensor], at: int) -> Tensor:
+    if kind == "gather":
+        return torch.cat(parts)
+    total = ordered_sum(parts)
+    return total.chunk(len(parts))[at] if kind == "scatter" else total
+
+
+def begin(rank: Peers, kind: str, part: Tensor) -> UnderWay:
+    return rank.gather(part) if kind == "gather" else rank.sum(part, rank.world if kind == "scatter" else 1)
+
+
+def program(seed: int, count: int) -> list[tuple[str, int]]:
+    """Begins (by kind) and waits (by number of a begin), the same for all ranks, at most WINDOW under way."""
+    chance, actions, waiting = random.Random(seed), [], []
+    for number in range(count):
+        while waiting and (
+            len(waiting) == peers.WINDOW or number - waiting[0] >= peers.WINDOW or chance.random() < 0.4
+        ):
+            first = waiting[0] if number - waiting[0] >= peers.WINDOW else chance.choice(waiting)
+            waiting.remove(first)
+            actions.append(("wait", first))
+        actions.append((chance.choice(["gather", "scatter", "sum"]), number))
+        waiting.append(number)
+    return actions + [("wait", number) for number in waiting]
+
+
+def play(world: int, seed: int) -> None:
+    """Ranks step through a program in a random order in which no rank waits for what a peer has not begun."""
+    ranks, chance, actions = group(world), random.Random(seed), program(seed, 14)
+    at, handles = [0] * world, [dict[int, UnderWay]() for _ in range(world)]
+    kinds = {number: kind for kind, number in actions if kind != "wait"}
+    brought = {number: parts_of(number + 100 * seed, kind, world) for number, kind in kinds.items()}
+    ahead = chance.randrange(world)
+
+    def can(rank: int) -> bool:
+        if at[rank] == len(actions):
+            return False
+        kind, number = actions[at[rank]]
+        return kind != "wait" or all(number in other for other in handles)
+
+    while any(at[rank] < len(actions) for rank in range(world)):
+        able = [rank for rank in range(world) if can(rank)]
+        rank = ahead if ahead in able and chance.random() < 0.9 else chance.choice(able)
+        kind, number = actions[at[rank]]
+        if kind != "wait":
+            assert ranks[rank].takes(1)
+            handles[rank][number] = begin(ranks[rank], kind, brought[number][rank])
+        else:
+            found, kind = handles[rank][number].wait(), kinds[number]
+            want = expected(kind, brought[number], rank)
+            assert (found.dtype, found.shape) == (want.dtype, want.shape)
+            cut = 2.0**-7 if want.dtype == torch.bfloat16 and kind != "gather" else 0.0  # the interpreter cuts off
+            assert torch.allclose(found, want, rtol=cut, atol=0), f"rank {rank}, {kind} {number}"
+        at[rank] += 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("world", [2, 3])
+def test_results_are_plain_whoever_is_ahead(world: int, seed: int) -> None:
+    play(world, seed)
+
+
+def test_mutant_as_few_slots_as_collectives_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is behind is overtaken, and reads what belongs to a later collective."""
+    monkeypatch.setattr(peers, "SLOTS", peers.WINDOW)
+    caught = 0
+    for seed in range(6):
+        try:
+            play(2, seed)
+        except AssertionError:
+            caught += 1
+    assert caught
+
+
+def test_what_goes_another_way_is_told_by_bytes_and_by_what_is_under_way() -> None:
+    first, second = group(2)
+    assert not first.takes(0)
+    assert not first.takes(peers.LARGEST + 1)
+    parts = parts_of(1, "sum", 2)
+    handles = []
+    for _ in range(peers.WINDOW):
+        assert first.takes(peers.LARGEST)
+        handles.append(first.sum(parts[0], 1))
+        second.sum(parts[1], 1)
+    assert not first.takes(8), "as many as may be under way"
+    handles[1].wait()
+    assert not first.takes(8), "the first of them still is"
+    handles[0].wait()
+    assert first.takes(8)
