@@ -22,6 +22,7 @@ from tessera.ops.triton_route import route
 
 SHAPES = {  # experts, hidden, intermediate, chosen
     "dsv2lite": (64, 2048, 1408, 6),
+    "dsv2lite a half": (64, 2048, 704, 6),
     "dsv2lite a quarter": (64, 2048, 352, 6),
     "qwen3next": (512, 2048, 512, 10),
 }

@@ -34,6 +34,7 @@ from tessera.models.folder import open_source
 from tessera.plan.halves import cut
 from tessera.plan.step import Change, Enter, Part, Step, ints
 from tessera.run.build import build_runner
+from tessera.run.graphs import Sizes
 from tessera.run.runner import Runner
 from tessera.run.startup import prepare
 
@@ -102,6 +103,11 @@ def rank_main(
     runner = build_runner(config, spec, source, None, None, rank, comm, device)
     steps = Steps(config.memory.page_size, spec.recurrent, spec.vocab_size)
     for size in sizes:
+        for halves in (False, True):
+            step = steps(size, halves)
+            timed(runner, step)  # as it is
+            if (padded := Sizes(*config.kernels.graphs).of(step)) is not None:
+                runner.record(padded)
         times: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(rounds + 2):
             for halves in (False, True):

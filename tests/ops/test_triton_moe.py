@@ -162,7 +162,7 @@ def test_of_equal_scores_the_first_is_chosen(options):
 
 
 REAL = {"dsv2lite": (64, 2048, 1408, 6), "a quarter": (64, 2048, 352, 6), "qwen3next": (512, 2048, 512, 10)}
-REAL |= {"an eighth": (64, 2048, 88, 10), "abacus": (16, 192, 48, 4)}
+REAL |= {"a half": (64, 2048, 704, 6), "an eighth": (64, 2048, 88, 10), "abacus": (16, 192, 48, 4)}
 
 
 @pytest.mark.gpu
