@@ -14,13 +14,14 @@ import torch
 from kernel_case import Case, distance, random
 from torch import Tensor
 
-from tessera.ops import triton_attention, triton_cache, triton_mla
+from tessera.ops import triton_attention, triton_cache, triton_latent, triton_mla
 from tessera.ops.attention import paged_attention_reference
 from tessera.ops.backend import Backend, backend
 from tessera.ops.fused import HeadInputs, LatentInputs, write_heads, write_latents
 from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
 from tessera.ops.rope import rope_tables
 from tessera.ops.segments import Segments, make_segments
+from tessera.ops.triton_latent import LatentTiles
 from tessera.ops.triton_tiles import Tile
 
 HEADS = {"qwen3-8b": (32, 8, 128), "qwen3next": (16, 2, 256)}
@@ -35,10 +36,22 @@ FLASH = {
     128: [Tile(128, 128, 8, 2), *(Tile(128, 64, 8, s) for s in (2, 3)), Tile(64, 64, 4, 4)],
     256: [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)],
 }
-MLA_SPLITS = [Tile(16, 64, 4, 4), Tile(16, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 8, 5)]
+LATENTS = [
+    LatentTiles(short, Tile(64, 64, 8, 2)) for short in (Tile(16, 32, 4, 4), Tile(16, 64, 8, 3), Tile(16, 64, 4, 2))
+]
+MIXED = [
+    LatentTiles(short, long)
+    for short, long in (
+        (Tile(16, 64, 8, 3), Tile(64, 32, 8, 3)), (Tile(16, 32, 8, 4), Tile(64, 64, 8, 2)),
+        (Tile(16, 64, 8, 2), Tile(64, 64, 8, 2)), (Tile(16, 64, 4, 3), Tile(32, 64, 4, 2)),
+        (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    )
+]  # fmt: skip
+JOINS = [(16, 64), (32, 32), (32, 64)]
 MLA_OWN = [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 3)]
-MLA_LONG = [Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)]
+MIXED_SPLITS = [(short, long) for short in (2, 3, 4, 6) for long in (1, 2, 3)]
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128
+LATENT_SCALE = (NOPE + ROPE) ** -0.5
 LIBRARY: list[dict[str, Any]] = [{"by": "flashinfer"}] if importlib.util.find_spec("flashinfer") else []
 
 
@@ -88,42 +101,98 @@ def attention(name: str, shape: str, num: int, start: int, length: int, page_siz
 
 
 def latent(name: str, num: int, start: int, length: int, page_size: int, heads: int = 16) -> Case:
-    """MLA of equal ranges: absorbed when they are short, expanded when they are long."""
+    """MLA of equal ranges: absorbed when they are short, expanded when they are long. Products with `kv_b` included."""
     segments, num_pages = segments_of(num, start, length, page_size)
-    absorbed, scale = length <= triton_mla.SHORT, (NOPE + ROPE) ** -0.5
-    width = RANK if absorbed else NOPE
+    absorbed = length <= triton_latent.SHORT
     kv_b = random(heads, NOPE + VALUE, RANK) * RANK**-0.5
 
     def make() -> Any:
-        tokens = num * length
-        return random(tokens, heads, width), random(tokens, heads, ROPE), random(num_pages, page_size, RANK + ROPE)
+        return latent_inputs(num * length, heads, num_pages, page_size)
 
     def run(inputs: Any, by: str = "", **options: Any) -> Tensor:
         (q, rope, pool), ops = inputs, library(by) if by else triton_mla
-        if absorbed:
-            return ops.mla_absorbed(q, rope, pool, segments, scale, **options)
-        return ops.mla_expanded(q, rope, kv_b, pool, segments, scale, **options)
+        form = ops.mla_absorbed if absorbed else ops.mla_expanded
+        return form(q, rope, kv_b, pool, segments, LATENT_SCALE, **options)
 
     def check(inputs: Any, found: Tensor) -> float:
         """One head of the last range."""
         q, rope, pool = (x.float() for x in inputs)
         last, tokens = segments.part(num - 1, num), segments.tokens_of(num - 1, num)
-        q, rope = q[tokens, -1:], rope[tokens, -1:]
-        if absorbed:
-            return distance(found[tokens, -1:], mla_absorbed_reference(q, rope, pool, last, scale))
-        expected = mla_expanded_reference(q, rope, kv_b[-1:].float(), pool, last, scale)
+        plain = mla_absorbed_reference if absorbed else mla_expanded_reference
+        expected = plain(q[tokens, -1:], rope[tokens, -1:], kv_b[-1:].float(), pool, last, LATENT_SCALE)
         return distance(found[tokens, -1:], expected)
 
     pairs = num * length * (start + (length + 1) / 2)
     work = 2 * heads * pairs * ((2 * RANK + ROPE) if absorbed else (NOPE + ROPE + VALUE))
-    moved = 2 * num * ((start + length) * (RANK + ROPE) + length * heads * 2 * width)
+    moved = 2 * num * ((start + length) * (RANK + ROPE) + length * heads * (NOPE + ROPE + VALUE)) + 2 * kv_b.numel()
     if absorbed:
-        variants: list[dict[str, Any]] = [{"split": tile} for tile in MLA_SPLITS]
-        variants += [{"splits": n} for n in ((8, 16, 32) if num == 1 else (1, 2, 3, 4, 8))] if num < 512 else []
+        variants: list[dict[str, Any]] = [{"tiles": tiles} for tiles in LATENTS]
+        variants += [{"splits": (n, 1)} for n in ((8, 16, 32) if num == 1 else (1, 2, 3, 4, 8))] if num < 512 else []
     else:
-        variants = [{"own": tile} for tile in MLA_OWN] + [{"long": tile} for tile in (MLA_LONG if start else [])]
+        variants = [{"own": tile} for tile in MLA_OWN]
     size = num_pages * page_size * 2 * (RANK + ROPE)
     return Case(name, moved, work, size, make, run, check, variants + LIBRARY)
+
+
+def latent_inputs(num_tokens: int, heads: int, num_pages: int, page_size: int) -> tuple[Tensor, ...]:
+    """Queries, their roped part, and a pool of latents."""
+    queries = (random(num_tokens, heads, width) for width in (NOPE, ROPE))
+    return *queries, random(num_pages, page_size, RANK + ROPE)
+
+
+def latent_mixed(name: str, decodes: int, start: int, length: int, heads: int = 16) -> Case:
+    """MLA of a chunk among decodes of 512 to 640 tokens, as a graph of a padded size sees them: no host numbers."""
+    starts = np.append(start, np.random.default_rng(0).integers(511, 640, decodes))
+    lengths = np.append(length, np.ones(decodes, np.int64))
+    each = -(-(starts + lengths) // 64)
+    num_pages = int(each.sum()) + 1
+    table = np.zeros((decodes + 1, 64), np.int64)  # as wide as the longest sequence that may come
+    for row, (first, count) in enumerate(zip(np.cumsum(each) - each, each, strict=True)):
+        table[row, :count] = 1 + np.random.default_rng(1).permutation(num_pages - 1)[first : first + count]
+    known = make_segments(starts, lengths, table, np.zeros(decodes + 1), 64, "cuda")
+    real = known.num_tokens
+    segments = padded(replace(known, page_table=torch.from_numpy(table.astype(np.int32)).cuda()))
+    kv_b = random(heads, NOPE + VALUE, RANK) * RANK**-0.5
+
+    def make() -> Any:
+        return latent_inputs(segments.num_tokens, heads, num_pages, 64)
+
+    def run(inputs: Any, form: str = "absorbed", **options: Any) -> Tensor:
+        q, rope, pool = inputs
+        attend = {"absorbed": triton_mla.mla_absorbed, "expanded": triton_mla.mla_expanded}[form]
+        return attend(q, rope, kv_b, pool, segments, LATENT_SCALE, **options)
+
+    def check(inputs: Any, found: Tensor) -> float:
+        """One head of every token."""
+        q, rope, pool = (x.float() for x in inputs)
+        plain = mla_absorbed_reference(q[:real, -1:], rope[:real, -1:], kv_b[-1:].float(), pool, known, LATENT_SCALE)
+        return max(distance(found[:real, -1:], plain), found[real:].abs().max().item() if real < len(found) else 0)
+
+    keys, pairs = int((starts + lengths).sum()), length * (start + (length + 1) / 2)
+    work = 2 * heads * (pairs * (NOPE + ROPE + VALUE) + RANK * (NOPE + VALUE) * (start + length))
+    work += 2 * heads * (2 * RANK + ROPE) * int((starts + lengths)[1:].sum())
+    moved = 2 * (keys * (RANK + ROPE) + real * heads * (NOPE + ROPE + VALUE) + kv_b.numel())
+    variants: list[dict[str, Any]] = [{"form": "expanded"}]
+    variants += [{"tiles": tiles} for tiles in MIXED] + [{"splits": n} for n in MIXED_SPLITS]
+    variants += [{"tiles": replace(triton_latent.TILES[2], join=join)} for join in JOINS]
+    return Case(name, moved, work, num_pages * 128 * (RANK + ROPE), make, run, check, variants)
+
+
+def padded(known: Segments) -> Segments:
+    """The same step without host numbers, S padded to a power of two and T to a multiple of 64, as graphs are."""
+    more = (1 << known.num_segments.bit_length()) - known.num_segments
+    tokens = -known.num_tokens % 64
+    pad = torch.nn.functional.pad
+    last = pad(known.cu_lengths[1:], (0, more), value=known.num_tokens)
+    none = np.zeros(0, np.int32)
+    return replace(
+        known, cu_lengths=torch.cat((known.cu_lengths[:1], last)), starts=pad(known.starts, (0, more)),
+        lengths=pad(known.lengths, (0, more)), slots=pad(known.slots, (0, more)),
+        page_table=pad(known.page_table, (0, 0, 0, more)), positions=pad(known.positions, (0, tokens)),
+        rows=pad(known.rows, (0, tokens), value=known.num_segments + more - 1),
+        write_page=pad(known.write_page, (0, tokens)), write_offset=pad(known.write_offset, (0, tokens)),
+        host_starts=none, host_lengths=none, max_length=known.num_tokens + tokens, max_end=64 * 64, _made={},
+    )  # fmt: skip
 
 
 def head_writes(name: str, shape: str, num: int, length: int) -> Case:
@@ -205,6 +274,8 @@ def cases() -> dict[str, Callable[[str], Case]]:
         for shape in HEADS:
             add(f"{shape} write_heads {num}x{length}", head_writes, shape, num, length)
         add(f"mla write_latents {num}x{length}", latent_writes, num, length)
+    for sizes in ((60, 512, 190), (60, 0, 190), (28, 1024, 480), (60, 512, 900)):
+        add("latent mixed {} decodes, {}+{}".format(*sizes), latent_mixed, *sizes)
     add("mla decode 64x1024 page 64, 128 heads", latent, 64, 1023, 1, 64, 128)
     add("qwen3-8b decode 64x1024 page 64, fp8", fp8, "qwen3-8b", 64, 1023, 1, 64)
     return makers

@@ -62,11 +62,8 @@ def _latent(ranges, page_size, heads, dtype, nope=128, value=128):
 def _latents_are_plain(ops, segments, pool, q_nope, q_rope, kv_b, scale=0.07) -> None:
     """Both forms, against the plain ones in fp64 on the same values."""
     wide = [x.double() for x in (q_nope, q_rope, kv_b, pool)]
-    expected = mla_expanded_reference(*wide, segments, scale)
-    assert_close(ops.mla_expanded(q_nope, q_rope, kv_b, pool, segments, scale), expected)
-    q = torch.einsum("thn,hnr->thr", q_nope, kv_b[:, : q_nope.shape[-1]])
-    expected = mla_absorbed_reference(q.double(), wide[1], wide[3], segments, scale)
-    assert_close(ops.mla_absorbed(q, q_rope, pool, segments, scale), expected)
+    for form, plain in ((ops.mla_expanded, mla_expanded_reference), (ops.mla_absorbed, mla_absorbed_reference)):
+        assert_close(form(q_nope, q_rope, kv_b, pool, segments, scale), plain(*wide, segments, scale))
 
 
 @fake

@@ -47,9 +47,11 @@ def test_latent_attention(ranges: str) -> None:
     torch.manual_seed(0)
     c = case(RANGES[ranges], 16)
     pool = paged(c, tokens=[torch.randn(end, 40).to(BF16) for end in ends(c)])
-    q, roped = (torch.randn(c.segments.num_tokens, 4, width).to(BF16) for width in (32, 8))
-    found = mla_absorbed(q, roped, pool, c.segments, 0.2)
-    expected = mla_absorbed_reference(q.double(), roped.double(), pool.double(), c.segments, 0.2)
+    q, roped = (torch.randn(c.segments.num_tokens, 4, width).to(BF16) for width in (24, 8))
+    kv_b = (torch.randn(4, 48, 32) * 32**-0.5).to(BF16)
+    found = mla_absorbed(q, roped, kv_b, pool, c.segments, 0.2)
+    wide = [x.double() for x in (q, roped, kv_b, pool)]
+    expected = mla_absorbed_reference(*wide, c.segments, 0.2)
     assert_close(found, expected, BF16)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ops.cases import assert_close, case, ends, for_a_graph, paged
 from tessera.ops import triton_mla
 from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
-from tessera.ops.triton_mla import SHORT, expansion, mla_absorbed, mla_expanded
+from tessera.ops.triton_latent import SHORT, LatentTiles
+from tessera.ops.triton_mla import expansion, mla_absorbed, mla_expanded
 from tessera.ops.triton_tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -30,22 +31,17 @@ def _inputs(ranges, page_size, sizes, dtype):
     return c.segments, pool, q_nope, q_rope, kv_b
 
 
-def _latent_queries(q_nope, kv_b):
-    return torch.einsum("thn,hnr->thr", q_nope, kv_b[:, : q_nope.shape[-1]])
-
-
 def _assert_plain(segments, pool, q_nope, q_rope, kv_b, **options):
     """Both forms, against the plain ones in fp64 on the same values."""
     wide = [x.double() for x in (q_nope, q_rope, kv_b, pool)]
-    assert_close(
-        mla_expanded(q_nope, q_rope, kv_b, pool, segments, SCALE), mla_expanded_reference(*wide, segments, SCALE)
-    )
-    q = _latent_queries(q_nope, kv_b)
-    expected = mla_absorbed_reference(q.double(), wide[1], wide[3], segments, SCALE)
-    assert_close(mla_absorbed(q, q_rope, pool, segments, SCALE, **options), expected)
+    tiles = {name: options[name] for name in options if name == "tiles"}
+    found = mla_expanded(q_nope, q_rope, kv_b, pool, segments, SCALE, **tiles)
+    assert_close(found, mla_expanded_reference(*wide, segments, SCALE))
+    found = mla_absorbed(q_nope, q_rope, kv_b, pool, segments, SCALE, **options)
+    assert_close(found, mla_absorbed_reference(*wide, segments, SCALE))
 
 
-@pytest.mark.parametrize(("page_size", "splits"), [(5, 1), (16, 3), (64, 2)])
+@pytest.mark.parametrize(("page_size", "splits"), [(5, (1, 2)), (16, (3, 1)), (64, (2, 5))])
 @pytest.mark.parametrize("ranges", RANGES)
 def test_is_plain(ranges, page_size, splits):
     _assert_plain(*_inputs(RANGES[ranges], page_size, TINY, torch.float32), splits=splits)
@@ -53,7 +49,7 @@ def test_is_plain(ranges, page_size, splits):
 
 @pytest.mark.parametrize("sizes", [(2, 16, 8, 8, 8), (1, 40, 12, 24, 20)], ids=str)
 def test_dims_that_are_no_powers_of_two(sizes):
-    _assert_plain(*_inputs(MIXED, 16, sizes, torch.float32), splits=3)
+    _assert_plain(*_inputs(MIXED, 16, sizes, torch.float32), splits=(3, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -83,7 +79,7 @@ def test_what_precedes_long_ranges_is_expanded(monkeypatch, most_bytes):
     ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=4),
     heads=st.sampled_from([1, 3, 17]),
     page_size=st.sampled_from([1, 3, 16, 32]),
-    splits=st.integers(1, 5),
+    splits=st.tuples(st.integers(1, 5), st.integers(1, 5)),
 )
 def test_any_batch(ranges, heads, page_size, splits):
     _assert_plain(*_inputs(ranges, page_size, (heads, *TINY[1:]), torch.float32), splits=splits)
@@ -101,11 +97,10 @@ def test_reads_nothing_of_the_batch_on_the_host(ranges):
     assert not found.isnan().any()
     assert not found[-2:].any(), "tokens of no range come out as zeros"
     assert_close(found[: len(q_nope)], mla_expanded_reference(*wide, segments, SCALE))
-    found = mla_absorbed(_latent_queries(more[0], kv_b), more[1], pool, padded, SCALE)
+    found = mla_absorbed(*more, kv_b, pool, padded, SCALE)
     assert not found.isnan().any()
     assert not found[-2:].any(), "tokens of no range come out as zeros"
-    q = _latent_queries(*wide[::2])
-    assert_close(found[: len(q_nope)], mla_absorbed_reference(q, wide[1], wide[3], segments, SCALE))
+    assert_close(found[: len(q_nope)], mla_absorbed_reference(*wide, segments, SCALE))
 
 
 def test_strided():
@@ -120,10 +115,12 @@ def test_strided():
 @pytest.mark.parametrize("length", [1, 3, 20])
 def test_a_range_is_computed_alike_in_any_company(length):
     """To the bit: how keys are cut depends on a sequence's own length alone."""
-    segments, pool, q_nope, q_rope, kv_b = _inputs([(70, length), (3, 1), (0, 2), (100, 9)], 16, TINY, torch.float32)
-    q = _latent_queries(q_nope, kv_b)
-    together = mla_absorbed(q, q_rope, pool, segments, SCALE, splits=3)
-    alone = mla_absorbed(q[:length], q_rope[:length], pool, segments.part(0, 1), SCALE, splits=3)
+    sizes = (3, 32, 16, 32, 16)
+    segments, pool, q_nope, q_rope, kv_b = _inputs([(70, length), (3, 1), (0, 2), (100, 9)], 16, sizes, torch.float32)
+    kv_b[:, :32] = torch.eye(32)  # the product with it is a library's, which rounds by the number of its rows
+    together = mla_absorbed(q_nope, q_rope, kv_b, pool, segments, SCALE, splits=(3, 2))
+    part = segments.part(0, 1)
+    alone = mla_absorbed(q_nope[:length], q_rope[:length], kv_b, pool, part, SCALE, splits=(3, 2))
     assert torch.equal(together[:length], alone)
 
 
@@ -153,6 +150,13 @@ def test_real_sizes(ranges, heads, page_size, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("long", [Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)], ids=str)
-def test_other_tiles(long):
-    _assert_plain(*_inputs(BATCHES["mixed"], 64, (16, 512, 64, 128, 128), torch.bfloat16), long=long)
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        LatentTiles(Tile(16, 32, 4, 4), Tile(64, 32, 8, 3)),
+        LatentTiles(Tile(16, 128, 8, 2), Tile(32, 32, 4, 2), (32, 64)),
+    ],
+    ids=str,
+)
+def test_other_tiles(tiles):
+    _assert_plain(*_inputs(BATCHES["mixed"], 64, (16, 512, 64, 128, 128), torch.bfloat16), tiles=tiles)

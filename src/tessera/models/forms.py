@@ -15,6 +15,8 @@ MLAForm = Literal["absorbed", "expanded"]
 # Absorbed MLA reads latent + rope numbers per position and head, expanded first makes nope + value of them for all
 # positions: with few queries per sequence that expansion costs more than it saves.
 ABSORB_UP_TO = 32
+# What is recorded without lengths is bound by the number of launches while its tokens are few.
+ABSORB_RECORDED = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,11 @@ class Forms:
 def choose_forms(segments: Segments) -> Forms:
     """Long ranges come first in a step, so one cut separates the expanded from the absorbed.
 
-    Where the host does not know the lengths, all are taken as long if one may be: either form is right for any range.
+    Where the host does not know the lengths, either form is right for any range, and one is taken for all.
     """
     delta: DeltaForm = "chunked" if segments.max_length > 1 else "recurrent"
     if not segments.known:
-        form: MLAForm = "expanded" if segments.max_length > 1 else "absorbed"
+        form: MLAForm = "expanded" if segments.max_length > ABSORB_RECORDED else "absorbed"
         return Forms(((0, segments.num_segments, form),), delta)
     long = np.flatnonzero(segments.host_lengths > ABSORB_UP_TO)
     cut = int(long[-1]) + 1 if len(long) else 0

@@ -14,7 +14,6 @@ from tessera.core.spec import AttentionSpec, DeltaSpec, MLASpec
 from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.fused import DeltaInputs, HeadInputs, LatentInputs
 from tessera.ops.linear import linear
-from tessera.ops.segments import Segments
 
 
 class Attention:
@@ -72,24 +71,15 @@ class MLA:
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, pool: Tensor, batch: Batch) -> Tensor:
         """[T, H, value]: each run of segments in its form."""
-        forms = {"absorbed": self._absorbed, "expanded": self._expanded}
+        forms = {"absorbed": self.tools.backend.mla_absorbed, "expanded": self.tools.backend.mla_expanded}
         if len(batch.forms.mla) == 1:
-            return forms[batch.forms.mla[0][2]](q_nope, q_rope, pool, batch.segments)
+            attend = forms[batch.forms.mla[0][2]]
+            return attend(q_nope, q_rope, self.kv_up, pool, batch.segments, self.spec.scale)
         outs = [q_nope.new_empty(0, self.heads, self.spec.value_dim)]
         for first, last, form in batch.forms.mla:
             part, tokens = batch.segments.part(first, last), batch.segments.tokens_of(first, last)
-            outs.append(forms[form](q_nope[tokens], q_rope[tokens], pool, part))
+            outs.append(forms[form](q_nope[tokens], q_rope[tokens], self.kv_up, pool, part, self.spec.scale))
         return torch.cat(outs)
-
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, pool: Tensor, part: Segments) -> Tensor:
-        w_k, w_v = self.kv_up.split((self.spec.nope_dim, self.spec.value_dim), 1)
-        q_latent = torch.einsum("thn,hnr->thr", q_nope, w_k)
-        o = self.tools.backend.mla_absorbed(q_latent, q_rope, pool, part, self.spec.scale)
-        return torch.einsum("thr,hvr->thv", o, w_v)
-
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, pool: Tensor, part: Segments) -> Tensor:
-        out: Tensor = self.tools.backend.mla_expanded(q_nope, q_rope, self.kv_up, pool, part, self.spec.scale)
-        return out
 
 
 class DeltaNet:

@@ -114,16 +114,21 @@ class FlashInfer:
 
         return self._turn("BatchPrefillWithPagedKVCacheWrapper", form, q.device, "HND").take(plan)
 
-    def mla_absorbed(self, q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
+    def mla_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float
+    ) -> Tensor:
         """See `mla_absorbed_reference`; in bf16 or fp16. One launch for ranges of any length."""
-        rank, dim = q_latent.shape[2], q_rope.shape[2]
-        if not self._serves(segments) or (rank, dim) != LATENT or pool.dtype != q_latent.dtype:
-            return self._rest.mla_absorbed(q_latent, q_rope, pool, segments, scale)
-        key = ("flashinfer", "mla", q_latent.shape[1], scale, q_latent.dtype)
-        planned = segments.once(key, partial(self._latent, q_latent, segments, scale))
-        out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
-        planned.wrapper.run(q_latent, q_rope, pool[..., :rank], pool[..., rank:], out=out)
-        return out
+        (heads, width, rank), nope, dim = kv_b.shape, q_nope.shape[2], q_rope.shape[2]
+        if not self._serves(segments) or (rank, dim) != LATENT or pool.dtype != q_nope.dtype:
+            return self._rest.mla_absorbed(q_nope, q_rope, kv_b, pool, segments, scale)
+        w_k, w_v = kv_b.split((nope, width - nope), 1)
+        q = torch.einsum("thn,hnr->thr", q_nope, w_k).contiguous()
+        planned = segments.once(
+            ("flashinfer", "mla", heads, scale, q.dtype), partial(self._latent, q, segments, scale)
+        )
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        planned.wrapper.run(q, q_rope, pool[..., :rank], pool[..., rank:], out=out)
+        return torch.einsum("thr,hvr->thv", out, w_v)
 
     def _latent(self, q: Tensor, segments: Segments, scale: float) -> Planned[Any]:
         r: Ranges = ranges_of(segments)

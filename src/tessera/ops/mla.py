@@ -21,21 +21,24 @@ def write_latent(pool: Tensor, latent: Tensor, rope: Tensor, segments: Segments)
     movable(pool)[segments.write_page, segments.write_offset] = movable(entries)
 
 
-def mla_absorbed_reference(q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Attention in latent space: q_latent [T, H, R] (`q_nope @ W_k`), q_rope [T, H, Dr] -> [T, H, R].
+def mla_absorbed_reference(
+    q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    """Attention in latent space, to which `kv_b` leads queries, and from which it leads results.
 
-    The caller multiplies the result by W_v. Reads R + Dr numbers per position: the form for short ranges.
+    Shapes as in `mla_expanded_reference`. Reads R + Dr numbers per position: the form for short ranges.
     """
-    dtype = wide(q_latent.dtype)
-    rank = q_latent.shape[-1]
-    q = torch.cat((q_latent, q_rope), -1).to(dtype)
-    out = torch.empty_like(q_latent)
+    dtype, nope = wide(q_nope.dtype), q_nope.shape[-1]
+    rank, (w_k, w_v) = kv_b.shape[-1], kv_b.to(dtype).split((nope, kv_b.shape[1] - nope), 1)
+    q = torch.cat((torch.einsum("thn,hnr->thr", q_nope.to(dtype), w_k), q_rope.to(dtype)), -1)
+    out = q_nope.new_empty(*q_nope.shape[:2], w_v.shape[1])
     for s in range(segments.num_segments):
         tokens = segments.tokens_of(s, s + 1)
         cache = _cached(pool, segments, s).to(dtype)
         scores = torch.einsum("thd,ld->htl", q[tokens], cache) * scale
         weights = scores.masked_fill(_later(segments, tokens, len(cache)), float("-inf")).softmax(-1)
-        out[tokens] = torch.einsum("htl,lr->thr", weights, cache[:, :rank]).to(out.dtype)
+        latent = torch.einsum("htl,lr->thr", weights, cache[:, :rank])
+        out[tokens] = torch.einsum("thr,hvr->thv", latent, w_v).to(out.dtype)
     return out
 
 
@@ -72,19 +75,24 @@ def _later(segments: Segments, tokens: slice, length: int) -> Tensor:
     return torch.arange(length, device=segments.device) > segments.positions[tokens, None]
 
 
-def mla_absorbed(q_latent: Tensor, q_rope: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
+def mla_absorbed(
+    q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float
+) -> Tensor:
     """See `mla_absorbed_reference`: one key head that all query heads share, whose values are its first R dims.
 
     The values are not cut to R before the product: a flash call wants keys and values of one width, and a ninth more
     work costs less than a copy.
     """
+    nope = q_nope.shape[-1]
+    w_k, w_v = kv_b.split((nope, kv_b.shape[1] - nope), 1)
+    q_latent = torch.einsum("thn,hnr->thr", q_nope, w_k)
     q = torch.cat((q_latent, q_rope), -1)
     shape = Shape(1, 1, q.shape[1], q.shape[-1], q.dtype)
     out = torch.empty_like(q_latent)
     for bucket in buckets(segments, shape):
         (cache,) = gathered(pool, shape, bucket)
         attend(q, cache, cache, bucket, scale, out)
-    return out
+    return torch.einsum("thr,hvr->thv", out, w_v)
 
 
 def mla_expanded(

@@ -1,0 +1,286 @@
+"""Attention in latent space: all heads of a token are rows of one tile, so that a latent is read once for all of them,
+as key and as value (DeepSeek-V2, arXiv 2405.04434).
+
+One launch serves a mixed step. A device-made list says which blocks of rows there are, of the ranges of up to `SHORT`
+tokens and of the longer ones; a block's keys are cut into splits by its own end, and the programs, as many as the chip
+holds, go through blocks and splits until there are none left: what a padded size could hold besides costs nothing. A
+second launch joins the splits, multiplies by the values' weights and writes every token's heads to where they belong.
+
+M rows of a tile, N keys of a tile, H heads, R latent rank, Dr rope dim, V value dim, Q tokens kept of a short range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera.ops.segments import Segments
+from tessera.ops.triton_common import LOG2E, dot, num_processors
+from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padded, split_size, store_rows
+from tessera.ops.triton_tiles import Tile, splits_of
+
+SHORT = 8  # tokens of the longest range that has tiles of few rows; a range's own length decides, whatever the others
+WAVES = 2  # parts of short ranges per multiprocessor that the splits aim at
+
+
+@dataclass(frozen=True, slots=True)
+class LatentTiles:
+    """Tiles of short and of longer ranges; a launch that has both runs as `long` says. `join`: tokens by value dims."""
+
+    short: Tile
+    long: Tile
+    join: tuple[int, int] = (16, 32)
+
+
+# By element size, from one H100; `bench/kernels.py attention --sweep` tries others.
+TILES = {2: LatentTiles(Tile(16, 64, 4, 3), Tile(64, 64, 8, 2))}
+WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), (16, 16))  # fp32, on the plain units
+
+
+@triton.jit
+def _list_blocks(
+    lengths, blocks, counts, num_segments,
+    S: tl.constexpr, H: tl.constexpr, SHORT: tl.constexpr, SHORT_M: tl.constexpr, LONG_M: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program (segment): writes its blocks (segment, block), after those of the segments before it; long ranges before
+    short ones, and of a range the last, which has the most keys, first. `counts` [2]: blocks of long, of short ones."""
+    s, at = tl.program_id(0), tl.arange(0, S)
+    length = tl.load(lengths + at, mask=at < num_segments, other=0)
+    long = tl.where(length > SHORT, tl.cdiv(length * H, LONG_M), 0)
+    short = tl.where(length > SHORT, 0, tl.cdiv(length * H, SHORT_M))
+    num_long = tl.sum(long, 0)
+    if s == 0:
+        tl.store(counts, num_long)
+        tl.store(counts + 1, tl.sum(short, 0))
+    own_long, own_short = tl.sum(tl.where(at == s, long, 0), 0), tl.sum(tl.where(at == s, short, 0), 0)
+    own = own_long + own_short
+    before_long, before_short = tl.sum(tl.where(at < s, long, 0), 0), tl.sum(tl.where(at < s, short, 0), 0)
+    first = tl.where(own_long > 0, before_long, num_long + before_short)
+    for n in range(0, own, B):
+        i = n + tl.arange(0, B)
+        tl.store(blocks + 2 * (first + i), tl.zeros([B], tl.int32) + s, mask=i < own)
+        tl.store(blocks + 2 * (first + i) + 1, own - 1 - i, mask=i < own)
+
+
+@triton.jit
+def _pages(table, n, end, PAGE: tl.constexpr, N: tl.constexpr):
+    """The pages of the tokens n .. n + N - 1: one where a tile lies in one, else [N]. 0 behind `end`."""
+    if PAGE % N == 0:
+        return tl.load(table + n // PAGE, mask=n < end, other=0)
+    else:
+        token = n + tl.arange(0, N)
+        return tl.load(table + token // PAGE, mask=token < end, other=0)
+
+
+@triton.jit
+def _part(
+    q_latent, q_rope, pool, partial, lse, s, block, split, at, before, cu_lengths, starts, lengths, page_table, scale,
+    latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
+    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
+    Q: tl.constexpr, SPLITS: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys of one block of rows. PREFIX: keys are the first `before` [S] of each sequence.
+
+    Results lie from row `at` on: by token, or with Q by segment and query. Where a split holds no key that one of the
+    rows sees, -inf is all that is written.
+    """
+    start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
+    row = block * M + tl.arange(0, M)
+    i, h = row // H, row % H
+    if PREFIX:
+        end, limit = tl.load(before + s), tl.full([M], 2**30, tl.int32)
+    else:
+        end, limit = start + tl.minimum(length, (block * M + M - 1) // H + 1), start + i + 1
+    live, token = i < length, (base + i).to(tl.int64)
+    where = ((s * Q + i).to(tl.int64) if Q else token) * H + h
+    where = at + where * SPLITS + split
+    size = split_size(end, SPLITS, N)
+    first = split * size
+    last = tl.where(block * M < length * H, tl.minimum(first + size, end), 0)
+    x = load_rows(q_latent, token * latent_token + h * latent_head, live, R, RP, True)
+    y = load_rows(q_rope, token * rope_token + h * rope_head, live, DR, DRP, True)
+    table = page_table + s.to(tl.int64) * table_stride
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, RP], tl.float32)
+    page = _pages(table, first, last, PAGE, N)
+    for n in tl.range(first, last, N, num_stages=STAGES):
+        key = n + tl.arange(0, N)
+        inside = key < last  # what lies behind the end may be NaN, and 0 * NaN is NaN
+        offset = page.to(tl.int64) * page_stride + (key % PAGE) * token_stride
+        page = _pages(table, n + N, last, PAGE, N)  # a tile ahead: the latents need not wait for it
+        latent = load_rows(pool, offset, inside, R, RP, True).to(x.dtype)
+        rope = load_rows(pool + R, offset, inside, DR, DRP, True).to(x.dtype)
+        scores = dot(y, tl.trans(rope), dot(x, tl.trans(latent), None))
+        scores = tl.where((key < limit[:, None]) & inside, scores, float("-inf"))
+        weights, shrink, m, total = fold(scores, scale, m, total)
+        acc = dot(weights.to(latent.dtype), latent, acc * shrink[:, None])
+    acc, sums = normalised(acc, m, total)
+    if first < last:
+        store_rows(partial, where * R, acc, live, R, RP)
+    tl.store(lse + where, sums, mask=live)
+
+
+@triton.jit
+def _latents(
+    q_latent, q_rope, pool, partial, lse, blocks, counts, num_short, long_at, before, cu_lengths, starts, lengths,
+    page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
+    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
+    Q: tl.constexpr, LONG: tl.constexpr, PREFIX: tl.constexpr,
+    SHORT_SPLITS: tl.constexpr, SHORT_M: tl.constexpr, SHORT_N: tl.constexpr, SHORT_STAGES: tl.constexpr,
+    LONG_SPLITS: tl.constexpr, LONG_M: tl.constexpr, LONG_N: tl.constexpr, LONG_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Any number of programs share the parts of a step: those of longer ranges come first.
+
+    LONG: `blocks` and `counts` list them; else there are `num_short` blocks, as many of each range as Q tokens fill.
+    """
+    first = tl.program_id(0)
+    if LONG:
+        num_long = tl.load(counts)
+        num_short = tl.load(counts + 1)
+        for part in range(first, num_long * LONG_SPLITS, tl.num_programs(0)):
+            listed = blocks + 2 * (part // LONG_SPLITS)
+            _part(
+                q_latent, q_rope, pool, partial, lse, tl.load(listed), tl.load(listed + 1), part % LONG_SPLITS,
+                long_at, before, cu_lengths, starts, lengths, page_table, scale, latent_token, latent_head, rope_token,
+                rope_head, page_stride, token_stride, table_stride, H, R, RP, DR, DRP, PAGE, 0, LONG_SPLITS, PREFIX,
+                LONG_M, LONG_N, LONG_STAGES,
+            )  # fmt: skip
+        blocks += 2 * num_long
+        # who had a part of a longer range more than others begins later
+        first = (first + tl.num_programs(0) - num_long * LONG_SPLITS % tl.num_programs(0)) % tl.num_programs(0)
+    for part in range(first, num_short * SHORT_SPLITS, tl.num_programs(0)):
+        number = part // SHORT_SPLITS
+        if LONG:
+            s, block = tl.load(blocks + 2 * number), tl.load(blocks + 2 * number + 1)
+        else:
+            each: tl.constexpr = (Q * H + SHORT_M - 1) // SHORT_M
+            s, block = number // each, number % each
+        _part(
+            q_latent, q_rope, pool, partial, lse, s, block, part % SHORT_SPLITS, 0, before, cu_lengths, starts,
+            lengths, page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride,
+            table_stride, H, R, RP, DR, DRP, PAGE, Q, SHORT_SPLITS, False, SHORT_M, SHORT_N,
+            SHORT_STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _join(
+    partial, lse, kv_b, out, sums, rows, cu_lengths, lengths, long_at, num_tokens, weight_head, weight_row,
+    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SHORT: tl.constexpr,
+    Q: tl.constexpr, SHORT_SPLITS: tl.constexpr, LONG_SPLITS: tl.constexpr, MOST: tl.constexpr, SUMS: tl.constexpr,
+    B: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (B tokens, head, EACH value dims): joins the splits and multiplies by the values' weights, which are
+    the rows of `kv_b` [H, D + V, R] after D, N rows at a time. Zeros for tokens of no range. SUMS: writes `sums` too,
+    log2 of the sums of exponentials."""
+    t, h = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
+    s = tl.load(rows + t, mask=t < num_tokens, other=0)
+    length, i = tl.load(lengths + s), t - tl.load(cu_lengths + s)
+    live, short = (t < num_tokens) & (i < length), length <= SHORT
+    if LONG_SPLITS:
+        by_token = long_at + (t.to(tl.int64) * H + h) * LONG_SPLITS
+        at = tl.where(short, ((s * Q + i).to(tl.int64) * H + h) * SHORT_SPLITS, by_token)
+        num = tl.where(short, SHORT_SPLITS, LONG_SPLITS)
+    else:
+        at, num = ((s * Q + i).to(tl.int64) * H + h) * SHORT_SPLITS, tl.full([B], SHORT_SPLITS, tl.int32)
+    num = tl.where(live, num, 0)
+    split = tl.arange(0, MOST)
+    part = tl.load(lse + at[:, None] + split, mask=split < num[:, None], other=float("-inf"))
+    m = tl.maximum(tl.max(part, 1), NEVER)
+    total = tl.sum(tl.exp2(part - m[:, None]), 1)
+    seen = tl.where(total > 0, total, 1.0)
+    acc = tl.zeros([B, RP], tl.float32)
+    for j in range(tl.max(num, 0)):
+        own = tl.load(lse + at + j, mask=j < num, other=float("-inf"))
+        values = load_rows(partial, (at + j) * R, own > float("-inf"), R, RP, True).to(tl.float32)
+        acc += values * (tl.exp2(own - m) / seen)[:, None]
+    if SUMS:
+        tl.store(sums + t * H + h, tl.where(total > 0, m + tl.log2(seen), float("-inf")), mask=t < num_tokens)
+    x = acc.to(kv_b.dtype.element_ty)
+    for n in range(tl.program_id(2) * EACH, tl.program_id(2) * EACH + EACH, N):
+        v = n + tl.arange(0, N)
+        weight = load_rows(kv_b + h * weight_head, (D + v) * weight_row, v < V, R, RP, True)
+        where = (t.to(tl.int64) * H + h)[:, None] * V + v
+        y = dot(x, tl.trans(weight), None).to(out.dtype.element_ty)
+        tl.store(out + where, y, mask=(t < num_tokens)[:, None] & (v < V))
+
+
+def attend_latents(
+    q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
+    tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None, before: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """See `mla_absorbed_reference`: [T, H, V]. `tiles` and `splits`, of short and of long ranges, override the tables.
+
+    With `before` [S], ranges above `SHORT` see so many keys, and log2 of the sums of exponentials [T, H] is given too.
+    """
+    (num_tokens, heads, nope), dim, rank = q_nope.shape, q_rope.shape[-1], kv_b.shape[-1]
+    assert q_nope.stride(2) == q_rope.stride(2) == pool.stride(2) == kv_b.stride(2) == 1, "neighbours in a row"
+    out = q_nope.new_empty(num_tokens, heads, kv_b.shape[1] - nope)
+    sums = None if before is None else q_nope.new_empty(num_tokens, heads, dtype=torch.float32)
+    if num_tokens == 0:
+        return out, sums
+    q_latent = torch.einsum("thn,hnr->thr", q_nope, kv_b[:, :nope])
+    t = tiles or TILES.get(q_nope.element_size(), WIDE)
+    queries, long = min(SHORT, segments.max_length), segments.max_length > SHORT
+    short_splits, long_splits = splits or _splits(segments, heads, t)
+    short_rows = segments.num_segments * queries * heads * short_splits
+    rows = short_rows + (num_tokens * heads * long_splits if long else 0)
+    partial, lse = q_latent.new_empty(rows, rank), q_latent.new_empty(rows, dtype=torch.float32)
+    shape = {"H": heads, "R": rank, "RP": padded(rank), "Q": queries, "SHORT_SPLITS": short_splits}
+    number = segments.num_segments * triton.cdiv(queries * heads, t.short.m)
+    blocks, counts = _blocks(segments, heads, t) if long else (None, None)
+    _latents[(num_processors(q_nope.device) if long else number * short_splits,)](
+        q_latent, q_rope, pool, partial, lse, blocks, counts, number, short_rows, before, segments.cu_lengths,
+        segments.starts, segments.lengths, segments.page_table, scale * LOG2E.value, *q_latent.stride()[:2],
+        *q_rope.stride()[:2], *pool.stride()[:2], segments.page_table.stride(0), **shape, DR=dim, DRP=padded(dim),
+        PAGE=segments.page_size, LONG=long, PREFIX=before is not None, SHORT_M=t.short.m, SHORT_N=t.short.n,
+        SHORT_STAGES=t.short.stages, LONG_SPLITS=long_splits if long else 0, LONG_M=t.long.m, LONG_N=t.long.n,
+        LONG_STAGES=t.long.stages, num_warps=t.long.warps if long else t.short.warps,
+    )  # fmt: skip
+    _launch_join(partial, lse, kv_b, out, sums, segments, short_rows, shape, long_splits if long else 0, t)
+    return out, sums
+
+
+def _launch_join(
+    partial: Tensor, lse: Tensor, kv_b: Tensor, out: Tensor, sums: Tensor | None, segments: Segments, long_at: int,
+    shape: dict[str, int], long_splits: int, t: LatentTiles,
+) -> None:  # fmt: skip
+    num_tokens, heads, value = out.shape
+    b, n = t.join
+    programs = triton.cdiv(num_tokens, b) * heads
+    each = n  # few programs share the value dims, many do not: each joins the splits anew
+    while each < value and programs * triton.cdiv(value, each) > num_processors(out.device):
+        each *= 2
+    _join[(triton.cdiv(num_tokens, b), heads, triton.cdiv(value, each))](
+        partial, lse, kv_b, out, sums, segments.rows, segments.cu_lengths, segments.lengths, long_at, num_tokens,
+        *kv_b.stride()[:2], **shape, D=kv_b.shape[1] - value, V=value, SHORT=SHORT, LONG_SPLITS=long_splits,
+        MOST=triton.next_power_of_2(max(shape["SHORT_SPLITS"], long_splits)), SUMS=sums is not None, B=b, EACH=each,
+        N=n, num_warps=4,
+    )  # fmt: skip
+
+
+def _splits(segments: Segments, heads: int, t: LatentTiles) -> tuple[int, int]:
+    """Of the keys of short and of longer ranges, from padded sizes: most short ranges are one token, and a step that
+    has longer ones is full of them."""
+    short = splits_of(segments, segments.num_segments * triton.cdiv(heads, t.short.m), t.short.n, WAVES)
+    return short, splits_of(segments, segments.num_tokens * heads // t.long.m, t.long.n, 1)
+
+
+def _blocks(segments: Segments, heads: int, t: LatentTiles) -> tuple[Tensor, Tensor]:
+    """See `_list_blocks`; once per step."""
+    return segments.once(("blocks", heads, t.short.m, t.long.m), lambda: _listed(segments, heads, t))
+
+
+def _listed(segments: Segments, heads: int, t: LatentTiles) -> tuple[Tensor, Tensor]:
+    num = segments.num_segments
+    most = segments.num_tokens * heads // min(t.short.m, t.long.m) + num
+    blocks, counts = segments.lengths.new_empty(most, 2), segments.lengths.new_empty(2)
+    _list_blocks[(num,)](
+        segments.lengths, blocks, counts, num, S=triton.next_power_of_2(num), H=heads, SHORT=SHORT, SHORT_M=t.short.m,
+        LONG_M=t.long.m, B=64,
+    )  # fmt: skip
+    return blocks, counts
