@@ -33,7 +33,14 @@ DECODES = [
     Tile(16, 64, 2, 4), Tile(16, 32, 4, 5), Tile(16, 64, 4, 5), Tile(16, 32, 4, 3), Tile(16, 128, 4, 3),
 ]  # fmt: skip
 FLASH = {
-    128: [Tile(128, 128, 8, 2), *(Tile(128, 64, 8, s) for s in (2, 3)), Tile(64, 64, 4, 4)],
+    128: [
+        Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 3),
+        Tile(128, 64, 4, 2),
+        Tile(128, 32, 4, 3),
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 3),
+    ],
     256: [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)],
 }
 LATENTS = [
@@ -48,7 +55,10 @@ MIXED = [
     )
 ]  # fmt: skip
 JOINS = [(16, 64), (32, 32), (32, 64)]
-MLA_OWN = [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 3)]
+MLA_OWN = [
+    Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 4, 2), Tile(128, 32, 4, 3), Tile(64, 64, 4, 2),
+    Tile(64, 32, 4, 3), Tile(256, 64, 16, 2),
+]  # fmt: skip
 MIXED_SPLITS = [(short, long) for short in (2, 3, 4, 6) for long in (1, 2, 3)]
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128
 LATENT_SCALE = (NOPE + ROPE) ** -0.5
