@@ -123,9 +123,7 @@ class FlashInfer:
             return self._rest.mla_absorbed(q_nope, q_rope, kv_b, pool, segments, scale)
         w_k, w_v = kv_b.split((nope, width - nope), 1)
         q = torch.einsum("thn,hnr->thr", q_nope, w_k).contiguous()
-        planned = segments.once(
-            ("flashinfer", "mla", heads, scale, q.dtype), partial(self._latent, q, segments, scale)
-        )
+        planned = segments.once(("flashinfer", "mla", heads, scale, q.dtype), partial(self._latent, q, segments, scale))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         planned.wrapper.run(q, q_rope, pool[..., :rank], pool[..., rank:], out=out)
         return torch.einsum("thr,hvr->thv", out, w_v)
