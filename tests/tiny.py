@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tessera.core.config import Hardware, Resolved, resolve
+from tessera.core.config.kernels import LIBRARIES
 from tessera.core.families import read_spec
 from tessera.core.messages import Outbound, Output, Outputs, StepReport, Stop, Submit, TokenLogprobs
 from tessera.core.spec import ModelSpec
@@ -125,7 +126,8 @@ def resolved(spec: ModelSpec, **flags: Any) -> Resolved:
     """The configuration of a test engine."""
     asked = {**FLAGS, **flags}
     asked.setdefault("collectives", COLLECTIVES[asked["device"]])
-    return resolve(asked, spec, Hardware(asked["device"], 1 << 31))
+    capability = (9, 0) if asked["device"] == "cuda" else None
+    return resolve(asked, spec, Hardware(asked["device"], 1 << 31, capability=capability, libraries=tuple(LIBRARIES)))
 
 
 @dataclass
