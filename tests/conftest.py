@@ -39,6 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("engines"):
                 item.add_marker(pytest.mark.skip(reason="make test-engines runs it"))
+    for item in items:  # what runs in the interpreter elsewhere is compiled there
+        if item.path.name.startswith("test_triton_"):
+            item.add_marker("kernels")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_cuda():
         for item in marked:

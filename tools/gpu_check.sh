@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that need a CUDA device, with the Python at hand: tools/gpu_check.sh [pytest arguments]
+# Runs the tests that need a CUDA device, and those of kernels that elsewhere run in the interpreter, with the Python at hand: tools/gpu_check.sh [pytest arguments]
 # WHEELS: a folder of wheels to install first, where packages are missing and nothing can be downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,5 +8,5 @@ if [[ -n "${WHEELS:-}" ]]; then
     "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
-(($#)) || set -- tests/run tests/comm tests/transfer
-exec "$python" -m pytest -p no:cacheprovider -m gpu "$@"
+(($#)) || set -- tests/ops tests/run tests/comm tests/transfer
+exec "$python" -m pytest -p no:cacheprovider -m "gpu or kernels" "$@"

@@ -84,26 +84,27 @@ def _check(ranges, heads, form, dtype, state_dtype=torch.float32, kernel=4) -> t
     c = case(ranges, 16, device=DEVICE)
     here = case(ranges, 16)
     inputs, width = _inputs(heads, kernel, dtype)
-    y = torch.randn(here.segments.num_tokens + 2, width).to(dtype)
+    y = torch.randn(here.segments.num_tokens + 4, width).to(dtype)  # of two ranges of padding, and of no range
     conv = _slots(here, (inputs.conv.shape[0], kernel - 1), dtype)
     state = _slots(here, heads[1:], state_dtype)
     wide_conv, wide_state = conv.double(), state.double()
     reference = definition if len(y) < 300 else plain
-    expected = reference(y[:-2].double(), inputs, wide_conv, wide_state, here.segments, form)
+    expected = reference(y[:-4].double(), inputs, wide_conv, wide_state, here.segments, form)
     conv, state = conv.to(DEVICE), state.to(DEVICE)
     segments = for_a_graph(c.segments, 200, padding=2)
     found = triton_delta.delta_net(y.to(DEVICE), _on(inputs, DEVICE), conv, state, segments, form)
     assert found.dtype == dtype
+    assert segments.max_length == 1 or not found[-2:].any(), "tokens of no range"
     used = here.segments.slots.long()
     small = max(heads) < 64
-    _close(found[:-2], expected, dtype, small)
+    _close(found[:-4], expected, dtype, small)
     _close(conv.cpu()[used], wide_conv[used], dtype)
     narrow = max(dtype, state_dtype, key=lambda d: torch.finfo(d).eps)
     _close(state.cpu()[used], wide_state[used], narrow, small)
     unused = here.unused_slots[here.unused_slots > 0]
     assert conv[unused].isnan().all()
     assert state[unused].isnan().all()
-    return found[:-2], conv[used.to(DEVICE)], state[used.to(DEVICE)]
+    return found[:-4], conv[used.to(DEVICE)], state[used.to(DEVICE)]
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -16,6 +16,7 @@ from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
 from tessera.ops.triton_delta_chunk import run_chunks
 from tessera.ops.triton_delta_step import move_window, step
+from tessera.ops.triton_tiles import result
 
 SHORT = 8  # tokens up to which a range, of a step whose form is "chunked", takes the recurrence all the same
 ROWS, COLUMNS = 16, 128  # of a program of the convolution
@@ -31,7 +32,8 @@ def _convolve(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     segment = tl.load(rows_ptr + row, mask=row < num_tokens, other=0)
     first = tl.load(cu_ptr + segment)
-    valid = (row < num_tokens) & (tl.load(cu_ptr + segment + 1) - first > limit)
+    end = tl.load(cu_ptr + segment + 1)
+    valid = (row < end) & (end - first > limit)  # beyond the last range are tokens of none
     if tl.max(valid.to(tl.int32), 0) == 0:
         return
     channel = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -77,9 +79,9 @@ def _gate(
 ):  # fmt: skip
     """out [T, Hv, Dv] = w * rmsnorm(o) * silu(z), for rows of ranges longer than `limit`."""
     head, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    valid = row < num_tokens
-    segment = tl.load(rows_ptr + row, mask=valid, other=0)
-    valid &= tl.load(cu_ptr + segment + 1) - tl.load(cu_ptr + segment) > limit
+    segment = tl.load(rows_ptr + row, mask=row < num_tokens, other=0)
+    end = tl.load(cu_ptr + segment + 1)
+    valid = (row < end) & (end - tl.load(cu_ptr + segment) > limit)
     if tl.max(valid.to(tl.int32), 0) == 0:
         return
     j = tl.arange(0, DV_PADDED)[None, :]
@@ -102,7 +104,7 @@ def delta_net(
     assert y.stride(1) == 1, "neighbouring columns"
     assert conv_state[0].is_contiguous(), "whole windows"
     assert state[0].is_contiguous(), "whole states"
-    out = y.new_empty(len(y), num_v * value_dim)
+    out = result(segments, y, len(y), num_v * value_dim)
     if not segments.num_segments:
         return out
     limit = SHORT if form == "chunked" else segments.num_tokens
