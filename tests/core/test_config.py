@@ -79,6 +79,15 @@ def test_defaults_resolve_and_every_choice_is_told() -> None:
         assert decided(result, what).why
 
 
+@pytest.mark.parametrize(("hardware", "asked", "size"), [(CPU, {}, 16), (CUDA, {}, 64), (CUDA, {"page_size": 16}, 16)])
+def test_pages_are_of_a_size_that_suits_the_device(hardware: Hardware, asked: dict[str, int], size: int) -> None:
+    result = resolved(hardware=hardware, max_total_tokens=6400, **asked)
+    assert result.config.memory.page_size == size
+    assert result.config.memory.num_pages == 1 + 6400 // size
+    assert asked or (decided(result, "page-size").value, bool(decided(result, "page-size").why)) == (size, True)
+    assert not asked or "page-size" not in {decision.what for decision in result.decisions}
+
+
 def test_resolve_is_pure_and_frozen() -> None:
     asked = {"model-path": "m", "--max-running-requests": "3", "enable_mixed_chunk": True}
     before = dict(asked)

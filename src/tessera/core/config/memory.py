@@ -8,7 +8,7 @@ length need; on a CPU, where nobody asked for a share or a size, it stays at 2 G
 from __future__ import annotations
 
 from tessera.core.config.ask import Asked
-from tessera.core.config.flags_engine import FRACTION
+from tessera.core.config.flags_engine import FRACTION, PAGE
 from tessera.core.config.sizes import Sizes, sizes_of
 from tessera.core.config.types import Hardware, MemoryConfig, Notes
 from tessera.core.mesh import Mesh
@@ -35,7 +35,7 @@ def memory_phase(
 
     `hardware.memory` is that of one rank. `mesh` None: the model cannot be cut (refused elsewhere), so weighs nothing.
     """
-    page = values.number("page_size")
+    page = values.whole("page_size") or _page(hardware, notes)
     kv = KV_DTYPES.get(values.word("kv_cache_dtype"), values.word("kv_cache_dtype"))
     if kv in FP8:
         notes.decide(
@@ -77,6 +77,17 @@ def memory_phase(
         available=hardware.memory,
     )
     return memory, context, rows
+
+
+def _page(hardware: Hardware, notes: Notes) -> int:
+    """Tokens of a page that nobody chose."""
+    page = PAGE[hardware.device]
+    whys = {
+        "cpu": "default on cpu: prefixes are shared in whole pages",
+        "cuda": "default on cuda: attention reads longer runs; prefixes are shared in whole pages, so fewer tokens",
+    }
+    notes.decide("page-size", page, whys[hardware.device])
+    return page
 
 
 def gib(count: float) -> str:
