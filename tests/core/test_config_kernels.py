@@ -107,6 +107,13 @@ def test_latents_of_another_size_are_refused() -> None:
     assert "latents have 32 + 16 dims" in refusal
 
 
+def test_flashinfer_reads_keys_in_fp8_but_no_latents() -> None:
+    narrow = {"attention_backend": "flashinfer", "kv_cache_dtype": "fp8_e4m3"}
+    assert config_of(WIDE, EQUIPPED, **narrow).memory.kv_dtype == "float8_e4m3fn"
+    (refusal,) = refusals(spec_of(DEEPSEEK, kv_lora_rank=512, qk_rope_head_dim=64), EQUIPPED, **narrow)
+    assert "reads latents in the dtype of queries" in refusal
+
+
 def test_kernels_of_the_gpu_are_refused_without_one() -> None:
     for asked in ({"attention_backend": "flashinfer"}, {"moe_runner_backend": "deep_gemm"}):
         assert any("need a CUDA device" in refusal for refusal in refusals(WIDE, **asked))

@@ -44,10 +44,10 @@ def _fake(rest=ALONE, hopper=True) -> FlashInfer:
     return FlashInfer(library(), rest, hopper, lambda: lambda: True)
 
 
-def _paged(ranges, page_size, heads, dtype):
+def _paged(ranges, page_size, heads, dtype, kv=None):
     num_q, num_kv, dim = heads
-    c = case(ranges, page_size, device=DEVICE)
-    pool = paged(c, 2, num_kv, tokens=[torch.randn(end, 2, num_kv, dim, device=DEVICE).to(dtype) for end in ends(c)])
+    c, kv = case(ranges, page_size, device=DEVICE), kv or dtype
+    pool = paged(c, 2, num_kv, tokens=[torch.randn(end, 2, num_kv, dim, device=DEVICE).to(kv) for end in ends(c)])
     return c.segments, torch.randn(c.segments.num_tokens, num_q, dim, device=DEVICE).to(dtype), pool
 
 
@@ -179,6 +179,9 @@ def test_all_kernels_of_a_model_are_built_at_start():
     ops, bf16 = _fake(), torch.bfloat16
     ops.compile(spec_of(HYBRID, head_dim=256), bf16, bf16)
     assert sorted(name[:16] for name in ops._library.jit.built) == ["prefill ('fa2', ", "prefill ('fa3', "]
+    ops = _fake()
+    ops.compile(spec_of(HYBRID, head_dim=256), bf16, torch.float8_e4m3fn)
+    assert [name[:16] for name in ops._library.jit.built] == ["prefill ('fa2', "], "Hopper's reads no fp8"
     spec = spec_of(HYBRID)
     mla = MLASpec(16, None, 512, 128, 128, RopeSpec(64, 1e4), 0.1)
     latent = replace(spec, layers=(replace(spec.layers[0], mixer=mla),))
@@ -228,6 +231,16 @@ def test_real_attention(ops, ranges, heads, page_size):
     scale = heads[2] ** -0.5
     expected = paged_attention_reference(q.double(), pool.double(), segments, scale)
     assert_close(ops.paged_attention(q, pool, segments, scale), expected)
+
+
+@pytest.mark.gpu
+@needs_library
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranges", BATCHES)
+def test_keys_in_fp8(ops, ranges):
+    segments, q, pool = _paged(BATCHES[ranges], 64, REAL[0], torch.bfloat16, torch.float8_e4m3fn)
+    expected = paged_attention_reference(q.double(), pool.double(), segments, SCALE)
+    assert_close(ops.paged_attention(q, pool, segments, SCALE), expected)
 
 
 @pytest.mark.gpu

@@ -41,6 +41,7 @@ NEEDS = {
 }
 FP8_FROM = (8, 9)  # compute capability from which on a device knows e4m3
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
+FP8 = ("fp8_e4m3", "fp8_e5m2")
 HEAD_DIMS, LATENT = (64, 128, 256), (512, 64)  # that FlashInfer has kernels for: of heads; of latents and their rope
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
 GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -183,7 +184,7 @@ def _needs(values: Asked, chosen: list[str], hardware: Hardware, dtype: str, not
 def _pages(values: Asked, attention: str, hardware: Hardware, notes: Notes) -> None:
     """Refuses pages that the attention's kernels cannot read on this device."""
     kv, found = values.word("kv_cache_dtype"), hardware.capability
-    if kv == "fp8_e4m3" and attention == "triton" and found is not None and found < FP8_FROM:
+    if kv == "fp8_e4m3" and attention in ("triton", "flashinfer") and found is not None and found < FP8_FROM:
         notes.refuse(
             (f"--kv-cache-dtype {kv}", f"--attention-backend {attention}"),
             f"{hardware.name or 'this device'} has compute capability {found[0]}.{found[1]}, e4m3 is known from 8.9 on",
@@ -208,9 +209,11 @@ def _flashinfer(values: Asked, spec: ModelSpec, dtype: str, graphs: bool, notes:
         if isinstance(mixer, MLASpec) and (mixer.latent_dim, mixer.rope.dim) != LATENT:
             found = f"latents have {mixer.latent_dim} + {mixer.rope.dim} dims"
             notes.refuse((flag,), f"{found}, it has kernels for {LATENT[0]} + {LATENT[1]}", "Use triton.")
-    kv = values.word("kv_cache_dtype")
-    if kv not in ("auto", dtype, {"bfloat16": "bf16"}.get(dtype)):
-        notes.refuse((flag, f"--kv-cache-dtype {kv}"), f"it reads keys in the dtype of queries, {dtype}", "Use auto.")
+    kv, same = values.word("kv_cache_dtype"), ("auto", dtype, {"bfloat16": "bf16"}.get(dtype))
+    latent = any(isinstance(layer.mixer, MLASpec) for layer in spec.layers)
+    if kv not in (same if latent else (*same, *FP8)):
+        reason = f"it reads {'latents' if latent else 'keys'} in the dtype of queries, {dtype}"
+        notes.refuse((flag, f"--kv-cache-dtype {kv}"), f"{reason}{'' if latent else ', or in fp8'}", "Use auto.")
     if graphs:
         what, why = "attention of steps that run as CUDA graphs", "FlashInfer plans each step on the host"
         notes.decide(what, "triton", f"{why}: it serves the larger steps, or all with --disable-cuda-graph")
