@@ -74,6 +74,10 @@ def test_a_group_without_requests_takes_part_and_reports_that_it_idles() -> None
     assert labels >= {(0, "IDLE"), (1, "IDLE"), (0, "EXTEND"), (1, "EXTEND"), (0, "DECODE"), (1, "DECODE")}
     output = sum(len(answer.tokens) for answer in run.answers.values())
     assert sum(r.num_output_token for r in run.reports) == output
+    steps = {r.index for r in run.reports if r.seconds}
+    busiest = [r for r in run.reports if r.seconds and r.busiest]
+    assert sorted(r.index for r in busiest) == sorted(steps), "one rank stands for each step"
+    assert "IDLE" not in {r.label for r in busiest}
 
 
 def test_prompts_are_scored_and_choices_forked_on_all_ranks() -> None:

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.fake_engine import HANG
 from serve.support import World, in_loop, refusal, until, world
 from tessera.core.messages import Flush, StepReport
+from tessera.serve.metrics import Metrics
 from tessera.serve.steplog import StepLog
 
 PATH = "/v1/completions"
@@ -135,6 +136,19 @@ def report(**more: float) -> StepReport:
     values = dict.fromkeys(StepReport.__struct_fields__, 0)
     values |= {"index": 1, "label": "DECODE", "num_pages": 100, "num_running": 8, "num_output_token": 8}  # type: ignore[dict-item]
     return StepReport(**{**values, "seconds": 0.5, **more})  # type: ignore[arg-type]
+
+
+def test_a_step_of_several_ranks_is_one_step() -> None:
+    metrics = Metrics("tiny", num_dp=2)
+    for dp_rank, busiest, label in ((0, False, "IDLE"), (1, True, "EXTEND"), (0, True, "DECODE"), (1, False, "DECODE")):
+        metrics.step(report(dp_rank=dp_rank, busiest=busiest, label=label))  # type: ignore[arg-type]
+    lines = [
+        line for line in metrics.text().decode().splitlines() if line.startswith("tessera:step_time_seconds_count")
+    ]
+    assert {(line.split('kind="')[1].split('"')[0], line.split()[-1]) for line in lines} == {
+        ("EXTEND", "1.0"),
+        ("DECODE", "1.0"),
+    }
 
 
 def test_prefill_and_decode_lines(caplog: pytest.LogCaptureFixture) -> None:

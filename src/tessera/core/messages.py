@@ -149,6 +149,7 @@ class StepReport(msgspec.Struct, tag=True):
     num_output_token: int = 0
     seconds: float = 0.0
     dp_rank: int = 0
+    busiest: bool = True  # of the DP ranks of the step the one that computed most: its label is the step's
     num_meeting: int = 0  # requests that wait for the other server, or at decode for memory
     num_leases: int = 0  # prompts that are being written here, or from here
 

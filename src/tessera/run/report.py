@@ -51,13 +51,17 @@ class Reporter:
         """One report per DP rank."""
         self._index = done.index
         num_output = [int(np.count_nonzero(part.tokens >= 0)) for part in done.parts]
-        return [self._report(i, counted, num_output[i], seconds) for i, counted in enumerate(tallies)]
+        work = [t.num_prompt_token + len(part.rows) for t, part in zip(tallies, done.parts, strict=True)]
+        most = work.index(max(work))
+        return [self._report(i, counted, num_output[i], seconds, i == most) for i, counted in enumerate(tallies)]
 
     def idle(self) -> list[StepReport]:
         """Where things stand when nothing runs: after an abort or a flush no step would tell."""
         return [self._report(i, NOTHING, 0, 0.0) for i in range(len(self._preempted))]
 
-    def _report(self, dp_rank: int, counted: Tally, num_output: int, seconds: float) -> StepReport:
+    def _report(
+        self, dp_rank: int, counted: Tally, num_output: int, seconds: float, busiest: bool = True
+    ) -> StepReport:
         state = self._planner.ranks[dp_rank].state
         preempted = state.num_preempted - self._preempted[dp_rank]
         self._preempted[dp_rank] = state.num_preempted
@@ -78,6 +82,7 @@ class Reporter:
             num_output_token=num_output,
             seconds=seconds,
             dp_rank=dp_rank,
+            busiest=busiest,
             num_meeting=len(state.away) - sum(s.key in state.leases for s in state.away),
             num_leases=len(state.leases),
         )

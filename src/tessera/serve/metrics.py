@@ -102,7 +102,7 @@ class Metrics:
         for name, value in values.items():
             self._gauges[name].labels(*labels).set(value)
         self._counters["num_preemptions"].inc(report.num_preempted)
-        if report.seconds:  # an idle engine reports too
+        if report.seconds and report.busiest:  # an idle engine reports too, and each DP rank of a step
             self._steps.labels(self._model, report.label).observe(report.seconds)
 
     def begin(self, items: Sequence[Item]) -> Track:
