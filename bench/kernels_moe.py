@@ -11,14 +11,23 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from kernel_case import Case, distance, random
 from torch import Tensor
+from torch.nn.functional import linear
 
-from tessera.ops import moe
+from tessera.ops import fused, moe
 from tessera.ops.backend import backend, expert_runner
-from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts
+from tessera.ops.fused import Shared
+from tessera.ops.moe import Router
+from tessera.ops.triton_fused import add_gated
+from tessera.ops.triton_linear import Tile as RowTile
+from tessera.ops.triton_linear import gated_product, pack
+from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
 from tessera.ops.triton_moe_few import few_experts
-from tessera.ops.triton_route import route
+from tessera.ops.triton_route import SCORING, route, score_and_route
+
+HIDDEN = 2048
 
 SHAPES = {  # experts, hidden, intermediate, chosen
     "dsv2lite": (64, 2048, 1408, 6),
@@ -28,6 +37,15 @@ SHAPES = {  # experts, hidden, intermediate, chosen
 }
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192)
 RUNNERS = ["grouped_mm", *(["deep_gemm"] if importlib.util.find_spec("deep_gemm") else [])]
+ROUTERS = {  # experts, whether scored in fp32, rules
+    "dsv2lite": (64, True, {"top_k": 6, "normalize": False}),
+    "qwen3next": (512, False, {"top_k": 10}),
+    "deepseek v3": (
+        256, True,
+        {"top_k": 8, "scoring": "sigmoid", "num_groups": 8, "top_groups": 4, "group_score": "top2", "scale": 2.5},
+    ),
+}  # fmt: skip
+SHARED = {"dsv2lite": (2, False), "qwen3next": (1, True)}  # experts that it consists of, and whether it is gated
 SWEPT_FEW, SWEPT_SMALL = 16, 512  # tokens up to which the vector products, and the tiles of few rows, are tried
 
 
@@ -38,6 +56,12 @@ def cases() -> dict[str, Callable[[str], Case]]:
         for tokens in TOKENS:
             made[f"route {name} {tokens}"] = partial(_route, shape, tokens)
             made[f"experts {name} {tokens}"] = partial(_experts, shape, tokens)
+    for name, router in ROUTERS.items():
+        for tokens in (1, 2, 4, 8, 16):
+            made[f"scores and route {name} {tokens}"] = partial(_scores, router, tokens)
+    for name, shared in SHARED.items():
+        for tokens in (1, 2, 4):
+            made[f"with shared {name} {tokens}"] = partial(_mixture, SHAPES[name], shared, tokens)
     return made
 
 
@@ -77,6 +101,56 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
 def library(name: str) -> Callable[..., Tensor]:
     """The experts of a runner by its name."""
     return expert_runner(name, backend("triton")).experts
+
+
+def _scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) -> Case:
+    num, wide, rules = router
+
+    def make() -> tuple[Tensor, Router]:
+        weight = random(num, HIDDEN) * HIDDEN**-0.5
+        counts = torch.zeros(16, dtype=torch.int32, device="cuda")
+        return random(tokens, HIDDEN), Router(pack(weight.float() if wide else weight), wide, rules, counts)
+
+    def run(inputs: tuple[Tensor, Router], tile: RowTile | None = None, apart: bool = False) -> Tensor:
+        x, router = inputs
+        if apart:  # as it was: the library's product, then the choice
+            scores = linear(x.float() if wide else x, router.weight.weight)
+            return route(scores, **rules)[1]
+        return score_and_route(x, router, tile or SCORING)[1]
+
+    def check(inputs: tuple[Tensor, Router], weights: Tensor) -> float:
+        return distance(weights, moe.choose(*inputs)[1])
+
+    num_bytes = num * HIDDEN * (4 if wide else 2)
+    tiles = [RowTile(n * 2048, 2048, warps) for warps in (1, 2, 4) for n in (1, 2, 4)]
+    variants: list[dict[str, Any]] = [{"apart": True}, *({"tile": tile} for tile in tiles)]
+    return Case(name, num_bytes, 0, num_bytes, make, run, check, variants)
+
+
+def _mixture(shape: tuple[int, int, int, int], shared: tuple[int, bool], tokens: int, name: str) -> Case:
+    num, hidden, inner, top_k = shape
+    (parts, gated), weights = shared, _weights(num, hidden, inner)
+    width = parts * inner
+
+    def make() -> tuple[Any, ...]:
+        ids, scores = route(random(tokens, num), top_k)
+        gate = pack(random(1, hidden) * hidden**-0.5) if gated else None
+        both = pack(random(2 * width, hidden) * hidden**-0.5), pack(random(hidden, width) * width**-0.5)
+        return random(tokens, hidden), *weights, ids, scores, Shared(*both, gate)
+
+    def run(inputs: tuple[Any, ...], apart: bool = False, joined: bool = False) -> Tensor:
+        if apart:
+            return apart_mixture(*inputs)
+        return few_experts(*inputs) if joined else mixture(*inputs)
+
+    plain = moe.mixture_of(moe.experts, fused.gated_product, fused.add_gated)
+    apart_mixture = moe.mixture_of(experts, gated_product, add_gated)
+    touched = num * (1 - (1 - top_k / num) ** tokens) + parts
+    return Case(
+        name, touched * 6 * hidden * inner, 6 * tokens * (top_k + parts) * hidden * inner,
+        set_bytes=round(touched * 6 * hidden * inner), make=make, run=run,
+        check=lambda inputs, found: distance(found, plain(*inputs)), variants=[{"apart": True}, {"joined": True}],
+    )  # fmt: skip
 
 
 def _run(inputs: tuple[Any, ...], tiles: Tiles | None = None, few: bool = False, by: str = "") -> Tensor:

@@ -79,10 +79,9 @@ def other_rows(good: Good, rows: Tensor, tokens: Tensor, count: int, most: int) 
     return out
 
 
-def shared_everywhere(good: Good, self: MoE, part: Tensor, x: Tensor) -> Tensor:
+def shared_everywhere(good: Good, self: MoE, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """Shared experts that are whole on every rank, added to every part of a sum."""
-    out: Tensor = good(self, good(self, part, x), x)
-    return out
+    return self.joined(good(self, x, ids, scores), self.shared(x), x)
 
 
 FAULTS: list[tuple[Any, str, Good, str, Layout]] = [
@@ -94,7 +93,7 @@ FAULTS: list[tuple[Any, str, Good, str, Layout]] = [
     (Within, "home", no_sum, "llama", TWO),
     (Across, "home", half_sum, "qwen3", (4, 2, 1, 4, True, False)),
     (dispatch, "_sum_by_token", other_rows, "qwen3_moe", (2, 2, 2, 2, False, True)),
-    (MoE, "add_shared", shared_everywhere, "qwen3_5_moe_text", TWO),
+    (MoE, "whole", shared_everywhere, "qwen3_5_moe_text", TWO),
     (MoE, "_local_ids", as_held, "qwen3_moe", (2, 1, 2, 2, False, False)),
 ]
 

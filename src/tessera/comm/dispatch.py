@@ -30,6 +30,10 @@ class Experts(Protocol):
         """This rank's share of the weighted sum [R, hidden] of the chosen experts; those held elsewhere add nothing."""
         ...
 
+    def whole(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        """`part`, with this rank's share of what every token visits."""
+        ...
+
     def shared(self, x: Tensor) -> Tensor | None:
         """This rank's share of what every token visits, x [R, hidden] -> [R, hidden]; None: there is no such thing."""
         ...
@@ -56,8 +60,7 @@ class Everywhere:
     def __call__(self, x: Tensor, counts: Sequence[int], experts: Experts) -> Waits[Tensor]:
         """See `Dispatch`."""
         x = yield from self.together.bring(x, counts)
-        part = experts.part(x, *experts.route(x))
-        return (yield from self.together.home(experts.joined(part, experts.shared(x), x), counts))
+        return (yield from self.together.home(experts.whole(x, *experts.route(x)), counts))
 
 
 class Padded:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from tessera.comm.dispatch import dispatch
 from tessera.comm.waits import Waits
-from tessera.core.spec import MoESpec
-from tessera.models.layers import GatedMLP
+from tessera.core.spec import MoESpec, RouterSpec, SharedSpec
 from tessera.models.parts import Batch, Tools, Weights
+from tessera.ops.fused import Shared
 from tessera.ops.linear import linear
-from tessera.ops.precision import wide
+from tessera.ops.moe import Router
+
+ARRIVING = 64  # tokens that a kernel may choose experts for while it counts its programs
 
 
 class MoE:
@@ -22,13 +24,11 @@ class MoE:
 
     def __init__(self, spec: MoESpec, weights: Weights, tools: Tools) -> None:
         self.spec, self.tools = spec, tools
-        self.router = weights.linear("router")
-        self.bias = weights.tensor("router_bias") if spec.router.bias else None
+        self.router = _router(spec.router, weights)
         self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
         held = weights.held("experts_in")
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
-        self.shared_mlp = GatedMLP(weights.at("shared"), tools) if spec.shared else None
-        self.shared_gate = weights.linear("shared.gate") if spec.shared and spec.shared.gated else None
+        self.shared_mlp = _shared(spec.shared, weights.at("shared")) if spec.shared else None
         holders = weights.holders("experts_in")
         self.dispatch = dispatch(tools.comm, holders, spec.router.num_experts, self.w_in.device, tools.padded_up_to)
 
@@ -36,42 +36,58 @@ class MoE:
         """x [T, hidden] -> [T, hidden]."""
         return (yield from self.dispatch(x, batch.counts, self))
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Experts`."""
+        return self.tools.backend.route(x, self.router)
+
     def part(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """See `Experts`."""
-        local = ids if self.local is None else self.local[ids]
-        part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, local, scores)
+        part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, self._held(ids), scores)
         return part
+
+    def whole(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        """See `Experts`."""
+        out: Tensor = self.tools.backend.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp)
+        return out
 
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""
-        return None if self.shared_mlp is None else self.shared_mlp.part(x)
+        mlp = self.shared_mlp
+        return None if mlp is None else linear(self.tools.backend.gated_product(x, mlp.w_in), mlp.w_out)
 
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
         """See `Experts`."""
-        if shared is None:
+        if self.shared_mlp is None or shared is None:
             return part
-        out: Tensor = self.tools.backend.add_gated(part, shared, x, self.shared_gate)
+        out: Tensor = self.tools.backend.add_gated(part, shared, x, self.shared_mlp.gate)
         return out
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Experts`."""
-        r = self.spec.router
-        logits = linear(x.to(wide(x.dtype)) if r.wide else x, self.router)
-        ids, scores = self.tools.backend.route(
-            logits,
-            r.top_k,
-            scoring=r.score,
-            bias=self.bias,
-            num_groups=r.num_groups,
-            top_groups=r.top_groups,
-            group_score=r.group_score,
-            normalize=r.normalise,
-            scale=r.scale,
-        )
-        return ids, scores
+    def _held(self, ids: Tensor) -> Tensor:
+        return ids if self.local is None else self.local[ids]
 
     def _local_ids(self, held: list[int]) -> Tensor:
         """[E]: where this rank keeps each expert, -1 for those held elsewhere."""
         local = torch.full((self.spec.router.num_experts,), -1, dtype=torch.int64)
         local[held] = torch.arange(len(held))
         return local.to(self.w_in.device)
+
+
+def _router(spec: RouterSpec, weights: Weights) -> Router:
+    """How tokens choose experts."""
+    weight = weights.linear("router")
+    rules = {
+        "top_k": spec.top_k,
+        "scoring": spec.score,
+        "bias": weights.tensor("router_bias") if spec.bias else None,
+        "num_groups": spec.num_groups,
+        "top_groups": spec.top_groups,
+        "group_score": spec.group_score,
+        "normalize": spec.normalise,
+        "scale": spec.scale,
+    }
+    return Router(weight, spec.wide, rules, torch.zeros(ARRIVING, dtype=torch.int32, device=weight.weight.device))
+
+
+def _shared(spec: SharedSpec, weights: Weights) -> Shared:
+    """What every token visits."""
+    return Shared(weights.linear("in"), weights.linear("out"), weights.linear("gate") if spec.gated else None)

@@ -116,11 +116,12 @@ class GatedMLP:
     """silu(gate(x)) * up(x), then down: this rank's part of the sum."""
 
     def __init__(self, weights: Weights, tools: Tools) -> None:
-        self.w_in, self.w_out, self.silu_mul = weights.linear("in"), weights.linear("out"), tools.backend.silu_mul
+        self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
+        self.gated_product = tools.backend.gated_product
 
     def part(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> the rank's part of [T, hidden]."""
-        return linear(self.silu_mul(linear(x, self.w_in)), self.w_out)
+        return linear(self.gated_product(x, self.w_in), self.w_out)
 
 
 class DenseMLP:

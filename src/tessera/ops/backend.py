@@ -28,12 +28,14 @@ class Backend:
     name: str
     pack: Callable[..., linear.PackedLinear]
     tie: Callable[[Tensor], tied.Ends]
+    gated_product: Callable[[Tensor, linear.PackedLinear], Tensor]
     paged_attention: Callable[..., Tensor]
     mla_absorbed: Callable[..., Tensor]
     mla_expanded: Callable[..., Tensor]
     delta_net: fused.DeltaNet
-    route: Callable[..., tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, moe.Router], tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
+    mixture: moe.Mixture
     combine: Callable[..., Tensor]
     rmsnorm: Callable[..., Tensor]
     add_rmsnorm: Callable[..., tuple[Tensor, Tensor]]
@@ -51,12 +53,14 @@ REFERENCE = Backend(
     name="reference",
     pack=linear.pack_reference,
     tie=tied.tie_reference,
+    gated_product=fused.gated_product,
     paged_attention=attention.paged_attention_reference,
     mla_absorbed=mla.mla_absorbed_reference,
     mla_expanded=mla.mla_expanded_reference,
     delta_net=fused.delta_net_of(delta.causal_conv_reference, delta.gated_delta_rule_reference),
-    route=moe.route,
+    route=moe.choose,
     experts=moe.experts_reference,
+    mixture=moe.mixture_of(moe.experts_reference, fused.gated_product, fused.add_gated),
     combine=moe.combine,
     rmsnorm=norm.rmsnorm,
     add_rmsnorm=norm.add_rmsnorm,
@@ -73,12 +77,14 @@ TORCH = Backend(
     name="torch",
     pack=linear.pack,
     tie=tied.tie,
+    gated_product=cpu_fused.gated_product,
     paged_attention=attention.paged_attention,
     mla_absorbed=mla.mla_absorbed,
     mla_expanded=mla.mla_expanded,
     delta_net=fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule),
-    route=moe.route,
+    route=moe.choose,
     experts=moe.experts,
+    mixture=moe.mixture_of(moe.experts, cpu_fused.gated_product, fused.add_gated),
     combine=moe.combine,
     rmsnorm=cpu_fused.rmsnorm,
     add_rmsnorm=cpu_fused.add_rmsnorm,
@@ -114,11 +120,13 @@ def backend(name: str, recorded: int = 0) -> Backend:
 def expert_runner(name: str, base: Backend) -> Backend:
     """Routing and experts by the name of their runner; what it has no version of is that of `base`."""
     if name == "grouped_mm":
-        return replace(base, experts=grouped.experts_of(base.silu_mul, base.combine))
+        experts = grouped.experts_of(base.silu_mul, base.combine)
+        mixture = moe.mixture_of(experts, base.gated_product, base.add_gated)
+        return replace(base, experts=experts, mixture=mixture)
     if name == "deep_gemm":
-        from tessera.ops.deep_gemm import experts
+        from tessera.ops.deep_gemm import experts, mixture
 
-        return replace(base, experts=experts)
+        return replace(base, experts=experts, mixture=mixture)
     return backend(name)
 
 
@@ -131,5 +139,6 @@ def chosen(kernels: KernelConfig) -> Backend:
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,
         experts=moe_runner.experts,
+        mixture=moe_runner.mixture,
         draw=backend(kernels.sampling).draw,
     )

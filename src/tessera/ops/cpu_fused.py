@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from tessera.ops import fused, norm
 from tessera.ops.attention import write_kv
 from tessera.ops.fused import HeadInputs, rotation
+from tessera.ops.linear import PackedLinear, linear
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
@@ -42,6 +43,11 @@ def silu_mul(y: Tensor) -> Tensor:
     """See `fused.silu_mul`."""
     gate, up = y.chunk(2, -1)
     return silu(gate).mul_(up)
+
+
+def gated_product(x: Tensor, packed: PackedLinear) -> Tensor:
+    """See `fused.gated_product`."""
+    return silu_mul(linear(x, packed))
 
 
 def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments) -> Tensor:

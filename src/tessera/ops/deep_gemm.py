@@ -25,6 +25,9 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) ->
     return padded_experts(x, w13, w2, ids, weights)
 
 
+mixture = triton_moe.mixture_of(experts)
+
+
 def padded_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """See `moe.experts_reference`: sort, pad, two grouped products, sum."""
     block = deep_gemm.get_mk_alignment_for_contiguous_layout()

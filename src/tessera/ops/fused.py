@@ -146,6 +146,11 @@ def silu_mul(y: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+def gated_product(x: Tensor, packed: PackedLinear) -> Tensor:
+    """silu(gate) * up of the product with a weight [gate | up, in]: x [T, in] -> [T, I]."""
+    return silu_mul(linear(x, packed))
+
+
 def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
     """x * sigmoid(gate); gate has x's shape or one column."""
     return x * gate.sigmoid()
@@ -154,3 +159,12 @@ def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
 def add_gated(part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None) -> Tensor:
     """part + sigmoid(gate(x)) * shared, all [T, hidden], the gate one number a token; None: part + shared."""
     return part + (shared if gate is None else shared * linear(x, gate).sigmoid())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """The expert that every token visits: gate | up, down, and the `gate` that scales it (one row; None: by 1)."""
+
+    w_in: PackedLinear
+    w_out: PackedLinear
+    gate: PackedLinear | None

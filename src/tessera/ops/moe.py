@@ -5,14 +5,20 @@ T tokens, H hidden, E experts, I intermediate, k experts a token, n tokens of an
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from tessera.ops import linear as packed
+from tessera.ops.fused import Shared
 from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned
 from tessera.ops.precision import wide
+
+Mixture = Callable[..., Tensor]
 
 
 def route(
@@ -49,6 +55,22 @@ def route(
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Router:
+    """How a layer's tokens choose experts: the product that scores them, in fp32 or wider where `wide`; the `rules` of
+    `route`; `arrived` int32 [tokens], zeros between calls: what a kernel counts its programs with."""
+
+    weight: packed.PackedLinear
+    wide: bool
+    rules: Mapping[str, Any]
+    arrived: Tensor
+
+
+def choose(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """Chooses the experts of x [T, H]: see `route`."""
+    return route(packed.linear(x.to(wide(x.dtype)) if router.wide else x, router.weight), **router.rules)
 
 
 def _first(scores: Tensor, count: int) -> Tensor:
@@ -105,3 +127,18 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = Non
     rows = (y if places is None else y[places]).view(*ids.shape, -1)
     rows = torch.where((ids >= 0)[..., None], rows.to(wide(y.dtype)), 0)  # a row that nobody wrote may be NaN
     return (rows * weights[..., None].to(rows.dtype)).sum(1).to(y.dtype)
+
+
+def mixture_of(
+    experts: Callable[..., Tensor], gated_product: Callable[..., Tensor], add_gated: Callable[..., Tensor]
+) -> Mixture:
+    """Routed experts and the shared one, from versions of what they consist of."""
+
+    def mixture(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None) -> Tensor:
+        """What `experts_reference` gives, with what the shared expert makes of x, where there is one."""
+        part = experts(x, w13, w2, ids, weights)
+        if shared is None:
+            return part
+        return add_gated(part, packed.linear(gated_product(x, shared.w_in), shared.w_out), x, shared.gate)
+
+    return mixture

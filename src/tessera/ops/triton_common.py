@@ -6,6 +6,10 @@ stall it, and the interpreter cannot do it; tables of configurations by shape st
 
 Wrappers are captured in CUDA graphs and replayed for other batches. So grids follow from shapes and padded counts
 alone, what a batch says of itself is read on the device, and a program without work leaves at once.
+
+A kernel may start while the one before it ends (programmatic dependent launch, from Hopper on): launched with
+`chained(device)`, every one of its programs calls `follow()` before it reads what a kernel wrote, or writes anything.
+Weights may be read before: nobody writes them while steps run.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -32,6 +38,21 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def follow():
+    """Waits until all that was launched before has been done, then lets what comes next start and load its weights."""
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@cache
+def chained(device: torch.device) -> dict[str, bool]:
+    """What a kernel that calls `follow` is launched with."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"launch_pdl": True} if able else {}
 
 
 @cache

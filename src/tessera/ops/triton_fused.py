@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.linear import PackedLinear
+from tessera.ops.triton_common import chained, follow
 
 BLOCK = 1024  # columns of a program of the gates
 
@@ -20,6 +21,7 @@ def _rmsnorm_kernel(
     x, added, weight, out, total, x_stride, added_stride, columns, eps,
     ADDS: tl.constexpr, ZERO_CENTRED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    follow()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < columns
@@ -59,7 +61,7 @@ def _launch(
     if rows:
         _rmsnorm_kernel[(rows,)](
             x, added, weight, out, total, x.stride(0), added.stride(0), columns, eps,
-            adds, zero_centred, width, num_warps=min(max(width // 512, 1), 16),
+            adds, zero_centred, width, num_warps=min(max(width // 512, 1), 16), **chained(x.device),
         )  # fmt: skip
 
 
@@ -67,6 +69,7 @@ def _launch(
 def _gate_kernel(
     x, gate, out, x_stride, gate_stride, columns, total, SILU: tl.constexpr, ONE: tl.constexpr, WIDTH: tl.constexpr
 ):
+    follow()
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = at < total
     row, column = at // columns, at % columns
@@ -95,12 +98,15 @@ def _gated(x: Tensor, gate: Tensor, silu: bool) -> Tensor:
     if total:
         one = gate.shape[1] == 1 and columns > 1
         grid = (triton.cdiv(total, BLOCK),)
-        _gate_kernel[grid](x, gate, out, x.stride(0), gate.stride(0), columns, total, silu, one, BLOCK)
+        _gate_kernel[grid](
+            x, gate, out, x.stride(0), gate.stride(0), columns, total, silu, one, BLOCK, **chained(x.device)
+        )
     return out
 
 
 @triton.jit
 def _add_gated_kernel(part, shared, x, gate, out, x_stride, columns, GATED: tl.constexpr, WIDTH: tl.constexpr):
+    follow()
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = at < columns
     v = tl.load(shared + row * columns + at, inside, 0.0).to(tl.float32)
@@ -121,6 +127,6 @@ def add_gated(part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None
         weight = part if gate is None else gate.weight
         _add_gated_kernel[(rows,)](
             part, shared, x, weight, out, x.stride(0), columns, gate is not None, width,
-            num_warps=min(max(width // 512, 1), 16),
+            num_warps=min(max(width // 512, 1), 16), **chained(x.device),
         )  # fmt: skip
     return out

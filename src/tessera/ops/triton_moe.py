@@ -8,6 +8,7 @@ that a row's result does not depend on what else is in the batch. Few rows go to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tessera.ops import moe
+from tessera.ops.fused import Shared
+from tessera.ops.moe import Mixture
 from tessera.ops.triton_common import dot
-from tessera.ops.triton_moe_few import few_experts, pays
+from tessera.ops.triton_fused import add_gated
+from tessera.ops.triton_linear import gated_product
+from tessera.ops.triton_moe_few import few_experts, joins, pays
 from tessera.ops.triton_sort import sort_rows
 
 
@@ -163,6 +169,22 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) ->
     if pays(ids.numel(), num_experts):
         return few_experts(x, w13, w2, ids, weights)
     return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype))
+
+
+def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
+    """`moe.mixture_of` these experts; with few tokens the shared one is among those that they visit."""
+    apart = moe.mixture_of(experts, gated_product, add_gated)
+
+    def mixture(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None) -> Tensor:
+        """See `moe.mixture_of`; up to float32."""
+        if shared is not None and joins(x, w13, w2, ids, shared):
+            return few_experts(x, w13, w2, ids.contiguous(), weights.contiguous(), shared)
+        return apart(x, w13, w2, ids, weights, shared)
+
+    return mixture
+
+
+mixture = mixture_of(experts)
 
 
 def _launch(w: Tensor, tile: Tile) -> dict[str, object]:

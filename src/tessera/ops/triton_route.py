@@ -1,4 +1,5 @@
-"""Choosing experts in one launch. T tokens, E experts in G groups of S, k experts a token."""
+"""Choosing experts in one launch, for few tokens with their scores. T tokens, E experts in G groups of S, k experts
+a token."""
 
 from __future__ import annotations
 
@@ -8,6 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tessera.ops.linear import linear
+from tessera.ops.moe import Router
+from tessera.ops.precision import wide
+from tessera.ops.triton_common import chained, follow, num_processors
+from tessera.ops.triton_linear import Tile, add_products, weights_at
+
+TOKENS = 8  # whose product and choice are one launch: each token reads the whole weight anew, out of the cache
+SCORING = Tile(2048, 2048, 1)
 
 
 @triton.jit
@@ -36,16 +46,21 @@ def _open_groups(choice, expert, TOP: tl.constexpr, TOP2: tl.constexpr, NUM: tl.
 
 
 @triton.jit
-def _route(
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr, stride, scale,
+def _key(choice, expert):
+    """int64 that orders as (choice, the lower number first) do: choosing is then one maximum. NaN is the largest."""
+    bits = (choice + 0.0).to(tl.int32, bitcast=True)  # + 0.0: of -0.0 as well
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - expert)
+
+
+@triton.jit
+def _choose(
+    logits, expert, valid, bias_ptr, ids_ptr, weights_ptr, scale,
     TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
     SOFTMAX: tl.constexpr, BIASED: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    group, place = tl.arange(0, GROUPS_PADDED)[:, None], tl.arange(0, SIZE_PADDED)[None, :]
-    expert, valid = group * SIZE + place, (group < NUM_GROUPS) & (place < SIZE)
-    logits = tl.load(logits_ptr + token * stride + expert, mask=valid, other=float("-inf")).to(tl.float32)
+    """Writes the experts of one token, and their weights: logits [GROUPS_PADDED, SIZE_PADDED] in fp32."""
     scores = _scores(logits, valid, SOFTMAX)
     choice = scores
     if BIASED:
@@ -54,18 +69,80 @@ def _route(
     if TOP_GROUPS < NUM_GROUPS:
         opened = _open_groups(choice, expert, TOP_GROUPS, TOP2, NUM_GROUPS, GROUPS_PADDED)
         choice = tl.where(opened, choice, float("-inf"))
+    never: tl.constexpr = -(1 << 63)
+    key = tl.where(valid, _key(choice, expert), never)
     nth = tl.arange(0, K_PADDED)
     ids, weights = tl.zeros([K_PADDED], tl.int64), tl.zeros([K_PADDED], tl.float32)
     for j in tl.static_range(TOP_K):
-        best = tl.min(tl.where(choice == tl.max(choice), expert, NUM_GROUPS * SIZE - 1))  # NaN: some expert there is
+        best = tl.minimum(0x7FFFFFFF - (tl.max(key) & 0x7FFFFFFF), NUM_GROUPS * SIZE - 1)
         weights = tl.where(nth == j, tl.sum(tl.where(expert == best, scores, 0.0)), weights)
-        ids = tl.where(nth == j, best.to(tl.int64), ids)
-        choice = tl.where(expert == best, float("-inf"), choice)
+        ids = tl.where(nth == j, best, ids)
+        key = tl.where(expert == best, never, key)
     if NORMALIZE:
         weights = weights / (tl.sum(weights, 0) + 1e-20)
-    at = token * TOP_K + nth
-    tl.store(ids_ptr + at, ids, mask=nth < TOP_K)
-    tl.store(weights_ptr + at, weights * scale, mask=nth < TOP_K)
+    tl.store(ids_ptr + nth, ids, mask=nth < TOP_K)
+    tl.store(weights_ptr + nth, weights * scale, mask=nth < TOP_K)
+
+
+@triton.jit
+def _numbers(NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr):
+    """[GROUPS_PADDED, SIZE_PADDED]: experts by group, and which of them there are."""
+    group, place = tl.arange(0, GROUPS_PADDED)[:, None], tl.arange(0, SIZE_PADDED)[None, :]
+    return group * SIZE + place, (group < NUM_GROUPS) & (place < SIZE)
+
+
+@triton.jit
+def _route(
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, stride, scale,
+    TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SOFTMAX: tl.constexpr, BIASED: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program: a token."""
+    follow()
+    token = tl.program_id(0).to(tl.int64)
+    expert, valid = _numbers(NUM_GROUPS, SIZE, GROUPS_PADDED, SIZE_PADDED)
+    logits = tl.load(logits_ptr + token * stride + expert, mask=valid, other=float("-inf")).to(tl.float32)
+    _choose(
+        logits, expert, valid, bias_ptr, ids_ptr + token * TOP_K, weights_ptr + token * TOP_K, scale,
+        TOP_K, NUM_GROUPS, SIZE, TOP_GROUPS, SOFTMAX, BIASED, TOP2, NORMALIZE, GROUPS_PADDED, K_PADDED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _score_and_route(
+    x, w, logits_ptr, arrived, bias_ptr, ids_ptr, weights_ptr, x_row, scale,
+    DEPTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SOFTMAX: tl.constexpr, BIASED: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (experts, token): N logits. The last one of a token to arrive sees all of its logits, and chooses."""
+    num: tl.constexpr = NUM_GROUPS * SIZE
+    column, inner, token = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, K), tl.program_id(1)
+    last: tl.constexpr = (DEPTH - 1) // K * K
+    weights = weights_at(w, column, 0, inner, num, DEPTH)
+    follow()
+    acc, x = tl.zeros([N, 1], tl.float32), x + token.to(tl.int64) * x_row
+    for k in range(0, last, K):
+        following = weights_at(w, column, k + K, inner, num, DEPTH)
+        acc = add_products(acc, weights, x, 0, k, inner, DEPTH, 1, 1)
+        weights = following
+    acc = add_products(acc, weights, x, 0, last, inner, DEPTH, 1, 1)
+    if not WIDE:
+        acc = acc.to(w.dtype.element_ty).to(tl.float32)
+    tl.store(logits_ptr + token * num + column[:, None], acc, mask=(column < num)[:, None])
+    tl.debug_barrier()  # all threads have written before one of them says so
+    if tl.atomic_add(arrived + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(arrived + token, 0)  # for the next launch
+        tl.debug_barrier()
+        expert, valid = _numbers(NUM_GROUPS, SIZE, GROUPS_PADDED, SIZE_PADDED)
+        at = logits_ptr + token * num + expert
+        logits = tl.load(at, mask=valid, other=float("-inf"), cache_modifier=".cg")  # others wrote: from the L2 cache
+        _choose(
+            logits, expert, valid, bias_ptr, ids_ptr + token * TOP_K, weights_ptr + token * TOP_K, scale,
+            TOP_K, NUM_GROUPS, SIZE, TOP_GROUPS, SOFTMAX, BIASED, TOP2, NORMALIZE, GROUPS_PADDED, K_PADDED,
+        )  # fmt: skip
 
 
 def route(
@@ -84,15 +161,62 @@ def route(
     num_tokens, num_experts = logits.shape
     assert logits.dtype != torch.float64, "up to float32"
     assert logits.stride(1) == 1, "neighbouring columns"
-    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
-    size = num_experts // num_groups
+    rules = _rules(num_experts, top_k, scoring, bias, num_groups, top_groups, group_score, normalize)
+    ids, weights = _results(logits, top_k)
     if num_tokens:
         _route[num_tokens,](
-            logits, bias, ids, weights, logits.stride(0), scale,
-            TOP_K=top_k, NUM_GROUPS=num_groups, SIZE=size, TOP_GROUPS=top_groups, SOFTMAX=scoring == "softmax",
-            BIASED=bias is not None, TOP2=group_score == "top2", NORMALIZE=normalize,
-            GROUPS_PADDED=triton.next_power_of_2(num_groups), SIZE_PADDED=triton.next_power_of_2(size),
-            K_PADDED=triton.next_power_of_2(top_k), num_warps=1,
-        )  # fmt: skip
+            logits, bias, ids, weights, logits.stride(0), scale, **rules, num_warps=1, **chained(logits.device)
+        )
+    return ids, weights
+
+
+def _results(like: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Where experts and weights of as many tokens go."""
+    ids = torch.empty(len(like), top_k, dtype=torch.int64, device=like.device)
+    return ids, torch.empty(len(like), top_k, dtype=torch.float32, device=like.device)
+
+
+def _rules(
+    num_experts: int,
+    top_k: int,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    normalize: bool = True,
+) -> dict[str, object]:
+    """The rules of `moe.route` as a kernel takes them."""
+    size = num_experts // num_groups
+    return {
+        "TOP_K": top_k, "NUM_GROUPS": num_groups, "SIZE": size, "TOP_GROUPS": top_groups,
+        "SOFTMAX": scoring == "softmax", "BIASED": bias is not None, "TOP2": group_score == "top2",
+        "NORMALIZE": normalize, "GROUPS_PADDED": triton.next_power_of_2(num_groups),
+        "SIZE_PADDED": triton.next_power_of_2(size), "K_PADDED": triton.next_power_of_2(top_k),
+    }  # fmt: skip
+
+
+def choose(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """See `moe.choose`. Few tokens take one launch, in which each program counts itself in `router.arrived`."""
+    weight, most = router.weight.weight, min(TOKENS, len(router.arrived))
+    if not 0 < len(x) <= most or x.dtype == torch.float64 or router.weight.bias is not None or weight.is_mkldnn:
+        logits = linear(x.to(wide(x.dtype)) if router.wide else x, router.weight)
+        return route(logits, **router.rules)
+    return score_and_route(x, router)
+
+
+def score_and_route(x: Tensor, router: Router, tile: Tile = SCORING) -> tuple[Tensor, Tensor]:
+    """`choose` in one launch, for up to as many tokens as `router.arrived` counts; weights without gaps, no bias."""
+    weight, rules = router.weight.weight, dict(router.rules)
+    num_experts, depth = weight.shape
+    scale, bias = rules.pop("scale", 1.0), rules.get("bias")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    logits = torch.empty(len(x), num_experts, dtype=torch.float32, device=x.device)
+    ids, weights = _results(x, rules["top_k"])
+    n, k = tile.of(num_experts, depth, num_processors(x.device))
+    _score_and_route[triton.cdiv(num_experts, n), len(x)](
+        x, weight, logits, router.arrived, bias, ids, weights, x.stride(0), scale,
+        DEPTH=depth, N=n, K=k, WIDE=router.wide, **_rules(num_experts, **rules), num_warps=tile.warps,
+        **chained(x.device),
+    )  # fmt: skip
     return ids, weights
