@@ -1,4 +1,4 @@
-"""Promise: however tokens get to their experts, they get the same sums; what travels arrives as it was sent."""
+"""Promise: however tokens get to their experts, they get the same sums."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from comm.ranks import CPU, as_threads, raise_first
 from tessera.comm.base import Comm
-from tessera.comm.dispatch import BySize, Dispatch, Everywhere, Experts, Padded, Travelling, _pack, _unpack, dispatch
+from tessera.comm.dispatch import BySize, Dispatch, Everywhere, Experts, Padded, Travelling, dispatch
 from tessera.comm.waits import Waits, drain
 from tessera.core.mesh import Mesh, instance_mesh
+from tessera.ops.travel import TRAVEL
 
 EXPERTS, TOP_K, HIDDEN = 8, 3, 16
 
@@ -63,7 +64,7 @@ def sent(
     def program(comm: Comm) -> Tensor:
         x = rows_of(mesh.coordinate(comm.rank, "dp"), counts[mesh.coordinate(comm.rank, "dp")], dtype)
         shares = mesh.size if kind is Everywhere else 1
-        made = Travelling(comm, holders, EXPERTS, CPU) if kind is Travelling else kind(comm)
+        made = Travelling(comm, holders, EXPERTS, CPU, TRAVEL) if kind is Travelling else kind(comm)
         return drain(made(x, counts, Toy(holders[comm.rank], shares)))
 
     results = as_threads(mesh, program)
@@ -115,20 +116,8 @@ def test_all_ranks_choose_by_the_tokens_of_all() -> None:
     assert chosen == [(8, "padded")] * 2 + [(9, "counted")] * 4
 
     def kinds(comm: Comm) -> tuple[type, type, int]:
-        made = dispatch(comm, [range(4), range(4, 8)], EXPERTS, CPU, padded_up_to=8)
+        made = dispatch(comm, [range(4), range(4, 8)], EXPERTS, CPU, padded_up_to=8, carrier=TRAVEL)
         assert isinstance(made, BySize)
         return type(made.small), type(made.large), made.most
 
     assert as_threads(mesh, kinds) == [(Padded, Travelling, 8)] * 2
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 5])
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_rows_that_are_packed_come_out_as_they_were(rows: int, k: int, dtype: torch.dtype) -> None:
-    columns = torch.randn(rows, 5, dtype=dtype), torch.randint(0, 9, (rows, k)), torch.randn(rows, k)
-    packed = _pack(*columns)
-    assert packed.shape[0] == rows
-    for sent, found in zip(columns, _unpack(packed, *columns), strict=True):
-        assert found.dtype == sent.dtype
-        assert torch.equal(found, sent)

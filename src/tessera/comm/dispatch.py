@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tessera.comm.base import Comm, ordered_sum
+from tessera.comm.base import Comm
 from tessera.comm.together import together
 from tessera.comm.waits import Waits
 from tessera.core.mesh import even_lengths
@@ -40,6 +40,35 @@ class Experts(Protocol):
 
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
         """`part` with what `shared(x)` gave."""
+        ...
+
+
+class Places(Protocol):
+    """Which token goes to which rank. `counts` [W]: how many go to each."""
+
+    @property
+    def counts(self) -> Tensor:
+        """int64, on the device."""
+        ...
+
+
+class Carrier(Protocol):
+    """Makes rows of tokens that go to other ranks, and sums of what comes back (`ops/travel.py`)."""
+
+    def places(self, ids: Tensor, holds: Tensor) -> Places:
+        """ids [T, k], holds [W, E] bool: a token goes once to each rank that holds one of its experts."""
+        ...
+
+    def pack(self, x: Tensor, ids: Tensor, scores: Tensor, places: Places, most: int) -> Tensor:
+        """Rows of bytes [T * most, width], a token's at most `most`; those for the first rank stand first."""
+        ...
+
+    def unpack(self, rows: Tensor, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [R, width] that came -> x [R, hidden], ids [R, k] and scores [R, k], as `x` and `scores` are here."""
+        ...
+
+    def collect(self, back: Tensor, places: Places) -> Tensor:
+        """back [R, hidden], in the order of `pack` -> [T, hidden], added in the order of ranks."""
         ...
 
 
@@ -97,8 +126,10 @@ class Travelling:
     `holders`: the experts that each rank of the instance holds.
     """
 
-    def __init__(self, comm: Comm, holders: Sequence[Sequence[int]], num_experts: int, device: torch.device) -> None:
-        self.comm = comm
+    def __init__(
+        self, comm: Comm, holders: Sequence[Sequence[int]], num_experts: int, device: torch.device, carrier: Carrier
+    ) -> None:
+        self.comm, self.carrier = comm, carrier
         self.at, self.size = comm.mesh.coordinate(comm.rank, "attn"), comm.mesh.size_of("attn")
         holds = torch.zeros(len(holders), num_experts, dtype=torch.bool)
         for rank, held in enumerate(holders):
@@ -111,45 +142,19 @@ class Travelling:
         pieces = even_lengths(len(x), self.size)
         mine = x.split(pieces)[self.at]
         ids, scores = experts.route(mine)
-        wanted = self.holds[:, ids].any(-1)  # [ranks, tokens]
-        num_sent = wanted.sum(1)
-        ones = [1] * len(num_sent)
-        counting = self.comm.exchange(num_sent, "tp", ones, ones)
-        _, tokens = wanted.nonzero(as_tuple=True)
-        packed = _pack(mine[tokens], ids[tokens], scores[tokens])
+        places = self.carrier.places(ids, self.holds)
+        ones = [1] * len(self.holds)
+        counting = self.comm.exchange(places.counts, "tp", ones, ones)
+        most = min(len(self.holds), ids.shape[1] * self.holders_of_one)
+        packed = self.carrier.pack(mine, ids, scores, places, most)
         shared = experts.shared(mine)
         num_received = yield counting
-        sent, received = num_sent.tolist(), num_received.tolist()
-        rows = yield self.comm.exchange(packed, "tp", sent, received)
-        part = experts.part(*_unpack(rows, mine, ids, scores))
+        sent, received = places.counts.tolist(), num_received.tolist()
+        rows = yield self.comm.exchange(packed[: sum(sent)], "tp", sent, received)
+        part = experts.part(*self.carrier.unpack(rows, mine, scores))
         back = yield self.comm.exchange(part, "tp", received, sent)
-        most = min(len(sent), ids.shape[1] * self.holders_of_one)
-        out = experts.joined(_sum_by_token(back, tokens, len(mine), most), shared, mine)
+        out = experts.joined(self.carrier.collect(back, places), shared, mine)
         return (yield self.comm.gather(out, "attn", 0, pieces))
-
-
-def _pack(*columns: Tensor) -> Tensor:
-    """Tensors of as many rows side by side as bytes, so that they travel as one."""
-    return torch.cat([column.contiguous().view(torch.uint8) for column in columns], 1)
-
-
-def _unpack(rows: Tensor, *like: Tensor) -> list[Tensor]:
-    """What `_pack` joined, with the widths and dtypes of `like`."""
-    widths = [column.shape[1] * column.element_size() for column in like]
-    # Copied, for the alignment: of a single row a slice calls itself contiguous, whatever its stride and its offset.
-    parts = [part.clone(memory_format=torch.contiguous_format) for part in rows.split(widths, 1)]
-    return [part.view(column.dtype) for part, column in zip(parts, like, strict=True)]
-
-
-def _sum_by_token(rows: Tensor, tokens: Tensor, count: int, most: int) -> Tensor:
-    """[count, hidden]: the rows of each of `count` tokens, at most `most`, added in the order in which they stand."""
-    order = tokens.argsort(stable=True)
-    tokens = tokens[order]
-    nth = torch.arange(len(tokens), device=tokens.device) - torch.searchsorted(tokens, tokens)
-    places = tokens.new_full((count, most), len(rows))  # the row of zeros
-    places[tokens, nth] = order
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return ordered_sum([padded[column] for column in places.T])
 
 
 @dataclass(frozen=True)
@@ -167,10 +172,15 @@ class BySize:
 
 
 def dispatch(
-    comm: Comm, holders: Sequence[Sequence[int]], num_experts: int, device: torch.device, padded_up_to: int
+    comm: Comm,
+    holders: Sequence[Sequence[int]],
+    num_experts: int,
+    device: torch.device,
+    padded_up_to: int,
+    carrier: Carrier,
 ) -> Dispatch:
     """As the mesh is made: tokens travel where shared experts are whole (`instance_mesh(all_to_all=True)`), padded in
     steps of up to `padded_up_to` tokens in all DP ranks."""
     if comm.mesh.size_of("shared") == comm.mesh.size_of("tp"):
         return Everywhere(comm)
-    return BySize(padded_up_to, Padded(comm), Travelling(comm, holders, num_experts, device))
+    return BySize(padded_up_to, Padded(comm), Travelling(comm, holders, num_experts, device, carrier))

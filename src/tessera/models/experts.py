@@ -30,7 +30,9 @@ class MoE:
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
         self.shared_mlp = _shared(spec.shared, weights.at("shared")) if spec.shared else None
         holders = weights.holders("experts_in")
-        self.dispatch = dispatch(tools.comm, holders, spec.router.num_experts, self.w_in.device, tools.padded_up_to)
+        self.dispatch = dispatch(
+            tools.comm, holders, spec.router.num_experts, self.w_in.device, tools.padded_up_to, tools.backend.travel
+        )
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""

@@ -12,6 +12,7 @@ from tessera.core.config.types import KernelConfig
 from tessera.core.spec import ModelSpec
 from tessera.ops import attention, cpu_fused, delta, draw, fused, grouped, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
+from tessera.ops.travel import TRAVEL, Travel
 
 
 def nothing(spec: ModelSpec, dtype: torch.dtype, kv: torch.dtype) -> None:
@@ -46,6 +47,7 @@ class Backend:
     add_gated: Callable[..., Tensor]
     draw: Callable[..., Tensor]
     expand: Callable[..., Expanded]
+    travel: Travel
     compile: Callable[[ModelSpec, torch.dtype, torch.dtype], None] = nothing
 
 
@@ -71,6 +73,7 @@ REFERENCE = Backend(
     add_gated=fused.add_gated,
     draw=sample.draw_reference,
     expand=expand_reference,
+    travel=TRAVEL,
 )
 
 TORCH = Backend(
@@ -95,6 +98,7 @@ TORCH = Backend(
     add_gated=fused.add_gated,
     draw=draw.draw,
     expand=expand_reference,
+    travel=TRAVEL,
 )
 
 BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
@@ -140,5 +144,6 @@ def chosen(kernels: KernelConfig) -> Backend:
         route=moe_runner.route,
         experts=moe_runner.experts,
         mixture=moe_runner.mixture,
+        travel=moe_runner.travel,
         draw=backend(kernels.sampling).draw,
     )

@@ -14,6 +14,7 @@ from tessera.ops import (
     triton_mla,
     triton_moe,
     triton_route,
+    triton_travel,
 )
 from tessera.ops.backend import TORCH
 
@@ -39,4 +40,5 @@ TRITON = replace(
     sigmoid_mul=triton_fused.sigmoid_mul,
     add_gated=triton_fused.add_gated,
     expand=triton_expand.expand,
+    travel=triton_travel.TRAVEL,
 )
