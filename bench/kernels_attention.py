@@ -44,7 +44,8 @@ FLASH = {
     256: [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)],
 }
 LATENTS = [
-    LatentTiles(short, Tile(64, 64, 8, 2)) for short in (Tile(16, 32, 4, 4), Tile(16, 64, 8, 3), Tile(16, 64, 4, 2))
+    LatentTiles(short, Tile(64, 64, 8, 2))
+    for short in (Tile(16, 16, 4, 3), Tile(16, 32, 4, 3), Tile(16, 32, 4, 4), Tile(16, 64, 8, 3), Tile(16, 64, 4, 2))
 ]
 MIXED = [
     LatentTiles(short, long)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.cases import assert_close, case, ends, for_a_graph, paged
-from tessera.ops import triton_mla
+from tessera.ops import triton_latent, triton_mla
 from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
 from tessera.ops.triton_latent import SHORT, LatentTiles
 from tessera.ops.triton_mla import expansion, mla_absorbed, mla_expanded
@@ -112,9 +112,11 @@ def test_strided():
     _assert_plain(segments, layers[:, 1], both[..., :16], both[..., 16:], kv_b)
 
 
+@pytest.mark.parametrize("few", [0, 99])
 @pytest.mark.parametrize("length", [1, 3, 20])
-def test_a_range_is_computed_alike_in_any_company(length):
+def test_a_range_is_computed_alike_in_any_company(monkeypatch, length, few):
     """To the bit: how keys are cut depends on a sequence's own length alone."""
+    monkeypatch.setattr(triton_latent, "FEW", few)
     sizes = (3, 32, 16, 32, 16)
     segments, pool, q_nope, q_rope, kv_b = _inputs([(70, length), (3, 1), (0, 2), (100, 9)], 16, sizes, torch.float32)
     kv_b[:, :32] = torch.eye(32)  # the product with it is a library's, which rounds by the number of its rows

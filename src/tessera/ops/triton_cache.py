@@ -118,21 +118,45 @@ def _write_heads(
 
 
 @triton.jit
+def _load_pairs(x, at, inside, half, P: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second of each pair, [B, P] in fp32, of rows at `at` [B]."""
+    i, wide = tl.arange(0, P), tl.arange(0, 2 * P)
+    if INTERLEAVED:  # neighbours in one load, and then apart
+        both = tl.load(x + at[:, None] + wide, mask=inside[:, None] & (wide < 2 * half), other=0.0)
+        a, b = tl.split(tl.reshape(both, [at.shape[0], P, 2]))
+    else:
+        live = inside[:, None] & (i < half)
+        a = tl.load(x + at[:, None] + i, mask=live, other=0.0)
+        b = tl.load(x + at[:, None] + half + i, mask=live, other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(to, at, a, b, inside, half, P: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """What `_load_pairs` loads."""
+    i, wide = tl.arange(0, P), tl.arange(0, 2 * P)
+    if INTERLEAVED:
+        both = tl.reshape(tl.join(narrowed(a, to), narrowed(b, to)), [at.shape[0], 2 * P])
+        tl.store(to + at[:, None] + wide, both, mask=inside[:, None] & (wide < 2 * half))
+    else:
+        live = inside[:, None] & (i < half)
+        tl.store(to + at[:, None] + i, narrowed(a, to), mask=live)
+        tl.store(to + at[:, None] + half + i, narrowed(b, to), mask=live)
+
+
+@triton.jit
 def _cache_latent(
     x, norm, to, cos, sin, position, half, eps,
     R: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One token's latent and key, x [R + 2 * half], normed and rotated to `to`."""
-    r, i = tl.arange(0, RP), tl.arange(0, P)
-    first, second = _columns(half, P, INTERLEAVED)
+    r, one = tl.arange(0, RP), tl.arange(0, 1)
     latent = tl.load(x + r, mask=r < R, other=0.0).to(tl.float32)
+    a, b = _load_pairs(x + R, one, one == 0, half, P, INTERLEAVED)
     latent *= tl.rsqrt(tl.sum(latent * latent, 0) / R + eps) * _weight(norm, r, r < R, False)
     tl.store(to + r, narrowed(latent, to), mask=r < R)
-    a = tl.load(x + R + first, mask=i < half, other=0.0).to(tl.float32)
-    b = tl.load(x + R + second, mask=i < half, other=0.0).to(tl.float32)
     a, b = _rotated(a, b, cos, sin, position, half, P)
-    tl.store(to + R + first, narrowed(a, to), mask=i < half)
-    tl.store(to + R + second, narrowed(b, to), mask=i < half)
+    _store_pairs(to + R, one, a, b, one == 0, half, P, INTERLEAVED)
 
 
 @triton.jit
@@ -144,21 +168,14 @@ def _write_latents(
     """Program (token, block of heads): block 0 writes the cache, the others rotate queries. q begins at its Dr dims."""
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + t).to(tl.int64)
-    i = tl.arange(0, P)
-    first, second = _columns(half, P, INTERLEAVED)
     if block == 0:
         to = pool + tl.load(write_page + t).to(tl.int64) * page_stride + tl.load(write_offset + t) * token_stride
         _cache_latent(y + t * y_row + column, norm, to, cos, sin, position, half, eps, R, P, RP, INTERLEAVED)
         return
     head = (block - 1) * B + tl.arange(0, B)
-    inside = (head < H)[:, None] & (i < half)
-    at = q + t * q_row + head[:, None] * q_head
-    a = tl.load(at + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(at + second, mask=inside, other=0.0).to(tl.float32)
+    a, b = _load_pairs(q, t * q_row + head * q_head, head < H, half, P, INTERLEAVED)
     a, b = _rotated(a, b, cos, sin, position, half, P)
-    to = q_out + (t * H + head[:, None]) * (2 * half)
-    tl.store(to + first, narrowed(a, q_out), mask=inside)
-    tl.store(to + second, narrowed(b, q_out), mask=inside)
+    _store_pairs(q_out, (t * H + head) * (2 * half), a, b, head < H, half, P, INTERLEAVED)
 
 
 def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments) -> Tensor:
@@ -187,7 +204,7 @@ def write_latents(y: Tensor, q: Tensor, inputs: LatentInputs, pool: Tensor, segm
     if len(y) == 0:
         return q_rope
     assert y.stride(1) == q.stride(2) == pool.stride(2) == 1, "neighbours in a head must be neighbours in memory"
-    b = min(BLOCK, triton.next_power_of_2(num_heads))
+    b = min(2 * BLOCK, triton.next_power_of_2(num_heads))
     _write_latents[(len(y), 1 + triton.cdiv(num_heads, b))](
         y, q[..., q.shape[-1] - dim :], inputs.norm, q_rope, pool, *_rope(inputs.tables, segments), dim // 2,
         inputs.eps, inputs.kv.start, y.stride(0), *q.stride()[:2], *pool.stride()[:2], H=num_heads, R=rank, B=b,

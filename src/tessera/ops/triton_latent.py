@@ -24,6 +24,7 @@ from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padde
 from tessera.ops.triton_tiles import Tile, splits_of
 
 SHORT = 8  # tokens of the longest range that has tiles of few rows; a range's own length decides, whatever the others
+FEW = 8  # tokens whose splits are joined one by one
 WAVES = 2  # parts of short ranges per multiprocessor that the splits aim at
 
 
@@ -168,6 +169,21 @@ def _latents(
 
 
 @triton.jit
+def _parts_of(
+    t, h, live, rows, cu_lengths, lengths, long_at,
+    H: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr, SHORT_SPLITS: tl.constexpr, LONG_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Where the parts of tokens t and head h begin, and how many there are; 0 for a token of no range."""
+    s = tl.load(rows + t, mask=live, other=0)
+    length, i = tl.load(lengths + s), t - tl.load(cu_lengths + s)
+    at, num = ((s * Q + i).to(tl.int64) * H + h) * SHORT_SPLITS, tl.where(live & (i < length), SHORT_SPLITS, 0)
+    if LONG_SPLITS:
+        at = tl.where(length > SHORT, long_at + (t.to(tl.int64) * H + h) * LONG_SPLITS, at)
+        num = tl.where((length > SHORT) & (num > 0), LONG_SPLITS, num)
+    return at, num
+
+
+@triton.jit
 def _join(
     partial, lse, kv_b, out, sums, rows, cu_lengths, lengths, long_at, num_tokens, weight_head, weight_row,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SHORT: tl.constexpr,
@@ -178,35 +194,55 @@ def _join(
     the rows of `kv_b` [H, D + V, R] after D, N rows at a time. Zeros for tokens of no range. SUMS: writes `sums` too,
     log2 of the sums of exponentials."""
     t, h = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
-    s = tl.load(rows + t, mask=t < num_tokens, other=0)
-    length, i = tl.load(lengths + s), t - tl.load(cu_lengths + s)
-    live, short = (t < num_tokens) & (i < length), length <= SHORT
-    if LONG_SPLITS:
-        by_token = long_at + (t.to(tl.int64) * H + h) * LONG_SPLITS
-        at = tl.where(short, ((s * Q + i).to(tl.int64) * H + h) * SHORT_SPLITS, by_token)
-        num = tl.where(short, SHORT_SPLITS, LONG_SPLITS)
-    else:
-        at, num = ((s * Q + i).to(tl.int64) * H + h) * SHORT_SPLITS, tl.full([B], SHORT_SPLITS, tl.int32)
-    num = tl.where(live, num, 0)
-    split = tl.arange(0, MOST)
+    inside, split = t < num_tokens, tl.arange(0, MOST)
+    at, num = _parts_of(t, h, inside, rows, cu_lengths, lengths, long_at, H, SHORT, Q, SHORT_SPLITS, LONG_SPLITS)
     part = tl.load(lse + at[:, None] + split, mask=split < num[:, None], other=float("-inf"))
     m = tl.maximum(tl.max(part, 1), NEVER)
     total = tl.sum(tl.exp2(part - m[:, None]), 1)
     seen = tl.where(total > 0, total, 1.0)
     acc = tl.zeros([B, RP], tl.float32)
-    for j in range(tl.max(num, 0)):
+    for j in range(tl.max(tl.max(tl.where(part > float("-inf"), split + 1, 0), 1), 0)):
         own = tl.load(lse + at + j, mask=j < num, other=float("-inf"))
-        values = load_rows(partial, (at + j) * R, own > float("-inf"), R, RP, True).to(tl.float32)
+        values = load_rows(partial, (at + j) * R, j < num, R, RP, True).to(tl.float32)  # need not wait for its weight,
+        values = tl.where((own > float("-inf"))[:, None], values, 0.0)  # but where that is 0 nobody wrote it
         acc += values * (tl.exp2(own - m) / seen)[:, None]
     if SUMS:
-        tl.store(sums + t * H + h, tl.where(total > 0, m + tl.log2(seen), float("-inf")), mask=t < num_tokens)
+        tl.store(sums + t * H + h, tl.where(total > 0, m + tl.log2(seen), float("-inf")), mask=inside)
     x = acc.to(kv_b.dtype.element_ty)
     for n in range(tl.program_id(2) * EACH, tl.program_id(2) * EACH + EACH, N):
         v = n + tl.arange(0, N)
         weight = load_rows(kv_b + h * weight_head, (D + v) * weight_row, v < V, R, RP, True)
         where = (t.to(tl.int64) * H + h)[:, None] * V + v
         y = dot(x, tl.trans(weight), None).to(out.dtype.element_ty)
-        tl.store(out + where, y, mask=(t < num_tokens)[:, None] & (v < V))
+        tl.store(out + where, y, mask=inside[:, None] & (v < V))
+
+
+@triton.jit
+def _join_few(
+    partial, lse, kv_b, out, rows, cu_lengths, lengths, long_at, weight_head, weight_row,
+    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SHORT: tl.constexpr,
+    Q: tl.constexpr, SHORT_SPLITS: tl.constexpr, LONG_SPLITS: tl.constexpr, MOST: tl.constexpr, B: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """The same for few tokens, where waiting is what costs: program (token, head, N value dims), B splits at a time."""
+    t, h, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * N + tl.arange(0, N)
+    weight = load_rows(kv_b + h * weight_head, (D + v) * weight_row, v < V, R, RP, True)
+    at, num = _parts_of(t, h, True, rows, cu_lengths, lengths, long_at, H, SHORT, Q, SHORT_SPLITS, LONG_SPLITS)
+    split = tl.arange(0, MOST)
+    part = tl.load(lse + at + split, mask=split < num, other=float("-inf"))
+    m = tl.maximum(tl.max(part, 0), NEVER)
+    total = tl.sum(tl.exp2(part - m), 0)
+    last = tl.max(tl.where(part > float("-inf"), split + 1, 0), 0)
+    acc = tl.zeros([RP], tl.float32)
+    for first in range(0, last, B):
+        j = first + tl.arange(0, B)
+        own = tl.load(lse + at + j, mask=j < num, other=float("-inf"))
+        values = load_rows(partial, (at + j) * R, j < num, R, RP, True).to(tl.float32)
+        values = tl.where((own > float("-inf"))[:, None], values, 0.0)
+        acc += tl.sum(values * tl.exp2(own - m)[:, None], 0)
+    x = (acc / tl.where(total > 0, total, 1.0)).to(kv_b.dtype.element_ty).to(tl.float32)
+    y = tl.sum(weight.to(tl.float32) * x[None, :], 1).to(out.dtype.element_ty)
+    tl.store(out + (t.to(tl.int64) * H + h) * V + v, y, mask=v < V)
 
 
 def attend_latents(
@@ -249,16 +285,21 @@ def _launch_join(
     partial: Tensor, lse: Tensor, kv_b: Tensor, out: Tensor, sums: Tensor | None, segments: Segments, long_at: int,
     shape: dict[str, int], long_splits: int, t: LatentTiles,
 ) -> None:  # fmt: skip
-    num_tokens, heads, value = out.shape
+    (num_tokens, heads, value), strides = out.shape, kv_b.stride()[:2]
+    ranges = (segments.rows, segments.cu_lengths, segments.lengths, long_at)
+    most = triton.next_power_of_2(max(shape["SHORT_SPLITS"], long_splits))
+    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "LONG_SPLITS": long_splits, "MOST": most}
+    if sums is None and num_tokens <= FEW:
+        _join_few[(num_tokens, heads, triton.cdiv(value, 16))](
+            partial, lse, kv_b, out, *ranges, *strides, **shape, B=min(16, most), N=16, num_warps=4
+        )
+        return
     b, n = t.join
-    programs = triton.cdiv(num_tokens, b) * heads
-    each = n  # few programs share the value dims, many do not: each joins the splits anew
+    programs, each = triton.cdiv(num_tokens, b) * heads, n
     while each < value and programs * triton.cdiv(value, each) > num_processors(out.device):
-        each *= 2
+        each *= 2  # programs that share a head's value dims join its splits anew, each for itself
     _join[(triton.cdiv(num_tokens, b), heads, triton.cdiv(value, each))](
-        partial, lse, kv_b, out, sums, segments.rows, segments.cu_lengths, segments.lengths, long_at, num_tokens,
-        *kv_b.stride()[:2], **shape, D=kv_b.shape[1] - value, V=value, SHORT=SHORT, LONG_SPLITS=long_splits,
-        MOST=triton.next_power_of_2(max(shape["SHORT_SPLITS"], long_splits)), SUMS=sums is not None, B=b, EACH=each,
+        partial, lse, kv_b, out, sums, *ranges, num_tokens, *strides, **shape, SUMS=sums is not None, B=b, EACH=each,
         N=n, num_warps=4,
     )  # fmt: skip
 

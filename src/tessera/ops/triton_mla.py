@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.ops.narrow import picked
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, dot
 from tessera.ops.triton_latent import SHORT, LatentTiles, attend_latents
@@ -30,9 +29,23 @@ PAYS = 192  # tokens of a range from which on expanding what precedes it costs l
 # expanding takes 2 R (N + V) operations a head and position, attending in latent space 2 (2 R - N - V) more a query
 MOST_BYTES = 1 << 30  # of expanded keys and values; past that, only those of the step's own tokens
 
+GATHERED = 4  # rows that a program brings together
+
 # By element size, from one H100; `bench/kernels.py attention --sweep` tries others.
 OWN = {2: Tile(128, 64, 8, 3)}
 WIDE = Tile(16, 16, 4, 2)  # fp32, on the plain units
+
+
+@triton.jit
+def _gather(
+    pool, out, pages, offsets, num_rows, page_stride, token_stride, W: tl.constexpr, WP: tl.constexpr, B: tl.constexpr
+):
+    """Program (B rows): rows of W from their places in the pool to out [L, W]."""
+    row = tl.program_id(0) * B + tl.arange(0, B)
+    live = row < num_rows
+    page = tl.load(pages + row, mask=live, other=0).to(tl.int64)
+    at = page * page_stride + tl.load(offsets + row, mask=live, other=0).to(tl.int64) * token_stride
+    store_rows(out, row.to(tl.int64) * W, load_rows(pool, at, live, W, WP, True), live, W, WP)
 
 
 @triton.jit
@@ -124,7 +137,7 @@ def mla_expanded(
     else:
         out, lse = attend_latents(q_nope, q_rope, kv_b, pool, segments, scale, tiles=tiles, before=rows.firsts)
     if segments.max_length > SHORT and num_tokens:
-        cached = picked(pool, rows.pages, rows.offsets).to(q_nope.dtype)
+        cached = _gathered(pool, rows, q_nope.dtype)
         expanded = torch.nn.functional.linear(cached[:, :rank], kv_b.flatten(0, 1))
         t = own or OWN.get(q_nope.element_size(), WIDE)
         blocks = tiles_of(segments, 1, t.m, SHORT)
@@ -137,10 +150,21 @@ def mla_expanded(
     return out
 
 
+def _gathered(pool: Tensor, rows: Expansion, dtype: torch.dtype) -> Tensor:
+    """[L, R + Dr] in `dtype`."""
+    num, width = len(rows.pages), pool.shape[2]
+    out = torch.empty(num, width, dtype=dtype, device=pool.device)
+    _gather[(triton.cdiv(num, GATHERED),)](
+        pool, out, rows.pages, rows.offsets, num, *pool.stride()[:2], W=width, WP=triton.next_power_of_2(width),
+        B=GATHERED,
+    )  # fmt: skip
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """Which positions become keys and values, L of them: their `pages` and `offsets` [L], int64. Those of segment s are
-    rows `bases[s]` on, position `firsts[s]` to its end. `whole`: no range needs any other."""
+    """Which positions become keys and values, L of them: their `pages` and `offsets` [L]. Those of segment s are rows
+    `bases[s]` on, position `firsts[s]` to its end. `whole`: no range needs any other."""
 
     pages: Tensor
     offsets: Tensor
@@ -156,7 +180,7 @@ def expansion(segments: Segments, row_bytes: int) -> Expansion:
 
 def _expansion(segments: Segments, row_bytes: int) -> Expansion:
     starts, lengths = segments.host_starts, segments.host_lengths
-    own = (segments.write_page.long(), segments.write_offset.long(), segments.cu_lengths[:-1], segments.starts)
+    own = (segments.write_page, segments.write_offset, segments.cu_lengths[:-1], segments.starts)
     if not segments.known or not starts.any():
         return Expansion(*own, segments.known and bool((lengths > SHORT).all()))
     long = lengths > SHORT
@@ -170,7 +194,6 @@ def _expansion(segments: Segments, row_bytes: int) -> Expansion:
     columns = (row, position, bases, firsts)
     packed = upload(np.concatenate(columns).astype(np.int32), segments.device)
     row, position, bases, firsts = packed.split([len(column) for column in columns])
-    row, position = row.long(), position.long()
-    pages = segments.page_table[row, position // segments.page_size].long()
+    pages = segments.page_table[row, position // segments.page_size]
     whole = bool((long & (segments.host_starts == 0) | (lengths >= PAYS)).all())
     return Expansion(pages, position % segments.page_size, bases, firsts, whole)
