@@ -46,7 +46,8 @@ def _linear(size: tuple[int, int], tokens: int, name: str) -> Case:
 
 def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     num, hidden, inner, top_k = shape
-    weights = *_weight(num, 2 * inner, hidden), *_weight(num, hidden, inner)
+    block = (fp8.GROUP, fp8.GROUP)
+    weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
     touched = num * (1 - (1 - top_k / num) ** tokens)
 
     def make() -> tuple[Any, ...]:

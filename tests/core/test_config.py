@@ -105,7 +105,7 @@ def test_all_conflicts_are_reported_together() -> None:
         page_size=0,
         dtype="flot32",
         context_length=10**6,
-        quantization="fp8",
+        fp8_gemm_backend="cutlass",
         atention_backend="torch",
         kv_cache_dtype="fp4_e2m1",
     )
@@ -115,7 +115,7 @@ def test_all_conflicts_are_reported_together() -> None:
         ("--page-size", "from 1 to 1024"),
         ("--dtype", "Did you mean float32?"),
         ("--context-length 1000000 with the model", "at most --context-length 4096"),
-        ("--quantization fp8 with an unquantised checkpoint", "Leave --quantization out"),
+        ("--fp8-gemm-backend cutlass", "allowed: auto, triton"),
         ("atention_backend", "Did you mean --attention-backend"),
         ("--kv-cache-dtype fp4_e2m1", "use 'fp8_e4m3', or keep 'auto'"),
     ):
@@ -248,12 +248,6 @@ def test_the_longest_prefix_policy_needs_a_prefix_cache() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert "found cpu only" in refusals(device="cuda")[0]
     assert config_of(hardware=CUDA, device="cuda").mesh.device == "cuda"
-
-
-def test_fp8_checkpoints_are_dequantised_and_say_so() -> None:
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    result = resolved(spec_of(quantization_config=fp8), quantization="fp8")
-    assert "dequantised" in str(decided(result, "quantization"))
 
 
 def test_no_tokeniser_and_a_tokeniser_conflict() -> None:

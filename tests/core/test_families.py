@@ -9,6 +9,7 @@ import pytest
 from tessera.core.errors import ModelError
 from tessera.core.families import FAMILIES, read_spec
 from tessera.core.mesh import instance_mesh
+from tessera.core.quantization import Quantization
 from tessera.core.spec import AttentionSpec, DeltaSpec, DenseSpec, MLASpec, ModelSpec, MoESpec
 from tessera.core.weights import weight_bytes, weight_table
 
@@ -104,7 +105,7 @@ def test_deepseek_v3() -> None:
     )
     assert spec.mtp is not None
     assert spec.mtp.style == "deepseek"
-    assert spec.block == (128, 128)
+    assert spec.quantization == Quantization((128, 128))
     assert weight_bytes(weight_table(spec, instance_mesh()), instance_mesh(), 0, "bfloat16") // 10**9 == 1342
 
 

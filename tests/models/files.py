@@ -18,6 +18,8 @@ from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.weights import weight_table
 from tessera.models.folder import open_source, read_model
 from tessera.models.load import load_weights
+from tessera.models.parts import Tile
+from tessera.ops.fp8 import Fp8Weight
 from tessera.ops.linear import PackedLinear
 
 State = dict[str, Tensor]
@@ -52,9 +54,13 @@ def tiles(folder: Path, mesh: Mesh = SINGLE, rank: int = 0, mtp: bool = False, *
     return unpacked(load_weights(open_source(folder, spec, table, **options), table, mesh, rank, torch.float32))
 
 
-def unpacked(loaded: Mapping[str, Tensor | PackedLinear]) -> dict[str, Tensor]:
+def unpacked(loaded: Mapping[str, Tile]) -> dict[str, Tensor]:
     """The tiles as plain tensors."""
-    return {n: t.weight if isinstance(t, PackedLinear) else t for n, t in loaded.items()}
+    plain = {}
+    for name, tile in loaded.items():
+        assert not isinstance(tile, Fp8Weight), f"{name} is in fp8"
+        plain[name] = tile.weight if isinstance(tile, PackedLinear) else tile
+    return plain
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -69,7 +75,7 @@ def quantised(state: State, block: tuple[int, int]) -> tuple[State, State]:
     fp8, plain = {}, {}
     for name, weight in state.items():
         fp8[name] = plain[name] = weight
-        if not re.search(r"_proj(_with_mqa)?\.weight$", name):
+        if not re.search(r"(_proj(_with_mqa)?|in_proj_(qkv|qkvz|z))\.weight$", name):
             continue
         height, width = block
         rows, columns = (-(-n // b) for n, b in zip(weight.shape, block, strict=True))

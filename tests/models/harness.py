@@ -70,7 +70,8 @@ def make_rank(
     padded_up_to: int = 6,
 ) -> Rank:
     """Loads a rank's weights from `source` and makes its pools. `padded_up_to`: so that steps take either way."""
-    tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, pack_linear=backend.pack)
+    table = weight_table(spec, mesh, quantization=spec.quantization)
+    tiles = load_weights(source, table, mesh, rank, dtype, pack_linear=backend.pack, pack_fp8=backend.pack_fp8)
     decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, length, padded_up_to)
     pages = -(-length // PAGE)
     dtypes = cache_dtypes(spec, str(dtype).removeprefix("torch."))

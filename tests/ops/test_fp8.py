@@ -82,23 +82,23 @@ def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
         _close(found, fp8.linear_reference(x, weight, scales, block), SUMS)
 
 
-def _experts(num: int, hidden: int, inner: int, block: tuple[int, int]) -> list[torch.Tensor]:
-    return [*_weight(num, 2 * inner, hidden, block=block), *_weight(num, hidden, inner, block=block)]
+def _experts(num: int, hidden: int, inner: int, *blocks: tuple[int, int]) -> list[fp8.Fp8Weight]:
+    up, down = blocks[0], blocks[-1]
+    w13, w2 = _weight(num, 2 * inner, hidden, block=up), _weight(num, hidden, inner, block=down)
+    return [fp8.Fp8Weight(*w13, up), fp8.Fp8Weight(*w2, down)]
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
-def test_experts_kernel(block: tuple[int, int]) -> None:
-    inner, x = 128 if block[0] == 128 else 96, _exact(9, 192)
-    experts = _experts(5, 192, inner, block)
+@pytest.mark.parametrize("blocks", [[(128, 128)], [(32, 64)], [(32, 64), (128, 64)]], ids=str)
+def test_experts_kernel(blocks: list[tuple[int, int]]) -> None:
+    inner, x = 128 if blocks[0][0] == 128 else 96, _exact(9, 192)
+    experts = _experts(5, 192, inner, *blocks)
     ids, weights = torch.rand(9, 5).topk(3, -1).indices.to(DEVICE), torch.rand(9, 3, device=DEVICE)
     ids[ids == 2] = -1
-    for scales in (experts[1], experts[3]):
-        scales[2] = float("nan")
-    experts[1][2] = float("nan")
-    found = triton_fp8.experts(x, *experts, ids, weights, block)
-    kept = [w.nan_to_num() if w.dtype == torch.float32 else w for w in experts]
-    _close(found, fp8.experts_reference(x, *kept, ids, weights, block), 0.02 if DEVICE == "cuda" else 0.1)
+    for weight in experts:
+        weight.scales[2] = float("nan")
+    found = triton_fp8.experts(x, *experts, ids, weights)
+    _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
 
 
 @pytest.mark.gpu

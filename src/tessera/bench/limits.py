@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tessera.bench.ours import Ours
 from tessera.core.config.types import Config
+from tessera.core.scales import tile_bytes
 from tessera.core.spec import AttentionSpec, DeltaSpec, MLASpec, ModelSpec, MoESpec
-from tessera.core.tensors import DTYPE_BYTES
+from tessera.core.tensors import wide_dtype
 from tessera.core.weights import weight_table
 from tessera.models.experts import MoE
 
@@ -86,20 +87,19 @@ def work_of(spec: ModelSpec, config: Config, experts: float) -> Work:
     moes = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoESpec)]
     of_one = max((m.router.num_experts for m in moes), default=1)
     chosen = max((m.router.top_k for m in moes), default=0)
-    size = DTYPE_BYTES[config.model.dtype]
-    always = routed = 0.0
-    for tensor in weight_table(spec, config.mesh.mesh):
-        count = prod(tensor.layout.local_shape(config.mesh.mesh, 0))
-        if tensor.role == "experts":
-            routed += count
-        elif tensor.role != "embedding" or spec.tied:
-            always += count
+    mesh, dtype = config.mesh.mesh, config.model.dtype
+    always, routed = [0, 0], [0, 0]  # bytes, elements
+    for tensor in weight_table(spec, mesh, quantization=config.model.quantization):
+        if tensor.role != "embedding" or spec.tied:
+            kind = routed if tensor.role == "experts" else always
+            kind[0] += tile_bytes(tensor, mesh, 0, wide_dtype(dtype) if tensor.wide else dtype)
+            kind[1] += prod(tensor.layout.local_shape(mesh, 0))
     memory = config.memory
     return Work(
-        weights=size * (always + routed * experts / of_one),
+        weights=always[0] + routed[0] * experts / of_one,
         token_bytes=memory.page_bytes / memory.page_size,
         slot_bytes=memory.slot_bytes,
-        flops=2 * (always + routed * chosen / of_one),
+        flops=2 * (always[1] + routed[1] * chosen / of_one),
         pair_flops=sum(_pair(layer.mixer) for layer in spec.layers),
     )
 

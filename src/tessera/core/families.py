@@ -11,6 +11,7 @@ from typing import Any
 
 from tessera.core.errors import ModelError
 from tessera.core.fields import DTYPES, Fields, read_rope
+from tessera.core.quantization import Quantization, canonical
 from tessera.core.spec import (
     MLP,
     AttentionSpec,
@@ -264,7 +265,7 @@ def read_spec(config: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         eos=_tokens(generation.get("eos_token_id", fields.get("eos_token_id"))),
         bos=next(iter(_tokens(fields.get("bos_token_id"))), None),
         mtp=mtp,
-        block=_block(fields),
+        quantization=_quantization(fields),
     )
 
 
@@ -299,7 +300,7 @@ def _refuse_unserved(fields: Fields) -> None:
             raise fields.error("layer_types", kind, "full_attention, linear_attention")
 
 
-def _block(fields: Fields) -> tuple[int, int] | None:
+def _quantization(fields: Fields) -> Quantization | None:
     quantisation = fields.get("quantization_config")
     if quantisation is None:
         return None
@@ -309,4 +310,8 @@ def _block(fields: Fields) -> tuple[int, int] | None:
     block = inner.get("weight_block_size")
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise inner.error("weight_block_size", block, "rows and columns of a block, for instance [128, 128]")
-    return block[0], block[1]
+    inner.choice("activation_scheme", ("dynamic",), "dynamic")
+    kept = inner.get("modules_to_not_convert", inner.get("ignored_layers", []))
+    if not isinstance(kept, list | tuple) or not all(isinstance(name, str) for name in kept):
+        raise inner.error("modules_to_not_convert", kept, "names of modules")
+    return Quantization((block[0], block[1]), tuple(canonical(name) for name in kept))

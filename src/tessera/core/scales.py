@@ -5,11 +5,18 @@ Otherwise fp8 answers would depend on the layout. Block formats: DeepSeek-V3 tec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import gcd
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import gcd, prod
 
 from tessera.core.errors import LayoutError
 from tessera.core.layout import Dim
+from tessera.core.mesh import Mesh
+from tessera.core.quantization import Quantization
+from tessera.core.tensors import DTYPE_BYTES, TensorSpec
+
+LEAST = 16  # elements that a scale repeats over, the finest step a kernel takes
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +30,28 @@ class ScaleTile:
     blocks: tuple[tuple[str, int], ...]
 
 
-def scale_tile(dim: Dim, size: int, rank: int, block: int = 128, least: int = 16) -> ScaleTile:
+def scale_step(dim: Dim, size: int, ranks: Iterable[int], block: int, least: int = LEAST) -> int:
+    """Over how many elements of a part a scale repeats: the common divisor of all borders that `ranks` see.
+
+    Raises `LayoutError` when that divisor is below `least`.
+    """
+    step = gcd(block, *(at for rank in ranks for at, _, _ in _borders(dim, size, rank, block)))
+    if step < min(least, block):
+        raise LayoutError(
+            f"dim '{dim.name}': cut for {size} ranks its blocks of {block} meet only every {step} elements; "
+            f"scales can repeat at {least} or more, so use fewer ranks, or --fp8-gemm-backend dequantize"
+        )
+    return step
+
+
+def scale_tile(dim: Dim, size: int, rank: int, block: int = 128, least: int = LEAST) -> ScaleTile:
     """Scales of the part of coordinate `rank` when the checkpoint is quantised in blocks of `block` stored elements.
 
     A cut inside a block (704 columns are 5.5 blocks of 128) repeats scales at the common divisor of all borders that
     any rank sees, so that every shard dequantises to the bit as the whole does; nothing is requantised. Raises
     `LayoutError` when that divisor is below `least`, the finest step a kernel takes.
     """
-    step = gcd(block, *(at for r in range(size) for at, _, _ in _borders(dim, size, r, block)))
-    if step < least:
-        raise LayoutError(
-            f"dim '{dim.name}': cut for {size} ranks its blocks of {block} meet only every {step} elements; "
-            f"scales can repeat at {least} or more, so use fewer ranks"
-        )
+    step = scale_step(dim, size, range(size), block, least)
     borders = _borders(dim, size, rank, block)
     ends = [at for at, _, _ in borders[1:]] + [dim.local_length(size, rank)]
     blocks: list[tuple[str, int]] = []
@@ -64,5 +80,51 @@ def check_groups(dim: Dim, size: int, group: int = 128) -> None:
             if inside or (run.length % group and run.start + run.length != dim.length):
                 raise LayoutError(
                     f"dim '{dim.name}' of {dim.length}: rank {rank} of {size} holds elements {run.start} to "
-                    f"{run.start + run.length - 1}, which cuts a group of {group}; use fewer ranks"
+                    f"{run.start + run.length - 1}, which cuts a group of {group} that fp8 activations share a scale "
+                    "in; use fewer ranks, or --fp8-gemm-backend dequantize"
                 )
+
+
+def in_blocks(tensor: TensorSpec, quantization: Quantization) -> TensorSpec:
+    """The tensor as it is kept: in blocks if the checkpoint's tensors are that it comes from, or some of its rows."""
+    if tensor.role not in ("linear", "experts"):
+        return tensor
+    rows, columns = tensor.layout.dims[-2:]
+    whose = rows if any(section.stored for section in rows.sections) else columns
+    plain = tuple(s.name for s in whose.sections if s.stored is None or not quantization.covers(s.stored.tensor))
+    if len(plain) == len(whose.sections):
+        return tensor
+    return replace(tensor, block=quantization.block, plain=plain)
+
+
+def check_blocks(tensor: TensorSpec, mesh: Mesh) -> None:
+    """Raises `LayoutError` when the tensor's blocks, or the groups of its inputs, cannot be cut as `mesh` asks."""
+    for part in tensor.parts():
+        if part.block is not None:
+            rows, columns = part.layout.dims[-2:]
+            size = mesh.size_of(rows.axis)
+            if any(section.stored for section in rows.sections):
+                scale_step(rows, size, range(size), part.block[0])
+            check_groups(columns, mesh.size_of(columns.axis), part.block[1])
+
+
+def tile_blocks(tensor: TensorSpec, mesh: Mesh, rank: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Of a tensor in blocks, in the tile of `rank`: (rows, columns) that share a scale, and the shape of the scales."""
+    assert tensor.block is not None, tensor.name
+    rows, (step, width) = tensor.layout.dims[-2], tensor.block
+    if any(section.stored for section in rows.sections):
+        step = scale_step(rows, mesh.size_of(rows.axis), [mesh.coordinate(rank, rows.axis)], step)
+    *outer, height, length = tensor.layout.local_shape(mesh, rank)
+    return (step, width), (*outer, -(-height // step), -(-length // width))
+
+
+def tile_bytes(tensor: TensorSpec, mesh: Mesh, rank: int, dtype: str) -> int:
+    """Bytes of the tile of `rank`, scales included, where it is in `dtype` if not in blocks."""
+    total = 0
+    for part in tensor.parts():
+        count = prod(part.layout.local_shape(mesh, rank))
+        if part.block is None:
+            total += count * DTYPE_BYTES[dtype]
+        else:
+            total += count + SCALE_BYTES * prod(tile_blocks(part, mesh, rank)[1])
+    return total

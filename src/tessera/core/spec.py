@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tessera.core.quantization import Quantization
+
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -184,7 +186,7 @@ class MTPSpec:
 class ModelSpec:
     """A model. `zero_centred`: RMSNorm scales by (1 + w). `eos`: tokens that end a sequence, from the checkpoint.
 
-    `block`: rows and columns of a block of fp8 weights with one scale (`weight_scale_inv`), None when not quantised.
+    `quantization`: of the checkpoint's weights (fp8 with `weight_scale_inv`), None when they are not quantised.
     """
 
     architecture: str
@@ -200,7 +202,7 @@ class ModelSpec:
     eos: tuple[int, ...] = ()
     bos: int | None = None
     mtp: MTPSpec | None = None
-    block: tuple[int, int] | None = None
+    quantization: Quantization | None = None
 
     @property
     def recurrent(self) -> bool:
@@ -211,3 +213,8 @@ class ModelSpec:
     def paged(self) -> bool:
         """True when some layer keeps pages per token."""
         return any(not isinstance(layer.mixer, DeltaSpec) for layer in self.layers)
+
+    @property
+    def latent(self) -> bool:
+        """True when some layer attends to latents (MLA)."""
+        return any(isinstance(layer.mixer, MLASpec) for layer in self.layers)

@@ -7,8 +7,8 @@ and rollback iterate over `cache_table`; none knows a model's name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import groupby, product
 from math import prod
 from typing import Literal
 
@@ -45,13 +45,27 @@ class Piece:
 class TensorSpec:
     """A run-time tensor. `role`: what it is to the ops, which may keep "linear" [out, in] and "experts" packed.
 
-    `wide`: kept in fp32 or wider whatever the model's dtype; else in the model's dtype.
+    `wide`: kept in fp32 or wider whatever the model's dtype; else in the model's dtype. `block`: kept in fp8, with a
+    scale for each block of so many rows and columns of what is stored; but for the sections `plain` of its rows.
     """
 
     name: str
     layout: Layout
     role: Literal["plain", "linear", "experts", "embedding"] = "plain"
     wide: bool = False
+    block: tuple[int, int] | None = None
+    plain: tuple[str, ...] = ()
+
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """The tensor in pieces of rows that are kept alike, all in blocks or none, in order."""
+        if not self.plain:
+            return (self,)
+        *outer, rows, columns = self.layout.dims
+        parts = []
+        for plain, sections in groupby(rows.sections, lambda section: section.name in self.plain):
+            layout = Layout((*outer, replace(rows, sections=tuple(sections)), columns))
+            parts.append(replace(self, layout=layout, block=None if plain else self.block, plain=()))
+        return tuple(parts)
 
     def pieces(self, mesh: Mesh, rank: int) -> Iterator[Piece]:
         """What fills the tile of `rank`, each stored element once; padding is left to whoever allocates (zeros)."""

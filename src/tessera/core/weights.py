@@ -9,11 +9,12 @@ to them.
 
 from __future__ import annotations
 
-from math import prod
 from typing import Literal
 
 from tessera.core.layout import Dim, Layout, Section, Stored, padded, whole
 from tessera.core.mesh import Mesh
+from tessera.core.quantization import Quantization
+from tessera.core.scales import check_blocks, in_blocks, tile_bytes
 from tessera.core.spec import (
     MLP,
     AttentionSpec,
@@ -27,13 +28,15 @@ from tessera.core.spec import (
     MTPSpec,
     SharedSpec,
 )
-from tessera.core.tensors import DTYPE_BYTES, TensorSpec, conv_channels, wide_dtype
+from tessera.core.tensors import TensorSpec, conv_channels, wide_dtype
 
 
-def weight_table(spec: ModelSpec, mesh: Mesh, mtp: bool = False) -> tuple[TensorSpec, ...]:
+def weight_table(
+    spec: ModelSpec, mesh: Mesh, mtp: bool = False, quantization: Quantization | None = None
+) -> tuple[TensorSpec, ...]:
     """Every weight at run time, in the order of use. Raises `LayoutError` when one cannot be laid out on `mesh`.
 
-    With tied embeddings there is no "head". `mtp`: the draft layers too.
+    With tied embeddings there is no "head". `mtp`: the draft layers too. `quantization`: of the weights, if they are.
     """
     table = [_vocabulary("embed", "model.embed_tokens.weight", "embedding", spec, mesh)]
     for i, layer in enumerate(spec.layers):
@@ -43,16 +46,17 @@ def weight_table(spec: ModelSpec, mesh: Mesh, mtp: bool = False) -> tuple[Tensor
         table.append(_vocabulary("head", "lm_head.weight", "linear", spec, mesh))
     if mtp and spec.mtp is not None:
         table += _mtp(spec, spec.mtp)
+    if quantization is not None and not quantization.dequantized:
+        table = [in_blocks(tensor, quantization) for tensor in table]
     for tensor in table:
         tensor.layout.check(mesh)
+        check_blocks(tensor, mesh)
     return tuple(table)
 
 
 def weight_bytes(table: tuple[TensorSpec, ...], mesh: Mesh, rank: int, dtype: str) -> int:
     """Bytes of all weights of a rank in a model run in `dtype`."""
-    return sum(
-        prod(t.layout.local_shape(mesh, rank)) * DTYPE_BYTES[wide_dtype(dtype) if t.wide else dtype] for t in table
-    )
+    return sum(tile_bytes(t, mesh, rank, wide_dtype(dtype) if t.wide else dtype) for t in table)
 
 
 def _from(name: str, tensor: str, length: int) -> Dim:

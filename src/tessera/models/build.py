@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from tessera.comm.base import Comm
 from tessera.core.mesh import Mesh
 from tessera.core.spec import DeltaSpec, ModelSpec
 from tessera.core.weights import weight_table
 from tessera.models.decoder import Decoder
-from tessera.models.parts import Tools, Weights
+from tessera.models.parts import Tile, Tools, Weights
 from tessera.ops.backend import TORCH, Backend
-from tessera.ops.linear import PackedLinear
 from tessera.ops.rope import rope_tables
 from tessera.ops.tied import Ends, plain_rows
 
@@ -22,7 +19,7 @@ def build_model(
     spec: ModelSpec,
     mesh: Mesh,
     rank: int,
-    tensors: Mapping[str, Tensor | PackedLinear],
+    tensors: Mapping[str, Tile],
     comm: Comm,
     backend: Backend = TORCH,
     max_positions: int | None = None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import ModelError
+from tessera.core.quantization import canonical
 from tessera.models.safetensors import Entry, read_folder
 from tessera.models.source import Span, blocks
 
@@ -67,6 +68,29 @@ class Checkpoint:
             box = self._read(entry, start, length).narrow(1, *columns)
             out[done : done + length].copy_(self._plain(name, entry, box, start, columns[0]))
             done += length
+
+    def fp8(self, name: str, rows: Span, columns: Span, out: Tensor) -> Tensor:
+        """See `Source.fp8`. Raises `ModelError` when the tensor is not stored so."""
+        entry = self._entries[name]
+        if entry.dtype != torch.float8_e4m3fn:
+            raise ModelError(
+                f"{entry.path}: tensor '{name}' is {entry.dtype}, where config.json says that it is fp8; name its "
+                "module in modules_to_not_convert, or use --fp8-gemm-backend dequantize"
+            )
+        scales, (height, width) = self._scale(name, entry), self._block(name, entry)
+        if entry.transposed:
+            if height != width:
+                raise ModelError(
+                    f"{entry.path}: '{name}' is transposed in blocks of {height}x{width}; only square ones are read "
+                    "so: use --fp8-gemm-backend dequantize"
+                )
+            rows, columns, out = columns, rows, out.T
+        done = 0
+        for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
+            out[done : done + length].copy_(self._read(entry, start, length).narrow(1, *columns))
+            done += length
+        touched = scales[_touched(rows, height)][:, _touched(columns, width)]
+        return touched.T if entry.transposed else touched
 
     def _read(self, entry: Entry, start: int, length: int) -> Tensor:
         """Stored rows, in the one buffer of this thread: its next read overwrites them.
@@ -163,6 +187,12 @@ class Checkpoint:
                 self._parts[expert] = tensor + suffix
 
 
+def _touched(span: Span, size: int) -> slice:
+    """The blocks of `size` that a span touches."""
+    start, length = span
+    return slice(start // size, -(-(start + length) // size))
+
+
 def _expert(fused: Entry, e: int, half: int, halved: bool, transposed: bool) -> Entry:
     """Expert `e` of a fused tensor: all of its matrix, or half `half` of the rows (columns where transposed)."""
     rows, columns = fused.shape[1:]
@@ -176,11 +206,3 @@ def _expert(fused: Entry, e: int, half: int, halved: bool, transposed: bool) -> 
         offset += half * rows * columns * size
     shape = (columns, rows) if transposed else (rows, columns)
     return replace(fused, shape=shape, offset=offset, rows=rows, columns=columns, pitch=pitch, transposed=transposed)
-
-
-def canonical(name: str) -> str:
-    """The name under which `core/weights.py` knows a tensor: the text part of a larger model loses its prefix."""
-    for prefix, plain in (("model.language_model.", "model."), ("language_model.model.", "model.")):
-        if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
-    return name.removeprefix("language_model.")

@@ -25,7 +25,8 @@ class MoE:
     def __init__(self, spec: MoESpec, weights: Weights, tools: Tools) -> None:
         self.spec, self.tools = spec, tools
         self.router = _router(spec.router, weights)
-        self.w_in, self.w_out = weights.tensor("experts_in"), weights.tensor("experts_out")
+        self.w_in, self.w_out = weights.experts("experts_in"), weights.experts("experts_out")
+        self.experts, self.mixture = tools.backend.experts_of(self.w_in)
         held = weights.held("experts_in")
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
         self.shared_mlp = _shared(spec.shared, weights.at("shared")) if spec.shared else None
@@ -44,13 +45,11 @@ class MoE:
 
     def part(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """See `Experts`."""
-        part: Tensor = self.tools.backend.experts(x, self.w_in, self.w_out, self._held(ids), scores)
-        return part
+        return self.experts(x, self.w_in, self.w_out, self._held(ids), scores)
 
     def whole(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """See `Experts`."""
-        out: Tensor = self.tools.backend.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp)
-        return out
+        return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""

@@ -13,12 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from tessera.core.config.types import Config
 from tessera.core.errors import ModelError
 from tessera.core.families import read_spec
+from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import FP8, TensorSpec
 from tessera.core.weights import weight_table
 from tessera.models.checkpoint import Checkpoint
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
+from tessera.models.quantizing import Quantizing
 from tessera.models.source import Source
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -93,20 +95,27 @@ def open_source(
     load_format: str = "auto",
     seed: int = 0,
     kv_dtype: str = "",
+    quantization: Quantization | None = None,
 ) -> Source:
     """Where the weights of `table` come from: the folder's safetensors, or noise of seed `seed` ("dummy").
 
-    `kv_dtype`: of the pages. Raises `ModelError` for a checkpoint that cannot be served with them.
+    `kv_dtype`: of the pages. Raises `ModelError` for a checkpoint that cannot be served with them. `quantization`: done
+    here, if it is to be done while weights are loaded.
     """
+    found: Source
     if load_format == "dummy":
-        return Noise(stored_shapes(table), spec.zero_centred, seed)
-    found = Checkpoint(folder, spec.block)
-    if kv_dtype in FP8:
-        found.refuse_cache_scales()
+        found = Noise(stored_shapes(table), spec.zero_centred, seed)
+    else:
+        found = checkpoint = Checkpoint(folder, spec.quantization.block if spec.quantization is not None else None)
+        if kv_dtype in FP8:
+            checkpoint.refuse_cache_scales()
+    if quantization is not None and quantization.loading:
+        return Quantizing(found, quantization)
     return found
 
 
 def configured_source(folder: Path, spec: ModelSpec, config: Config) -> Source:
     """Where the weights of a configuration's model come from: see `open_source`."""
     table, model = weight_table(spec, config.mesh.mesh), config.model
-    return open_source(folder, spec, table, model.load_format, model.seed, config.memory.kv_dtype)
+    kv_dtype = config.memory.kv_dtype
+    return open_source(folder, spec, table, model.load_format, model.seed, kv_dtype, model.quantization)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -15,9 +16,13 @@ from torch import Tensor
 
 from tessera.core.errors import ModelError
 from tessera.core.mesh import SINGLE, Mesh
+from tessera.core.scales import tile_blocks
 from tessera.core.tensors import Piece, TensorSpec
+from tessera.models.parts import Tile
 from tessera.models.source import Source
-from tessera.ops.linear import PackedLinear, pack
+from tessera.ops import fp8
+from tessera.ops.fp8 import Fp8Weight
+from tessera.ops.linear import PackedLinear, pack, stacked
 from tessera.ops.precision import wide
 
 Progress = Callable[[int, int], None]  # elements loaded, elements in all
@@ -41,17 +46,31 @@ def load_weights(
     device: torch.device | str = "cpu",
     pack_linear: Callable[[Tensor], PackedLinear] = pack,
     progress: Progress | None = None,
-) -> dict[str, Tensor | PackedLinear]:
+    pack_fp8: Callable[[Fp8Weight], PackedLinear] = fp8.pack,
+) -> dict[str, Tile]:
     """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen."""
     check(source, table)
     through = device if source.anywhere else "cpu"
-    tiles: dict[str, Tensor | PackedLinear] = {}
+    tiles: dict[str, Tile] = {}
     done, total = 0, sum(prod(t.layout.local_shape(mesh, rank)) for t in table)
+
+    def packed(part: TensorSpec) -> Tile:
+        """A part, in its form: where that is another one, the memory of the first is free before the next is read."""
+        tile: Tensor | Fp8Weight
+        if part.block is not None:
+            tile = load_fp8(source, part, mesh, rank, device)
+        else:
+            tile = load_tile(source, part, mesh, rank, wide(dtype) if part.wide else dtype, through).to(device)
+        if part.role != "linear":
+            return tile
+        return pack_linear(tile) if isinstance(tile, Tensor) else pack_fp8(tile)
+
     for spec in table:
-        tile = load_tile(source, spec, mesh, rank, wide(dtype) if spec.wide else dtype, through).to(device)
-        done += tile.numel()
-        tiles[spec.name] = pack_linear(tile) if spec.role == "linear" else tile
-        del tile  # where it was packed, its memory is free before the next is read
+        parts = [packed(part) for part in spec.parts()]
+        rows = [part for part in parts if isinstance(part, PackedLinear)]
+        tiles[spec.name] = stacked(rows) if rows else parts[0]
+        done += prod(spec.layout.local_shape(mesh, rank))
+        del parts, rows
         if progress is not None:
             progress(done, total)
     return tiles
@@ -69,15 +88,38 @@ def load_tile(
     return tile
 
 
+def load_fp8(source: Source, spec: TensorSpec, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> Fp8Weight:
+    """One tile in blocks, with the scales of the blocks that it touches."""
+    assert spec.block is not None, spec.name
+    shape, (step, grid) = spec.layout.local_shape(mesh, rank), tile_blocks(spec, mesh, rank)
+    values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(grid, dtype=torch.float32, device=device)
+    for piece in spec.pieces(mesh, rank):
+        *outer, rows, columns = piece.dst
+        touched = source.fp8(piece.tensor, piece.src[0], piece.src[1], _box(values, piece))
+        # A scale of the tile is that of the stored block in which its first element lies.
+        at = [
+            (torch.arange(0, length, by, device=touched.device) + start % of) // of
+            for (start, length), by, of in zip(piece.src, step, spec.block, strict=True)
+        ]
+        places = ((start // by, len(i)) for (start, _), by, i in zip((rows, columns), step, at, strict=True))
+        _box(scales, replace(piece, dst=(*outer, *places))).copy_(touched[at[0]][:, at[1]])
+    return Fp8Weight(values, scales, step)
+
+
 def _copy(source: Source, piece: Piece, tile: Tensor) -> None:
+    rows, rest = piece.src[0], piece.src[1:]
+    columns = rest[0] if len(rest) == 1 else (0, prod(length for _, length in rest))
+    source.copy(piece.tensor, rows, columns, _box(tile, piece).view(rows[1], -1))
+
+
+def _box(tile: Tensor, piece: Piece) -> Tensor:
+    """What a piece fills of a tile."""
     box = tile
     for dim, (start, length) in enumerate(piece.dst):
         box = box.narrow(dim, start, length)
-    if len(piece.dst) > len(piece.src):  # an expert's own tensor has no dim for the expert
-        box = box.squeeze(0)
-    rows, rest = piece.src[0], piece.src[1:]
-    columns = rest[0] if len(rest) == 1 else (0, prod(length for _, length in rest))
-    source.copy(piece.tensor, rows, columns, box.view(rows[1], -1))
+    # An expert's own tensor has no dim for the expert.
+    return box.squeeze(0) if len(piece.dst) > len(piece.src) else box
 
 
 def stored_shapes(table: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:

@@ -53,6 +53,10 @@ class Noise:
         if mean:
             out.add_(mean)
 
+    def fp8(self, name: str, rows: Span, columns: Span, out: Tensor) -> Tensor:
+        """Noise is not quantised: see `quantizing.py`."""
+        raise AssertionError(f"noise '{name}' as fp8")
+
     def leftovers(self, used: Iterable[str]) -> list[str]:
         """Nothing: there is no more than what is asked for."""
         return []

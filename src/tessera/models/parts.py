@@ -14,9 +14,12 @@ from tessera.core.spec import RopeSpec
 from tessera.core.tensors import TensorSpec
 from tessera.models.forms import Forms
 from tessera.ops.backend import Backend
+from tessera.ops.fp8 import Fp8Weight
 from tessera.ops.linear import PackedLinear
 from tessera.ops.rope import RopeTables
 from tessera.ops.segments import Segments
+
+Tile = Tensor | PackedLinear | Fp8Weight  # as `models/load.py` loads them
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Weights:
     """The tiles of one rank by run-time name, and what their layouts say. "linear" tensors may be packed."""
 
     table: Mapping[str, TensorSpec]
-    tensors: Mapping[str, Tensor | PackedLinear]
+    tensors: Mapping[str, Tile]
     mesh: Mesh
     rank: int
     prefix: str = ""
@@ -43,6 +46,12 @@ class Weights:
         """A tile that was prepared for `ops.linear`."""
         tile = self.tensors[self.prefix + name]
         assert isinstance(tile, PackedLinear), f"{self.prefix}{name} is not packed"
+        return tile
+
+    def experts(self, name: str) -> Tensor | Fp8Weight:
+        """A weight of all experts that the rank holds."""
+        tile = self.tensors[self.prefix + name]
+        assert not isinstance(tile, PackedLinear), f"{self.prefix}{name} is packed"
         return tile
 
     def slices(self, name: str, dim: int = 0) -> dict[str, slice]:

@@ -35,6 +35,13 @@ class Source(Protocol):
         """Writes the box of tensor `name` into `out` [rows, columns], converting to its dtype."""
         ...
 
+    def fp8(self, name: str, rows: Span, columns: Span, out: Tensor) -> Tensor:
+        """Writes the box of a tensor in fp8 blocks into `out` [rows, columns] of float8_e4m3fn, on any device.
+
+        Gives the scales of the blocks that the box touches [row blocks, column blocks], fp32, on any device.
+        """
+        ...
+
     def leftovers(self, used: Iterable[str]) -> list[str]:
         """Names that none of the tensors `used` accounts for."""
         ...

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
 from tessera.core.spec import ModelSpec
-from tessera.ops import attention, cpu_fused, delta, draw, fused, grouped, linear, mla, moe, norm, sample, tied
+from tessera.ops import attention, cpu_fused, delta, draw, fp8, fused, grouped, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
+from tessera.ops.fp8 import Fp8Weight
 from tessera.ops.travel import TRAVEL, Travel
 
 
@@ -38,6 +39,8 @@ class Backend:
     experts: Callable[..., Tensor]
     mixture: moe.Mixture
     combine: Callable[..., Tensor]
+    fp8_linear: fp8.Product
+    fp8_experts: Callable[..., Tensor]
     rmsnorm: Callable[..., Tensor]
     add_rmsnorm: Callable[..., tuple[Tensor, Tensor]]
     write_heads: Callable[..., Tensor]
@@ -49,6 +52,16 @@ class Backend:
     expand: Callable[..., Expanded]
     travel: Travel
     compile: Callable[[ModelSpec, torch.dtype, torch.dtype], None] = nothing
+
+    def pack_fp8(self, weight: Fp8Weight) -> linear.PackedLinear:
+        """Prepares an fp8 weight [out, in] for `linear`."""
+        return fp8.pack(weight, self.fp8_linear)
+
+    def experts_of(self, w13: Tensor | Fp8Weight) -> tuple[Callable[..., Tensor], moe.Mixture]:
+        """`experts` and `mixture` for weights that are kept as this one is."""
+        if isinstance(w13, Fp8Weight):
+            return self.fp8_experts, moe.mixture_of(self.fp8_experts, self.gated_product, self.add_gated)
+        return self.experts, self.mixture
 
 
 REFERENCE = Backend(
@@ -64,6 +77,8 @@ REFERENCE = Backend(
     experts=moe.experts_reference,
     mixture=moe.mixture_of(moe.experts_reference, fused.gated_product, fused.add_gated),
     combine=moe.combine,
+    fp8_linear=fp8.linear_reference,
+    fp8_experts=fp8.experts_reference,
     rmsnorm=norm.rmsnorm,
     add_rmsnorm=norm.add_rmsnorm,
     write_heads=fused.write_heads,
@@ -89,6 +104,8 @@ TORCH = Backend(
     experts=moe.experts,
     mixture=moe.mixture_of(moe.experts, cpu_fused.gated_product, fused.add_gated),
     combine=moe.combine,
+    fp8_linear=fp8.linear_reference,
+    fp8_experts=fp8.experts_reference,
     rmsnorm=cpu_fused.rmsnorm,
     add_rmsnorm=cpu_fused.add_rmsnorm,
     write_heads=cpu_fused.write_heads,
@@ -137,9 +154,11 @@ def expert_runner(name: str, base: Backend) -> Backend:
 def chosen(kernels: KernelConfig) -> Backend:
     """The versions that a configuration names; linear maps and what is between are those of the attention's."""
     base = backend(kernels.attention, max(kernels.graphs[2], default=0))
-    moe_runner = expert_runner(kernels.moe, base)
+    moe_runner, products = expert_runner(kernels.moe, base), backend(kernels.fp8) if kernels.fp8 else base
     return replace(
         base,
+        fp8_linear=products.fp8_linear,
+        fp8_experts=products.fp8_experts,
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,
         experts=moe_runner.experts,

@@ -1,65 +1,107 @@
 """Products of fp8 weights in blocks with activations quantised in groups of a row: the plain twins of `triton_fp8.py`.
 
 As DeepSeek-V3 does it (arXiv 2412.19437, 3.3). T tokens, K inputs, N outputs, E experts, H hidden, I intermediate. A
-weight [..., N, K] has one fp32 scale for each block: [..., N / bn, K / bk], rounded up; an activation one for each 128
-neighbours of a row: [T, K / 128].
+weight [..., N, K] has one fp32 scale for each block: [..., N / bn, K / bk], rounded up; an activation one for each bk
+neighbours of a row: [T, K / bk].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, pad, silu
 
+from tessera.ops.linear import PackedLinear
 from tessera.ops.precision import wide
 
 GROUP = 128
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST = 1e-10  # amax of a group of zeros
 
+Block = tuple[int, int]
+Product = Callable[[Tensor, Tensor, Tensor, Block], Tensor]  # x, values, scales, block
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K] -> (float8_e4m3fn [T, K], scales fp32 [T, K / 128]): a group's largest magnitude becomes 448."""
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Weight:
+    """A weight [..., N, K] as `values` in float8_e4m3fn, with fp32 `scales` of blocks of `block` rows and columns."""
+
+    values: Tensor
+    scales: Tensor
+    block: Block
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.values.device
+
+    def plain(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """One of several matrices, in `dtype` (fp32 or wider)."""
+        return dequantize(self.values[expert], self.scales[expert], self.block, dtype)
+
+
+def quantize(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> (float8_e4m3fn [T, K], scales [T, K / group]): a group's largest magnitude becomes 448.
+
+    Scales are fp32 or wider.
+    """
+    padded = pad(x.to(wide(x.dtype)), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
     scales = padded.abs().amax(-1).clamp(min=SMALLEST) / LARGEST
     values = (padded / scales[..., None]).clamp(-LARGEST, LARGEST).flatten(-2)[..., : x.shape[-1]]
     return values.to(torch.float8_e4m3fn), scales
 
 
-def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """values [..., N, K], scales [..., N / bn, K / bk] -> fp32 [..., N, K]."""
-    spread = scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
-    return values.float() * spread[..., : values.shape[-2], : values.shape[-1]]
+def quantize_weight(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] in fp32 -> (float8_e4m3fn [N, K], scales fp32 [N / bn, K / bk]), as `quantize` does by groups."""
+    (rows, columns), (height, width) = weight.shape, block
+    padded = pad(weight, (0, -columns % width, 0, -rows % height))
+    boxes = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [N / bn, bn, K / bk, bk]
+    scales = boxes.abs().amax((1, 3)).clamp(min=SMALLEST) / LARGEST
+    values = (boxes / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).flatten(2).flatten(0, 1)
+    return values[:rows, :columns].to(torch.float8_e4m3fn), scales
 
 
-def requantized(x: Tensor) -> Tensor:
-    """x [T, K] as a product sees it: quantised, in fp32."""
-    return dequantize(*quantize(x), (1, GROUP))
+def dequantize(values: Tensor, scales: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
+    """values [..., N, K], scales [..., N / bn, K / bk] -> `dtype` (fp32 or wider) [..., N, K]."""
+    spread = scales.to(dtype).repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return values.to(dtype) * spread[..., : values.shape[-2], : values.shape[-1]]
 
 
-def linear_reference(x: Tensor, weight: Tensor, scales: Tensor, block: tuple[int, int] = (GROUP, GROUP)) -> Tensor:
-    """x [T, K] times weight [N, K] in fp8 -> [T, N] in x's dtype; sums in fp32."""
-    return linear(requantized(x), dequantize(weight, scales, block)).to(x.dtype)
+def requantized(x: Tensor, group: int = GROUP) -> Tensor:
+    """x [T, K] as a product sees it: quantised, in fp32 or wider."""
+    return dequantize(*quantize(x, group), (1, group), wide(x.dtype))
 
 
-def experts_reference(
-    x: Tensor,
-    w13: Tensor,
-    s13: Tensor,
-    w2: Tensor,
-    s2: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    block: tuple[int, int] = (GROUP, GROUP),
-) -> Tensor:
+def linear_reference(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP)) -> Tensor:
+    """x [T, K] times weight [N, K] in fp8 -> [T, N] in x's dtype; sums in fp32 or wider."""
+    return linear(requantized(x, block[1]), dequantize(weight, scales, block, wide(x.dtype))).to(x.dtype)
+
+
+def experts_reference(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
     """`moe.experts_reference` with fp8 weights w13 [E, 2I, H], w2 [E, H, I]; what lies between the two products is
     rounded to x's dtype, then quantised."""
-    out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
-    x_seen = requantized(x)
-    for e in range(len(w13)):
+    dtype = wide(x.dtype)
+    out = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    x_seen = requantized(x, w13.block[1])
+    for e in ids.unique().tolist():
+        if e < 0:
+            continue
         tokens, nth = (ids == e).nonzero(as_tuple=True)
-        gate, up = linear(x_seen[tokens], dequantize(w13[e], s13[e], block)).chunk(2, -1)
-        h = requantized((silu(gate) * up).to(x.dtype))
-        y = linear(h, dequantize(w2[e], s2[e], block)).to(x.dtype)
+        gate, up = linear(x_seen[tokens], w13.plain(e, dtype)).chunk(2, -1)
+        h = requantized((silu(gate) * up).to(x.dtype), w2.block[1])
+        y = linear(h, w2.plain(e, dtype)).to(x.dtype)
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
     return out.to(x.dtype)
+
+
+def pack(weight: Fp8Weight, product: Product = linear_reference) -> PackedLinear:
+    """Prepares a weight [N, K] for `linear.linear`, with `product` as its version of `linear_reference`."""
+
+    def multiply(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is None, "no model here has fp8 weights with a bias"
+        return product(x, values, weight.scales, weight.block)
+
+    return PackedLinear(weight.values, None, *weight.values.shape, multiply)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,18 +18,33 @@ TURNED = 8192  # columns turned at a time: their cache lines stay until they are
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight in the form that `product(x, weight, bias)` wants. Holds the only copy."""
+    """A weight in the form that `product(x, weight, bias)` wants. Holds the only copy.
+
+    `below`: the rows behind those of this weight, where they are kept in another form.
+    """
 
     weight: Tensor
     bias: Tensor | None
     out_features: int
     in_features: int
     product: Product
+    below: PackedLinear | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """The weights of all rows."""
+        return [self.weight, *(self.below.tensors() if self.below is not None else [])]
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """x [..., in] -> [..., out]: `x @ weight.T + bias`."""
-    return packed.product(x, packed.weight, packed.bias)
+    y = packed.product(x, packed.weight, packed.bias)
+    return y if packed.below is None else torch.cat((y, linear(x, packed.below)), -1)
+
+
+def stacked(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """The rows of several weights, one below the other, as one."""
+    first, *rest = parts
+    return replace(first, below=stacked(rest)) if rest else first
 
 
 def pack_reference(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:

@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.ops.fp8 import GROUP, LARGEST, SMALLEST
+from tessera.ops.fp8 import GROUP, LARGEST, SMALLEST, Block, Fp8Weight
 from tessera.ops.triton_common import dot
 from tessera.ops.triton_moe import combine, work_of
 from tessera.ops.triton_sort import sort_rows
-
-Block = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +61,17 @@ def _quantize(
     tl.store(scales_ptr + row * GROUPS + group, scale, mask=group < GROUPS)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `fp8.quantize`."""
-    (rows, columns), groups = x.shape, triton.cdiv(x.shape[1], GROUP)
+def quantize(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """See `fp8.quantize`. Neighbours in a row are neighbours in memory."""
+    (rows, columns), groups = x.shape, triton.cdiv(x.shape[1], group)
+    assert x.stride(1) == 1 or columns == 1, "whole rows"
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     if rows:
         padded = min(triton.next_power_of_2(groups), 16)
         _quantize[rows, triton.cdiv(groups, padded)](
             x, values, scales, x.stride(0), COLUMNS=columns, GROUPS=groups, PADDED=padded,
-            GROUP=GROUP, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4,
+            GROUP=group, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4,
         )  # fmt: skip
     return values, scales
 
@@ -146,8 +145,8 @@ def _grouped(
 
 def _sizes(tile: Tile, n: int, block: Block, columns: int, out: int) -> dict[str, int]:
     return {
-        "COLUMNS": columns, "OUT": out, "BLOCK_N": block[0], "BLOCK_K": block[1], "GROUP": GROUP,
-        "M": tile.m, "N": n, "K": min(block[1], GROUP), "STAGES": tile.stages, "num_warps": tile.warps,
+        "COLUMNS": columns, "OUT": out, "BLOCK_N": block[0], "BLOCK_K": block[1], "GROUP": block[1],
+        "M": tile.m, "N": n, "K": block[1], "STAGES": tile.stages, "num_warps": tile.warps,
     }  # fmt: skip
 
 
@@ -157,35 +156,27 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GRO
     if len(x):
         tile = tile_of(len(x))
         _linear[triton.cdiv(len(weight), tile.n), triton.cdiv(len(x), tile.m)](
-            *quantize(x), weight, scales, y, len(x), **_sizes(tile, tile.n, block, x.shape[1], len(weight))
+            *quantize(x, block[1]), weight, scales, y, len(x), **_sizes(tile, tile.n, block, x.shape[1], len(weight))
         )
     return y
 
 
-def experts(
-    x: Tensor,
-    w13: Tensor,
-    s13: Tensor,
-    w2: Tensor,
-    s2: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    block: Block = (GROUP, GROUP),
-) -> Tensor:
-    """See `fp8.experts_reference`. `block`: powers of two, of which the first divides I."""
-    (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
+def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
+    """See `fp8.experts_reference`. Blocks are powers of two; the rows of w13's divide I."""
+    (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.values.shape, ids.shape[1]
     if not ids.numel() or not num_experts:
         return torch.zeros_like(x)
-    assert inner % block[0] == 0, f"a block of {block[0]} rows would hold both halves of {inner}"
+    assert inner % w13.block[0] == 0, f"a block of {w13.block[0]} rows would hold both halves of {inner}"
     ids, weights = ids.contiguous(), weights.contiguous()
     tile = tile_of(ids.numel() / num_experts)
     by_expert = sort_rows(ids, num_experts, tile.m)
     h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
-    for source, w, s, target, fold in ((x, w13, s13, h, top_k), (h, w2, s2, y, 1)):
+    for source, w, target, fold in ((x, w13, h, top_k), (h, w2, y, 1)):
         n = tile.gated if source is x else tile.n
         columns = triton.cdiv(target.shape[1], n)
         _grouped[len(by_expert.blocks) * columns,](
-            *quantize(source), w, s, target, by_expert.rows, by_expert.blocks, len(by_expert.blocks), columns,
-            FOLD=fold, GATED=source is x, **_sizes(tile, n, block, source.shape[1], target.shape[1]),
+            *quantize(source, w.block[1]), w.values, w.scales, target, by_expert.rows, by_expert.blocks,
+            len(by_expert.blocks), columns, FOLD=fold, GATED=source is x,
+            **_sizes(tile, n, w.block, source.shape[1], target.shape[1]),
         )  # fmt: skip
     return combine(y, ids, weights)

@@ -196,10 +196,12 @@ def load_decoder(
 ) -> tuple[Decoder, list[Tensor]]:
     """The model of a rank with its weights on the device, and those of its products, as the model keeps them."""
     mesh, dtype = config.mesh.mesh, getattr(torch, config.model.dtype)
-    tiles = load_weights(source, weight_table(spec, mesh), mesh, rank, dtype, device, backend.pack, progress)
+    table = weight_table(spec, mesh, quantization=config.model.quantization)
+    tiles = load_weights(source, table, mesh, rank, dtype, device, backend.pack, progress, backend.pack_fp8)
     sizes = config.model.context_length, config.kernels.padded_up_to
     decoder = build_model(spec, mesh, rank, tiles, comm, backend, *sizes)
-    weights = [tile.weight for tile in tiles.values() if isinstance(tile, PackedLinear)] + [decoder.head.weight.weight]
+    weights = [t for tile in tiles.values() if isinstance(tile, PackedLinear) for t in tile.tensors()]
+    weights.append(decoder.head.weight.weight)
     finished(device)
     return decoder, weights
 

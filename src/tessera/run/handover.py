@@ -69,7 +69,9 @@ class Handover:
 
 def weights_version(config: Config) -> str:
     """Tells checkpoints apart by names, sizes and samples of the files, not by where they lie."""
-    found = hashlib.sha256(f"{config.model.dtype}".encode())
+    quantization = config.model.quantization
+    made = f" fp8 {quantization.block}" if quantization is not None and quantization.loading else ""
+    found = hashlib.sha256(f"{config.model.dtype}{made}".encode())
     files = sorted(Path(config.model.path).glob("*.safetensors"))
     if config.model.load_format == "dummy" or not files:
         found.update(f"{config.model.load_format} {config.model.seed}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tessera.core.config.ask import Asked
+from tessera.core.config.quantization import FP8_FROM
 from tessera.core.config.types import Hardware, KernelConfig, Notes
 from tessera.core.mesh import share
 from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec, MoESpec
@@ -39,7 +40,6 @@ NEEDS = {
     ),
     "deep_gemm": Needs(("bfloat16",), "its grouped products are in bfloat16", capability=(9, 0), library="deep_gemm"),
 }
-FP8_FROM = (8, 9)  # compute capability from which on a device knows e4m3
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
 FP8 = ("fp8_e4m3", "fp8_e5m2")
 HEAD_DIMS, LATENT = (64, 128, 256), (512, 64)  # that FlashInfer has kernels for: of heads; of latents and their rope
@@ -52,10 +52,12 @@ WASTED = 45_000_000
 
 
 def kernels_phase(
-    values: Asked, spec: ModelSpec, hardware: Hardware, dtype: str, max_running: int, notes: Notes
+    values: Asked, spec: ModelSpec, hardware: Hardware, dtype: str, fp8: str, max_running: int, notes: Notes
 ) -> KernelConfig:
-    """The versions by name; those that nobody chose follow the attention's where they exist there."""
-    _quantization(values, spec, notes)
+    """The versions by name; those that nobody chose follow the attention's where they exist there.
+
+    `fp8`: that of the products of fp8 weights, experts' too; empty where there are none.
+    """
     device, attention = hardware.device, values.word("attention_backend")
     if attention == "auto":
         attention, why = "torch", f"the one that this build has on {device}"
@@ -82,10 +84,10 @@ def kernels_phase(
     attention, delta, moe, sampling = chosen
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
     padded = _padded(values, spec, device, notes)
-    graphs = _graphs(values, run, device, max_running, padded, notes)
+    graphs = _graphs(values, run | ({fp8} if fp8 else set()), device, max_running, padded, notes)
     if attention == "flashinfer":
         _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
-    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0)
+    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8)
 
 
 def _padded(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> int | None:
@@ -217,17 +219,3 @@ def _flashinfer(values: Asked, spec: ModelSpec, dtype: str, graphs: bool, notes:
     if graphs:
         what, why = "attention of steps that run as CUDA graphs", "FlashInfer plans each step on the host"
         notes.decide(what, "triton", f"{why}: it serves the larger steps, or all with --disable-cuda-graph")
-
-
-def _quantization(values: Asked, spec: ModelSpec, notes: Notes) -> None:
-    if values.text("quantization") == "fp8" and spec.block is None:
-        notes.refuse(
-            ("--quantization fp8", "an unquantised checkpoint"),
-            "weights are not quantised while loading in this build",
-            "Leave --quantization out, or serve an fp8 checkpoint.",
-        )
-    if spec.block is not None:
-        rows, columns = spec.block
-        notes.decide(
-            "quantization", "dequantised while loading", f"fp8 in blocks of {rows}x{columns}; no fp8 products yet"
-        )

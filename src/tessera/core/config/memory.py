@@ -12,6 +12,7 @@ from tessera.core.config.flags_engine import FRACTION, PAGE
 from tessera.core.config.sizes import Sizes, sizes_of
 from tessera.core.config.types import Hardware, MemoryConfig, Notes
 from tessera.core.mesh import Mesh
+from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import DTYPE_BYTES, FP8, cache_dtypes
 
@@ -23,7 +24,7 @@ KV_DTYPES = {"auto": None, "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8
 
 def memory_phase(
     values: Asked,
-    spec: ModelSpec,
+    model: tuple[ModelSpec, Quantization | None],
     hardware: Hardware,
     mesh: Mesh | None,
     dtype: str,
@@ -35,6 +36,7 @@ def memory_phase(
 
     `hardware.memory` is that of one rank. `mesh` None: the model cannot be cut (refused elsewhere), so weighs nothing.
     """
+    spec, quantization = model
     page = values.whole("page_size") or _page(hardware, notes)
     kv = KV_DTYPES.get(values.word("kv_cache_dtype"), values.word("kv_cache_dtype"))
     if kv in FP8:
@@ -44,7 +46,7 @@ def memory_phase(
             f"they are rounded to {kv} as they are; a checkpoint that brings other scales is refused",
         )
     caches = cache_dtypes(spec, dtype, kv, values.text("mamba_ssm_dtype"))
-    sizes = sizes_of(spec, mesh, page, dtype, caches) if mesh is not None else Sizes(0, 1, 1)
+    sizes = sizes_of(spec, mesh, page, dtype, caches, quantization) if mesh is not None else Sizes(0, 1, 1)
     fraction = values.real("mem_fraction_static")
     if fraction is None:
         fraction = FRACTION[hardware.device]

@@ -7,13 +7,14 @@ them (attention TP = tp / dp); without, `--dp-size` counts replicas of the whole
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tessera.core.config.ask import Asked
 from tessera.core.config.types import Hardware, MeshConfig, Notes
 from tessera.core.errors import LayoutError
-from tessera.core.mesh import Axis, Mesh, divisors, instance_mesh, share
+from tessera.core.mesh import SINGLE, Axis, Mesh, divisors, instance_mesh, share
+from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec, MoESpec
 from tessera.core.weights import weight_table
 
@@ -21,7 +22,9 @@ BALANCE = {"auto": "round_robin", "shortest_queue": "total_requests", "minimum_t
 MOST_RANKS = 64  # sizes that are tried for a remedy
 
 
-def mesh_phase(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes) -> tuple[MeshConfig, bool]:
+def mesh_phase(
+    values: Asked, spec: ModelSpec, quantization: Quantization | None, hardware: Hardware, notes: Notes
+) -> tuple[MeshConfig, bool]:
     """The ranks, and whether the model can be laid out on them."""
     mesh = _asked(values, hardware.device, _balance(values, notes), _collectives(values, hardware.device, notes))
     mesh = replace(mesh, peers=_peers(values, hardware.device, notes))
@@ -30,9 +33,40 @@ def mesh_phase(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes)
     _straddling(mesh, notes)
     _hosts(values, mesh, notes)
     _devices(mesh, hardware, notes)
-    _model(values, mesh, spec, notes)
+    model = Cut(_kinds(spec, quantization), quantization)
+    _model(values, mesh, model, notes)
     _experts(mesh, notes)
-    return mesh, _fits(spec, mesh)
+    return mesh, model.fits(mesh)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A model that is to be cut."""
+
+    spec: ModelSpec
+    quantization: Quantization | None
+
+    def misfit(self, tp: int, axis: str, sizes: dict[str, Any]) -> str:
+        """Why it cannot be cut along one axis alone; empty when it can, or when there is no such axis."""
+        try:
+            size = instance_mesh(tp, **sizes).size_of(axis)
+        except LayoutError:
+            return ""  # refused already: a size that does not divide the ranks
+        return self._error(Mesh(size, (Axis(axis, size),)))
+
+    def fits(self, mesh: MeshConfig) -> bool:
+        """Whether it can be laid out on these ranks."""
+        try:
+            return not self._error(mesh.mesh)
+        except LayoutError:
+            return False
+
+    def _error(self, mesh: Mesh) -> str:
+        try:
+            weight_table(self.spec, mesh, quantization=self.quantization)
+        except LayoutError as error:
+            return str(error)
+        return ""
 
 
 def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshConfig:
@@ -178,9 +212,9 @@ def _devices(mesh: MeshConfig, hardware: Hardware, notes: Notes) -> None:
         notes.refuse(flags, f"{ranks} ranks on this host need a GPU each", remedy)
 
 
-def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> None:
+def _model(values: Asked, mesh: MeshConfig, model: Cut, notes: Notes) -> None:
     """Heads, experts and rows that cannot be cut for as many ranks: one conflict for each reason."""
-    counts = [layer.mlp.router.num_experts for layer in spec.layers if isinstance(layer.mlp, MoESpec)]
+    counts = [layer.mlp.router.num_experts for layer in model.spec.layers if isinstance(layer.mlp, MoESpec)]
     if mesh.ep > 1 and not counts:
         notes.refuse((f"--ep-size {mesh.ep}", "the model"), "it has no experts", "Leave --ep-size out.")
     tp, dp, ep = f"--tp-size {mesh.tp}", f"--dp-size {mesh.dp}", f"--ep-size {mesh.ep}"
@@ -191,13 +225,13 @@ def _model(values: Asked, mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> No
         "attn": ({"dp": mesh.dp}, (tp, dp) if mesh.dp > 1 else (tp,)),
         "moe": ({"ep": mesh.ep}, (tp, ep) if mesh.ep > 1 else (tp,)),
         "dense": ({"dense_tp": mesh.dense_tp}, (dense,)),
-        "shared": ({}, (tp,)),
+        "shared": ({"all_to_all": mesh.all_to_all}, (tp,)),
     }
-    wrong = {(flags, _misfit(spec, mesh.tp, axis, sizes)): axis for axis, (sizes, flags) in reversed(cuts.items())}
+    wrong = {(flags, model.misfit(mesh.tp, axis, sizes)): axis for axis, (sizes, flags) in reversed(cuts.items())}
     for (flags, why), axis in wrong.items():
         if why:
-            few = [n for n in divisors(mesh.tp) if not _misfit(spec, n, "expert", {"ep": n})]
-            remedy = _use("--ep-size", few) if axis == "expert" else _ranks(values, mesh, spec)
+            few = [n for n in divisors(mesh.tp) if not model.misfit(n, "expert", {"ep": n})]
+            remedy = _use("--ep-size", few) if axis == "expert" else _ranks(values, mesh, model)
             notes.refuse((*flags, "the model"), why, remedy)
 
 
@@ -213,37 +247,22 @@ def _experts(mesh: MeshConfig, notes: Notes) -> None:
         notes.decide("--moe-a2a-backend", way, f"{why}; shared experts are {'whole' if mesh.all_to_all else 'cut'}")
 
 
-def _misfit(spec: ModelSpec, tp: int, axis: str, sizes: dict[str, Any]) -> str:
-    """Why the model cannot be cut along one axis alone; empty when it can, or when there is no such axis."""
-    try:
-        size = instance_mesh(tp, **sizes).size_of(axis)
-    except LayoutError:
-        return ""  # refused already: a size that does not divide the ranks
-    try:
-        weight_table(_kinds(spec), Mesh(size, (Axis(axis, size),)))
-    except LayoutError as error:
-        return str(error)
-    return ""
-
-
-def _ranks(values: Asked, mesh: MeshConfig, spec: ModelSpec) -> str:
+def _ranks(values: Asked, mesh: MeshConfig, model: Cut) -> str:
     """The numbers of ranks that go with the other sizes."""
     dense = values.whole("moe_dense_tp_size")
-    allowed = [n for n in range(1, MOST_RANKS + 1) if _fits(spec, replace(mesh, tp=n, dense_tp=dense or n))]
+    allowed = [n for n in range(1, MOST_RANKS + 1) if model.fits(replace(mesh, tp=n, dense_tp=dense or n))]
     return _use("--tp-size", allowed) if allowed else "Change the size of the groups: no --tp-size goes with it."
 
 
-def _kinds(spec: ModelSpec) -> ModelSpec:
-    """The model with each kind of layer once."""
+def _kinds(spec: ModelSpec, quantization: Quantization | None) -> ModelSpec:
+    """The model with each kind of layer once, unless it is quantised in some layers and not in others."""
+    if quantization is not None and quantization.kept:
+        everywhere = replace(quantization, kept=())
+        dims = (dim for tensor in weight_table(spec, SINGLE) for dim in tensor.layout.dims)
+        stored = [section.stored.tensor for dim in dims for section in dim.sections if section.stored]
+        if any(quantization.covers(name) != everywhere.covers(name) for name in stored):
+            return spec
     return replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
-
-
-def _fits(spec: ModelSpec, mesh: MeshConfig) -> bool:
-    try:
-        weight_table(_kinds(spec), mesh.mesh)
-    except LayoutError:
-        return False
-    return True
 
 
 def _use(flag: str, allowed: list[int]) -> str:

@@ -1,7 +1,8 @@
 """`resolve`: what was asked, for this model on this hardware, becomes one frozen `Config`.
 
-Pure, in phases: flags, hardware, model, mesh, memory, features. A phase that meets something it cannot honour notes it
-and goes on with what it can, so that all conflicts are reported together. Choices made for the user are `Decision`s.
+Pure, in phases: flags, hardware, model, quantization, mesh, memory, features. A phase that meets something it cannot
+honour notes it and goes on with what it can, so that all conflicts are reported together. Choices made for the user are
+`Decision`s.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tessera.core.config.handover import handover_phase
 from tessera.core.config.kernels import kernels_phase
 from tessera.core.config.memory import memory_phase
 from tessera.core.config.mesh import mesh_phase
+from tessera.core.config.quantization import quantization_phase
 from tessera.core.config.types import (
     Config,
     Hardware,
@@ -45,18 +47,20 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
     values = read(asked, notes)
     device = _device(values, hardware, notes)
     dtype = _dtype(values, spec, hardware, notes)
-    mesh, fits = mesh_phase(values, spec, hardware, notes)
+    quantization, fp8 = quantization_phase(values, spec, hardware, dtype, notes)
+    mesh, fits = mesh_phase(values, spec, quantization, hardware, notes)
     chunk, most = _chunk(values, device, notes)
     rows = _max_running(values, device)
     each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
     held = mesh.mesh if fits else None
-    memory, context, max_running = memory_phase(values, spec, each, held, dtype, chunk or most, rows, notes)
+    model = (spec, quantization)
+    memory, context, max_running = memory_phase(values, model, each, held, dtype, chunk or most, rows, notes)
     config = Config(
-        model=_model(values, dtype, context, notes),
+        model=replace(_model(values, dtype, context, notes), quantization=quantization),
         mesh=mesh,
         memory=memory,
         scheduling=_scheduling(values, spec, mesh, (chunk, most), max_running, notes),
-        kernels=kernels_phase(values, spec, hardware, dtype, max_running, notes),
+        kernels=kernels_phase(values, spec, hardware, dtype, fp8, max_running, notes),
         serving=_serving(values, mesh, notes),
         logging=LoggingConfig(
             values.word("log_level"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tessera.core.mesh import Mesh
+from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import CacheDtypes, cache_table
 from tessera.core.weights import weight_bytes, weight_table
@@ -19,9 +20,16 @@ class Sizes:
     slot: int
 
 
-def sizes_of(spec: ModelSpec, mesh: Mesh, page_size: int, dtype: str, caches: CacheDtypes) -> Sizes:
+def sizes_of(
+    spec: ModelSpec,
+    mesh: Mesh,
+    page_size: int,
+    dtype: str,
+    caches: CacheDtypes,
+    quantization: Quantization | None = None,
+) -> Sizes:
     """Sizes of a model run in `dtype`. Raises `LayoutError` when it cannot be laid out on `mesh`."""
-    weights = weight_table(spec, mesh)
+    weights = weight_table(spec, mesh, quantization=quantization)
     table = cache_table(spec, page_size, caches)
 
     def unit(kind: str, rank: int) -> int:

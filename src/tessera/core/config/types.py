@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from tessera.core.errors import Conflict
 from tessera.core.mesh import Mesh, instance_mesh, ranks_of, share
+from tessera.core.quantization import Quantization
 from tessera.core.tensors import CacheDtypes
 
 
@@ -43,7 +44,7 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which model. dtypes are torch's names. `tokenizer_path` None: no tokeniser is loaded. `seed`: of requests without
-    one, and of dummy weights. `context_length`: most tokens of one sequence."""
+    one, and of dummy weights. `context_length`: most tokens of one sequence. `quantization`: of the weights."""
 
     path: str
     served_name: str
@@ -55,6 +56,7 @@ class ModelConfig:
     load_format: str
     context_length: int
     seed: int
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,8 @@ class SchedulingConfig:
 class KernelConfig:
     """Which kernels, by the name of their backend. `graphs`: padded sizes of the steps that run as CUDA graphs, as
     `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does. `padded_up_to`: most
-    tokens of a step, all DP ranks together, that travel to experts in exchanges of one size."""
+    tokens of a step, all DP ranks together, that travel to experts in exchanges of one size. `fp8`: of products with
+    fp8 weights, empty where there are none."""
 
     attention: str
     delta: str
@@ -188,6 +191,7 @@ class KernelConfig:
     sampling: str
     graphs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
     padded_up_to: int = 0
+    fp8: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +263,8 @@ class Config:
         """The configuration as plain data for /server_info and tables; secrets only as "set"."""
         groups = {g.name: getattr(self, g.name) for g in fields(self)}
         table = {name: {f.name: getattr(group, f.name) for f in fields(group)} for name, group in groups.items()}
+        if (quantization := self.model.quantization) is not None:
+            table["model"]["quantization"] = asdict(quantization)
         table["serving"]["api_key"] = "set" if self.serving.api_key else None
         return table
 
