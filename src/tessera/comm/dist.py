@@ -5,8 +5,8 @@ collective on the side: gloo on threads, NCCL on a stream of its own, which the 
 without the host. So on CUDA a collective that never ends is found not by `wait` but by NCCL's watchdog, which ends the
 process after `deadline_s`; on CPU `wait` raises.
 
-GPUs of one host that reach each other's memory take small collectives in their own hands (`peers.py`), where all ranks
-bring as much; the rest goes through the backend.
+GPUs of one host take small collectives into their own hands (`peers.py`), where all ranks bring as much; the rest goes
+through the backend.
 
 What is exact. `scatter_sum`, `sum` through peers and `sum` when `ordered` bring the terms together and add them in the
 order of ranks, in fp32 or wider, rounded once: the same bits everywhere. `sum` is otherwise the backend's all-reduce,
@@ -55,6 +55,18 @@ class _Work:
         with _explained(self.what, self.deadline_s):
             self.work.wait()
         return self.finish()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `finish` makes of the result of another handle."""
+
+    handle: Handle
+    finish: Callable[[Tensor], Tensor]
+
+    def wait(self) -> Tensor:
+        """The result."""
+        return self.finish(self.handle.wait())
 
 
 @contextmanager
@@ -134,10 +146,9 @@ class DistComm:
         at, length = self.mesh.coordinate(self.rank, axis), part.shape[dim]
         lengths = self._lengths(length, group, axis) if lengths is None else lengths
         assert length == lengths[at], f"{length} elements, {lengths} announced"
-        peers = self._peers.get(axis)
-        if peers is not None and dim == 0 and min(lengths) == max(lengths) and peers.takes(part.nbytes):
-            return peers.gather(part)
-        mine = _padded(part, dim, max(lengths))
+        mine, peers = _padded(part, dim, max(lengths)), self._peers.get(axis)
+        if peers is not None and peers.takes(mine.nbytes):
+            return _Made(peers.gather(mine), partial(_join, dim=dim, lengths=lengths, _sent=mine))
         everything = mine.new_empty(group.size(), *mine.shape)
         if everything.numel() == 0:
             return Ready(_join(everything, dim, lengths, mine))
@@ -151,11 +162,11 @@ class DistComm:
             return self._alone.scatter_sum(parts, axis, dim, lengths)
         first = parts[0]
         assert first.shape[dim] == sum(lengths), f"{first.shape[dim]} elements to cut into {lengths}"
-        peers, even = self._peers.get(axis), min(lengths) == max(lengths)
-        if peers is not None and len(parts) == 1 and dim == 0 and even and peers.sums(first, len(lengths)):
-            return peers.sum(first, len(lengths))
         shape = list(first.shape)
         shape[dim] = lengths[self.mesh.coordinate(self.rank, axis)]
+        peers = self._peers.get(axis)
+        if peers is not None and len(parts) == 1 and _even(lengths) and peers.sums(first, group.size()):
+            return _Made(peers.sum(_by_owner(parts, dim, lengths), group.size()), lambda kept: kept.view(shape))
         terms = first.new_empty(group.size(), len(parts), *shape)
         if first.numel() == 0:
             return Ready(terms[0, 0])
@@ -216,6 +227,10 @@ class DistComm:
 
 def _first(result: Tensor, _sent: Tensor) -> Tensor:
     return result
+
+
+def _even(lengths: Sequence[int]) -> bool:
+    return min(lengths) == max(lengths)
 
 
 def _raw(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from tessera.core.mesh import share
 WINDOW = 2
 SLOTS = 2 * WINDOW
 CHANNELS = 64  # programs of a kernel: enough for the links, and half of the processors stay free
-REGION = 1 << 16  # bytes of a channel in a slot
+REGION = 1 << 17  # bytes of a channel in a slot
 LARGEST = CHANNELS * REGION  # bytes that a rank sends to each other one at most; NCCL moves larger ones as fast
 MOST_RANKS = 8
 BLOCK = 1 << 14  # bytes that a program moves at once
@@ -52,7 +52,7 @@ def sizes(world: int) -> tuple[int, int]:
 
 
 class Peers:
-    """The collectives of rank `at` of a group of `world`. All of dim 0, in one piece, equal on all ranks."""
+    """The collectives of rank `at` of a group of `world`, all of whose ranks bring as much."""
 
     def __init__(self, memory: Memory, at: int, world: int, deadline_s: float) -> None:
         self.memory, self.at, self.world = memory, at, world
@@ -66,22 +66,24 @@ class Peers:
         return free and 0 < num_bytes <= LARGEST
 
     def sums(self, part: Tensor, pieces: int) -> bool:
-        """Whether `sum` can go this way now; alike on all ranks."""
-        return part.dtype in SUMMED and self.takes(share(part.nbytes, pieces))
+        """Whether `sum` can go this way now; alike on all ranks. Each peer gets a copy of a whole one."""
+        sent = share(part.nbytes, pieces) if pieces > 1 else part.nbytes * (self.world - 1)
+        return part.dtype in SUMMED and self.takes(sent)
 
     def gather(self, part: Tensor) -> UnderWay:
-        """part [n, ...] -> [W * n, ...]."""
-        whole = part.new_empty(self.world * len(part), *part.shape[1:])
-        wide = torch.int32 if part.element_size() * part.numel() % 4 == 0 else torch.uint8
-        return self._begin(_flat(part).view(wide), whole, whole.view(-1).view(wide), False, False)
+        """The parts of all ranks [W, ...]."""
+        whole = part.new_empty(self.world, *part.shape)
+        wide = torch.int32 if part.nbytes % 4 == 0 else torch.uint8  # it is only copied
+        return self._begin(_flat(part).view(wide), whole.view(-1).view(wide), whole, False, False)
 
     def sum(self, part: Tensor, pieces: int) -> UnderWay:
-        """The sum of the parts [N, ...] in order of ranks, of which each keeps all, or its own of as many `pieces` as
+        """The sum of the parts in order of ranks, of which each keeps all, or (flat) its own of as many `pieces` as
         there are ranks."""
-        kept = part.new_empty(share(len(part), pieces), *part.shape[1:]) if part.dim() else part.new_empty(())
-        return self._begin(_flat(part), kept, kept.view(-1), pieces > 1, True)
+        kept = part.new_empty(part.shape if pieces == 1 else (share(len(part), pieces),))
+        return self._begin(_flat(part), kept.view(-1), kept, pieces > 1, True)
 
-    def _begin(self, x: Tensor, result: Tensor, out: Tensor, scatters: bool, sums: bool) -> UnderWay:
+    def _begin(self, x: Tensor, out: Tensor, result: Tensor, scatters: bool, sums: bool) -> UnderWay:
+        """x and out flat; `result` is out as it is wanted."""
         num = share(x.numel(), self.world) if scatters else x.numel()
         size = x.element_size()
         chunk = triton.cdiv(triton.cdiv(num, CHANNELS), 16) * 16
