@@ -23,6 +23,7 @@ from tessera.ops.triton_common import INTERPRETED, dot, num_processors
 from tessera.ops.triton_delta_step import gates
 
 CHUNK = 64
+NARROWEST = 64  # padded heads: products of 16 columns come out wrong on Hopper (Triton 3.6; rows from 16 on, in bf16)
 FACTORS = 3  # of each row: G, l2 factor of k, that of q times exp(G)
 
 
@@ -222,9 +223,9 @@ def run_chunks(
     sizes = {
         "CHANNELS": num_channels, "KEY": inputs.channels[1].start, "HEADS": num_v,
         "GROUP": num_v // inputs.key_heads, "DK": key_dim, "DV": value_dim,
-        "DK_PADDED": max(triton.next_power_of_2(key_dim), 16), "C": CHUNK,
+        "DK_PADDED": max(triton.next_power_of_2(key_dim), NARROWEST), "C": CHUNK,
     }  # fmt: skip
-    padded = max(triton.next_power_of_2(value_dim), 16)
+    padded = max(triton.next_power_of_2(value_dim), NARROWEST)
     _prepare[num_v, len(table)](
         mixed, y, inputs.decay, inputs.dt_bias, table, segments.cu_lengths, factors, keys, values, read,
         y.stride(0), num_tokens, key_dim**-0.5,
