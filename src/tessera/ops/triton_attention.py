@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.segments import Segments
-from tessera.ops.triton_common import LOG2E, dot
+from tessera.ops.triton_common import LOG2E, chained, dot, follow
 from tessera.ops.triton_softmax import (
     NEVER,
     fold,
@@ -65,6 +65,7 @@ def _decode(
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (segment, key head, split and block of rows) of ranges of up to SHORT tokens."""
+    follow()
     s, head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
     start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     if length > SHORT or block * M >= length * G:
@@ -103,6 +104,7 @@ def _prefill(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (key head, tile) of the longer ranges; `tiles` [number, 2]: segment (-1: none) and block of each tile."""
+    follow()
     head, tile = tl.program_id(0), tl.program_id(1)
     s = tl.load(tiles + 2 * tile)
     if s < 0:
@@ -167,7 +169,7 @@ def paged_attention(
     partial, lse = (q.new_empty(rows * splits * n, dtype=torch.float32) for n in (dim, 1))
     _decode[(segments.num_segments, num_kv, splits * blocks)](
         q, pool, out, partial, lse, *ranges, *numbers, *strides, **shape, SHORT=SHORT, Q=queries, SPLITS=splits,
-        **t.launch,
+        **t.launch, **chained(q.device),
     )  # fmt: skip
     if splits > 1:
         launch_combine(partial, lse, out, segments, queries, SHORT, splits, t.n)
@@ -176,6 +178,6 @@ def paged_attention(
         tiles = tiles_of(segments, group, t.m, SHORT)
         _prefill[(num_kv, len(tiles))](
             q, pool, out, tiles, *ranges, *numbers, *strides, **shape,
-            **t.launch,
+            **t.launch, **chained(q.device),
         )  # fmt: skip
     return out

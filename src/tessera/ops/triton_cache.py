@@ -13,6 +13,7 @@ from torch import Tensor
 from tessera.ops.fused import HeadInputs, LatentInputs
 from tessera.ops.rope import RopeTables
 from tessera.ops.segments import Segments
+from tessera.ops.triton_common import chained, follow
 
 BLOCK = 8  # heads of a program at most: with D = 128, eight elements a thread
 
@@ -93,6 +94,7 @@ def _write_heads(
     HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Program (token, block of heads): first the blocks of BQ queries, then of BK keys, then of values."""
+    follow()
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + t).to(tl.int64)
     row = y + t * y_row
@@ -166,6 +168,7 @@ def _write_latents(
     H: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Program (token, block of heads): block 0 writes the cache, the others rotate queries. q begins at its Dr dims."""
+    follow()
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + t).to(tl.int64)
     if block == 0:
@@ -192,7 +195,7 @@ def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments)
         inputs.q.start, inputs.k.start, inputs.v.start, y.stride(0), *pool.stride()[:4],
         HQ=num_q, HK=num_kv, BQ=b_q, BK=b_k, D=dim, DP=triton.next_power_of_2(dim), HALF=half,
         P=triton.next_power_of_2(half), INTERLEAVED=inputs.interleaved, NORM=inputs.q_norm is not None,
-        ZERO_CENTRED=inputs.zero_centred,
+        ZERO_CENTRED=inputs.zero_centred, **chained(y.device),
     )  # fmt: skip
     return q
 
@@ -209,6 +212,7 @@ def write_latents(y: Tensor, q: Tensor, inputs: LatentInputs, pool: Tensor, segm
         y, q[..., q.shape[-1] - dim :], inputs.norm, q_rope, pool, *_rope(inputs.tables, segments), dim // 2,
         inputs.eps, inputs.kv.start, y.stride(0), *q.stride()[:2], *pool.stride()[:2], H=num_heads, R=rank, B=b,
         P=triton.next_power_of_2(dim // 2), RP=triton.next_power_of_2(rank), INTERLEAVED=inputs.interleaved,
+        **chained(y.device),
     )  # fmt: skip
     return q_rope
 

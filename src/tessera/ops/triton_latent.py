@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.segments import Segments
-from tessera.ops.triton_common import LOG2E, dot, num_processors
+from tessera.ops.triton_common import LOG2E, chained, dot, follow, num_processors
 from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padded, split_size, store_rows
 from tessera.ops.triton_tiles import Tile, splits_of
 
@@ -138,6 +138,7 @@ def _latents(
 
     LONG: `blocks` and `counts` list them; else there are `num_short` blocks, as many of each range as Q tokens fill.
     """
+    follow()
     first = tl.program_id(0)
     if LONG:
         num_long = tl.load(counts)
@@ -193,6 +194,7 @@ def _join(
     """Program (B tokens, head, EACH value dims): joins the splits and multiplies by the values' weights, which are
     the rows of `kv_b` [H, D + V, R] after D, N rows at a time. Zeros for tokens of no range. SUMS: writes `sums` too,
     log2 of the sums of exponentials."""
+    follow()
     t, h = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
     inside, split = t < num_tokens, tl.arange(0, MOST)
     at, num = _parts_of(t, h, inside, rows, cu_lengths, lengths, long_at, H, SHORT, Q, SHORT_SPLITS, LONG_SPLITS)
@@ -227,6 +229,7 @@ def _join_few(
     """The same for few tokens, where waiting is what costs: program (token, head, N value dims), B splits at a time."""
     t, h, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * N + tl.arange(0, N)
     weight = load_rows(kv_b + h * weight_head, (D + v) * weight_row, v < V, R, RP, True)
+    follow()
     at, num = _parts_of(t, h, True, rows, cu_lengths, lengths, long_at, H, SHORT, Q, SHORT_SPLITS, LONG_SPLITS)
     split = tl.arange(0, MOST)
     part = tl.load(lse + at + split, mask=split < num, other=float("-inf"))
@@ -276,6 +279,7 @@ def attend_latents(
         PAGE=segments.page_size, LONG=long, PREFIX=before is not None, SHORT_M=t.short.m, SHORT_N=t.short.n,
         SHORT_STAGES=t.short.stages, LONG_SPLITS=long_splits if long else 0, LONG_M=t.long.m, LONG_N=t.long.n,
         LONG_STAGES=t.long.stages, num_warps=t.long.warps if long else t.short.warps,
+        **chained(q_nope.device),
     )  # fmt: skip
     _launch_join(partial, lse, kv_b, out, sums, segments, short_rows, shape, long_splits if long else 0, t)
     return out, sums
@@ -291,7 +295,17 @@ def _launch_join(
     shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "LONG_SPLITS": long_splits, "MOST": most}
     if sums is None and num_tokens <= FEW:
         _join_few[(num_tokens, heads, triton.cdiv(value, 16))](
-            partial, lse, kv_b, out, *ranges, *strides, **shape, B=min(16, most), N=16, num_warps=4
+            partial,
+            lse,
+            kv_b,
+            out,
+            *ranges,
+            *strides,
+            **shape,
+            B=min(16, most),
+            N=16,
+            num_warps=4,
+            **chained(out.device),
         )
         return
     b, n = t.join
@@ -300,7 +314,7 @@ def _launch_join(
         each *= 2  # programs that share a head's value dims join its splits anew, each for itself
     _join[(triton.cdiv(num_tokens, b), heads, triton.cdiv(value, each))](
         partial, lse, kv_b, out, sums, *ranges, num_tokens, *strides, **shape, SUMS=sums is not None, B=b, EACH=each,
-        N=n, num_warps=4,
+        N=n, num_warps=4, **chained(out.device),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.segments import Segments
+from tessera.ops.triton_common import chained, follow
 
 NEVER = tl.constexpr(-1.0e30)  # the maximum of nothing: finite, so that a row that sees no key of a tile makes no NaN
 
@@ -93,6 +94,7 @@ def combine(
     B: tl.constexpr,
 ):  # fmt: skip
     """Program (segment * Q + query, head): joins partial [S * Q, H, SPLITS, D] and lse [S * Q, H, SPLITS] into out."""
+    follow()
     row, head = tl.program_id(0), tl.program_id(1)
     s, i = row // Q, row % Q
     start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
@@ -125,4 +127,5 @@ def launch_combine(
         partial, lse, out, segments.cu_lengths, segments.starts, segments.lengths, out.stride(0), out.stride(1),
         D=out.shape[2], DP=padded(out.shape[2]), Q=queries, SHORT=short, SPLITS=splits, N=n,
         B=min(16, triton.next_power_of_2(splits)), num_warps=max(1, padded(out.shape[2]) // 64),
+        **chained(out.device),
     )  # fmt: skip
