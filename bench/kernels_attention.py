@@ -48,19 +48,15 @@ LATENTS = [
     for short in (Tile(16, 16, 4, 3), Tile(16, 32, 4, 3), Tile(16, 32, 4, 4), Tile(16, 64, 8, 3), Tile(16, 64, 4, 2))
 ]
 MIXED = [
-    LatentTiles(short, long)
-    for short, long in (
-        (Tile(16, 64, 8, 3), Tile(64, 32, 8, 3)), (Tile(16, 32, 8, 4), Tile(64, 64, 8, 2)),
-        (Tile(16, 64, 8, 2), Tile(64, 64, 8, 2)), (Tile(16, 64, 4, 3), Tile(32, 64, 4, 2)),
-        (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    )
-]  # fmt: skip
+    *(LatentTiles(Tile(16, *short), Tile(64, 64, 8, 2)) for short in ((64, 4, 2), (32, 4, 3), (32, 4, 2), (64, 2, 2))),
+    LatentTiles(Tile(16, 32, 4, 3), Tile(64, 32, 8, 3)),
+]
 JOINS = [(16, 64), (32, 32), (32, 64)]
 MLA_OWN = [
     Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 4, 2), Tile(128, 32, 4, 3), Tile(64, 64, 4, 2),
     Tile(64, 32, 4, 3), Tile(256, 64, 16, 2),
 ]  # fmt: skip
-MIXED_SPLITS = [(short, long) for short in (2, 3, 4, 6) for long in (1, 2, 3)]
+MIXED_SPLITS = [(short, long) for short in (2, 3, 4, 8) for long in (1, 2, 3)]
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128
 LATENT_SCALE = (NOPE + ROPE) ** -0.5
 LIBRARY: list[dict[str, Any]] = [{"by": "flashinfer"}] if importlib.util.find_spec("flashinfer") else []
@@ -184,7 +180,8 @@ def latent_mixed(name: str, decodes: int, start: int, length: int, heads: int = 
     work += 2 * heads * (2 * RANK + ROPE) * int((starts + lengths)[1:].sum())
     moved = 2 * (keys * (RANK + ROPE) + real * heads * (NOPE + ROPE + VALUE) + kv_b.numel())
     variants: list[dict[str, Any]] = [{"form": "expanded"}]
-    variants += [{"tiles": tiles} for tiles in MIXED] + [{"splits": n} for n in MIXED_SPLITS]
+    variants += [{"tiles": tiles, "beside": beside} for tiles in MIXED for beside in (True, False)]
+    variants += [{"splits": n} for n in MIXED_SPLITS] + [{"beside": False}]
     variants += [{"tiles": replace(triton_latent.TILES[2], join=join)} for join in JOINS]
     return Case(name, moved, work, num_pages * 128 * (RANK + ROPE), make, run, check, variants)
 

@@ -127,46 +127,37 @@ def _part(
 
 @triton.jit
 def _latents(
-    q_latent, q_rope, pool, partial, lse, blocks, counts, num_short, long_at, before, cu_lengths, starts, lengths,
+    q_latent, q_rope, pool, partial, lse, blocks, counts, num_blocks, at, before, cu_lengths, starts, lengths,
     page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
-    Q: tl.constexpr, LONG: tl.constexpr, PREFIX: tl.constexpr,
-    SHORT_SPLITS: tl.constexpr, SHORT_M: tl.constexpr, SHORT_N: tl.constexpr, SHORT_STAGES: tl.constexpr,
-    LONG_SPLITS: tl.constexpr, LONG_M: tl.constexpr, LONG_N: tl.constexpr, LONG_STAGES: tl.constexpr,
+    LISTED: tl.constexpr, LONG: tl.constexpr, BESIDE: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
+    PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Any number of programs share the parts of a step: those of longer ranges come first.
+    """Any number of programs share the parts of the LONG ranges of a step, or of the others; see `_part`.
 
-    LONG: `blocks` and `counts` list them; else there are `num_short` blocks, as many of each range as Q tokens fill.
+    LISTED: `blocks` and `counts` tell them; else there are `num_blocks`, as many of each range as Q tokens fill.
+    BESIDE: runs beside the launch before, of which it needs nothing, and ends after it.
     """
-    follow()
-    first = tl.program_id(0)
-    if LONG:
+    if not BESIDE:
+        follow()
+    if LISTED:
         num_long = tl.load(counts)
-        num_short = tl.load(counts + 1)
-        for part in range(first, num_long * LONG_SPLITS, tl.num_programs(0)):
-            listed = blocks + 2 * (part // LONG_SPLITS)
-            _part(
-                q_latent, q_rope, pool, partial, lse, tl.load(listed), tl.load(listed + 1), part % LONG_SPLITS,
-                long_at, before, cu_lengths, starts, lengths, page_table, scale, latent_token, latent_head, rope_token,
-                rope_head, page_stride, token_stride, table_stride, H, R, RP, DR, DRP, PAGE, 0, LONG_SPLITS, PREFIX,
-                LONG_M, LONG_N, LONG_STAGES,
-            )  # fmt: skip
-        blocks += 2 * num_long
-        # who had a part of a longer range more than others begins later
-        first = (first + tl.num_programs(0) - num_long * LONG_SPLITS % tl.num_programs(0)) % tl.num_programs(0)
-    for part in range(first, num_short * SHORT_SPLITS, tl.num_programs(0)):
-        number = part // SHORT_SPLITS
-        if LONG:
+        num_blocks = num_long if LONG else tl.load(counts + 1)
+        blocks += 0 if LONG else 2 * num_long
+    for part in range(tl.program_id(0), num_blocks * SPLITS, tl.num_programs(0)):
+        number = part // SPLITS
+        if LISTED:
             s, block = tl.load(blocks + 2 * number), tl.load(blocks + 2 * number + 1)
         else:
-            each: tl.constexpr = (Q * H + SHORT_M - 1) // SHORT_M
+            each: tl.constexpr = (Q * H + M - 1) // M
             s, block = number // each, number % each
         _part(
-            q_latent, q_rope, pool, partial, lse, s, block, part % SHORT_SPLITS, 0, before, cu_lengths, starts,
-            lengths, page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride,
-            table_stride, H, R, RP, DR, DRP, PAGE, Q, SHORT_SPLITS, False, SHORT_M, SHORT_N,
-            SHORT_STAGES,
+            q_latent, q_rope, pool, partial, lse, s, block, part % SPLITS, at, before, cu_lengths, starts, lengths,
+            page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride,
+            table_stride, H, R, RP, DR, DRP, PAGE, 0 if LONG else Q, SPLITS, PREFIX, M, N, STAGES,
         )  # fmt: skip
+    if BESIDE:
+        follow()
 
 
 @triton.jit
@@ -251,6 +242,7 @@ def _join_few(
 def attend_latents(
     q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
     tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None, before: Tensor | None = None,
+    beside: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `mla_absorbed_reference`: [T, H, V]. `tiles` and `splits`, of short and of long ranges, override the tables.
 
@@ -269,30 +261,40 @@ def attend_latents(
     short_rows = segments.num_segments * queries * heads * short_splits
     rows = short_rows + (num_tokens * heads * long_splits if long else 0)
     partial, lse = q_latent.new_empty(rows, rank), q_latent.new_empty(rows, dtype=torch.float32)
-    shape = {"H": heads, "R": rank, "RP": padded(rank), "Q": queries, "SHORT_SPLITS": short_splits}
-    number = segments.num_segments * triton.cdiv(queries * heads, t.short.m)
-    blocks, counts = _blocks(segments, heads, t) if long else (None, None)
-    _latents[(num_processors(q_nope.device) if long else number * short_splits,)](
-        q_latent, q_rope, pool, partial, lse, blocks, counts, number, short_rows, before, segments.cu_lengths,
-        segments.starts, segments.lengths, segments.page_table, scale * LOG2E.value, *q_latent.stride()[:2],
-        *q_rope.stride()[:2], *pool.stride()[:2], segments.page_table.stride(0), **shape, DR=dim, DRP=padded(dim),
-        PAGE=segments.page_size, LONG=long, PREFIX=before is not None, SHORT_M=t.short.m, SHORT_N=t.short.n,
-        SHORT_STAGES=t.short.stages, LONG_SPLITS=long_splits if long else 0, LONG_M=t.long.m, LONG_N=t.long.n,
-        LONG_STAGES=t.long.stages, num_warps=t.long.warps if long else t.short.warps,
-        **chained(q_nope.device),
+    ranges = (segments.cu_lengths, segments.starts, segments.lengths, segments.page_table)
+    numbers = (
+        scale * LOG2E.value, *q_latent.stride()[:2], *q_rope.stride()[:2], *pool.stride()[:2],
+        segments.page_table.stride(0),
     )  # fmt: skip
-    _launch_join(partial, lse, kv_b, out, sums, segments, short_rows, shape, long_splits if long else 0, t)
+    shape = {"H": heads, "R": rank, "RP": padded(rank)}
+    sizes = {**shape, "DR": dim, "DRP": padded(dim), "PAGE": segments.page_size, "LISTED": long, "Q": queries}
+    blocks, counts = _blocks(segments, heads, t) if long else (None, None)
+    processors = num_processors(q_nope.device)
+    if long:
+        _latents[(processors,)](
+            q_latent, q_rope, pool, partial, lse, blocks, counts, 0, short_rows, before, *ranges, *numbers, **sizes,
+            LONG=True, BESIDE=False, SPLITS=long_splits, PREFIX=before is not None, STAGES=t.long.stages, M=t.long.m,
+            N=t.long.n, num_warps=t.long.warps, **chained(q_nope.device),
+        )  # fmt: skip
+    number = segments.num_segments * triton.cdiv(queries * heads, t.short.m)
+    _latents[(min(2 * processors, number * short_splits) if long else number * short_splits,)](
+        q_latent, q_rope, pool, partial, lse, blocks, counts, number, 0, None, *ranges, *numbers, **sizes,
+        LONG=False, BESIDE=long and beside, SPLITS=short_splits, PREFIX=False, STAGES=t.short.stages, M=t.short.m,
+        N=t.short.n, num_warps=t.short.warps, **chained(q_nope.device),
+    )  # fmt: skip
+    splits = {"Q": queries, "SHORT_SPLITS": short_splits, "LONG_SPLITS": long_splits if long else 0}
+    _launch_join(partial, lse, kv_b, out, sums, segments, short_rows, shape | splits, t)
     return out, sums
 
 
 def _launch_join(
     partial: Tensor, lse: Tensor, kv_b: Tensor, out: Tensor, sums: Tensor | None, segments: Segments, long_at: int,
-    shape: dict[str, int], long_splits: int, t: LatentTiles,
+    shape: dict[str, int], t: LatentTiles,
 ) -> None:  # fmt: skip
     (num_tokens, heads, value), strides = out.shape, kv_b.stride()[:2]
     ranges = (segments.rows, segments.cu_lengths, segments.lengths, long_at)
-    most = triton.next_power_of_2(max(shape["SHORT_SPLITS"], long_splits))
-    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "LONG_SPLITS": long_splits, "MOST": most}
+    most = triton.next_power_of_2(max(shape["SHORT_SPLITS"], shape["LONG_SPLITS"]))
+    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "MOST": most}
     if sums is None and num_tokens <= FEW:
         _join_few[(num_tokens, heads, triton.cdiv(value, 16))](
             partial,

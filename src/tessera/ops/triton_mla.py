@@ -111,13 +111,15 @@ def _own(
 
 def mla_absorbed(
     q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
-    tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None,
+    tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None, beside: bool = True,
 ) -> Tensor:  # fmt: skip
     """See `mla_absorbed_reference`. Only the last dims must be dense; R and Dr are best powers of two.
 
-    `tiles` and `splits` override what the tables say.
+    For `tiles`, `splits` and `beside` see `attend_latents`.
     """
-    return attend_latents(q_nope, q_rope, kv_b, pool, segments, scale, tiles=tiles, splits=splits)[0]
+    return attend_latents(
+        q_nope, q_rope, kv_b, pool, segments, scale, tiles=tiles, splits=splits, beside=beside
+    )[0]  # fmt: skip
 
 
 def mla_expanded(
