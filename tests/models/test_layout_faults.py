@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from models.test_layouts import Layout, check
-from tessera.comm import dispatch
 from tessera.comm.together import Across, Within
 from tessera.comm.waits import Waits
 from tessera.core.layout import Dim, Section
 from tessera.models.experts import MoE
+from tessera.ops import travel
+from tessera.ops.travel import Places
 
 Good = Callable[..., Any]
 SEED = 4  # models with two KV heads, two key heads and a vocabulary that is padded
@@ -73,10 +74,10 @@ def as_held(good: Good, self: MoE, held: list[int]) -> Tensor:
     return ids
 
 
-def other_rows(good: Good, rows: Tensor, tokens: Tensor, count: int, most: int) -> Tensor:
+def other_rows(good: Good, places: Places) -> Tensor:
     """What comes back is added to the tokens as they stand, not to those it was sent for."""
-    out: Tensor = good(rows, tokens.sort().values, count, most)
-    return out
+    rows: Tensor = good(places)
+    return rows.flip(0)
 
 
 def shared_everywhere(good: Good, self: MoE, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ FAULTS: list[tuple[Any, str, Good, str, Layout]] = [
     (Across, "own", own_rows, "llama", (2, 2, 1, 1, False, False)),
     (Within, "home", no_sum, "llama", TWO),
     (Across, "home", half_sum, "qwen3", (4, 2, 1, 4, True, False)),
-    (dispatch, "_sum_by_token", other_rows, "qwen3_moe", (2, 2, 2, 2, False, True)),
+    (travel, "_rows", other_rows, "qwen3_moe", (2, 2, 2, 2, False, True)),
     (MoE, "whole", shared_everywhere, "qwen3_5_moe_text", TWO),
     (MoE, "_local_ids", as_held, "qwen3_moe", (2, 1, 2, 2, False, False)),
 ]
