@@ -285,3 +285,15 @@ def test_replicas_are_refused_by_name_and_with_what_to_do() -> None:
         ConfigError, match="--dp-size 2 with no --enable-dp-attention: an Engine in your process is one"
     ):
         tessera.Engine(model_path="abacus-hybrid", dp_size=2)
+
+
+def test_a_profile_of_an_engine_in_this_process(engine: tessera.Engine, tmp_path: Path) -> None:
+    began = engine.start_profile(output_dir=str(tmp_path), profile_id="7")
+    assert (began["success"], began["profile_id"]) == (True, "7")
+    with pytest.raises(RequestError, match="profile '7' runs; end it first"):
+        engine.start_profile()
+    engine.generate("12 + 7 =", GREEDY)
+    assert engine.stop_profile()["files"] == [str(tmp_path / "7-TP-0.trace.json.gz")]
+    assert (tmp_path / "7-TP-0.trace.json.gz").is_file()
+    with pytest.raises(RequestError, match="no profile runs"):
+        engine.stop_profile()

@@ -25,10 +25,11 @@ from tessera.models.folder import find_model
 from tessera.plan.step import PartDone, Step, StepDone, empty_part, ints
 from tessera.run import processes
 from tessera.run.core import EngineCore
+from tessera.run.graphs import Size
 from tessera.run.hub import Hub
 from tessera.run.processes import Processes
 from tessera.run.report import Tally
-from tessera.run.wire import Done, Drop, Failed, Hello, Loaded, encode
+from tessera.run.wire import Done, Drop, Failed, Hello, Kept, Loaded, Record, encode
 from tiny import Run, resolved, serve
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=60)
@@ -254,6 +255,18 @@ def test_what_a_rank_says_of_a_dropped_choice_is_dropped_until_its_name_is_used_
     hub.script += [(0, done(0, "a")), (0, done(1, "a")), (0, done(2, "a"))]
     assert [len(made.collect(ticket)[1]) for ticket in tickets] == [0, 0, 1]
     assert tickets[0].tallies == [Tally("DECODE", 0, 0, 0)]
+
+
+def test_recording_waits_for_all_ranks_and_names_those_that_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hub = scripted(monkeypatch, tp=2, watchdog_timeout=0.1)
+    ticket, size = made.launch(Step(0, (empty_part(),))), Size(4, 4, True)
+    hub.script += [(1, Kept()), (0, done(0, "a")), (0, Kept())]
+    made.record(size)
+    assert hub.sent[-1] == (Record(size), [0, 1])
+    assert len(made.collect(ticket)[1]) == 1, "what came meanwhile is not lost"
+    hub.script += [(0, Kept())]
+    with pytest.raises(DeadlineError, match=r"ranks \[1\] have not recorded steps of"):
+        made.record(size)
 
 
 def test_parts_come_in_the_order_of_data_parallel_ranks_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:

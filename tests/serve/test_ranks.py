@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import signal
 import socket
@@ -47,6 +49,20 @@ def started(tmp_path: Path) -> Iterator[Started]:
         made.all_gone()
 
 
+def profiled(url: str, ask: dict[str, object], folder: Path) -> None:
+    """A profile of each rank, as SGLang's clients ask for it."""
+    asked = {"output_dir": str(folder), "activities": ["CPU", "GPU"], "profile_prefix": "p", "profile_id": "7"}
+    answers = [httpx.post(f"{url}/start_profile", json=asked, timeout=20) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert "profile 'p-7' runs" in answers[1].json()["error"]["message"]
+    assert httpx.post(f"{url}/v1/completions", json=ask, timeout=20).status_code == 200
+    ended = httpx.post(f"{url}/stop_profile", timeout=20)
+    assert ended.json()["files"] == [str(folder / f"p-7-TP-{rank}.trace.json.gz") for rank in range(2)]
+    for file in ended.json()["files"]:
+        with gzip.open(file, "rt") as text:
+            assert any(event.get("name", "").startswith("aten::") for event in json.load(text)["traceEvents"])
+
+
 def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) -> None:
     ask = {"prompt": "Once upon", "max_tokens": 12, "temperature": 0, "n": 2, "logprobs": 1}
     bodies = [httpx.post(f"{started.url}/v1/completions", json=ask, timeout=20).json() for _ in range(3)]
@@ -60,6 +76,7 @@ def test_a_server_of_two_ranks_answers_and_ends_at_a_signal(started: Started) ->
     stages = ("imports N s", "config N s", "processes N s", "connect N s", weights, "pools N s", "first token N s")
     assert told == ", ".join(stages)
     wait_until(lambda: "DP0 Prefill" in started.server.text and "DP1 Prefill" in started.server.text)
+    profiled(started.url, ask, started.server.log.parent / "traces")
     for child in started.below:  # as `systemctl stop` does: to all
         child.send_signal(signal.SIGTERM)
     time.sleep(0.3)

@@ -255,3 +255,27 @@ def test_the_engine_killed_is_a_503_and_a_failed_server(tmp_path: Path) -> None:
             assert "ended by SIGKILL" in "".join(parts)
         assert server.code() == 1
         assert "tessera: the engine process was ended by SIGKILL" in server.text
+
+
+def test_a_profile_is_started_and_stopped_with_or_without_a_body(server: Running, url: str, tmp_path: Path) -> None:
+    began = httpx.get(f"{url}/start_profile").json()
+    assert began["output_dir"] == "/tmp", "the default"
+    (file,) = httpx.get(f"{url}/stop_profile").json()["files"]
+    assert Path(file).name == f"{began['profile_id']}-TP-0.trace.json.gz"
+    Path(file).unlink()
+    for body, why in (
+        ({"output_dir": "/dev/null/x"}, "the folder '/dev/null/x' cannot be written"),
+        ({"activities": ["CPU", "MEM"]}, "activities[1]: found 'MEM', allowed is one of 'CPU', 'GPU'"),
+        ({"merge_profiles": True}, "merge_profiles is not supported by this server"),
+        ({"profile_id": "../x"}, "profile_id: found '../x', allowed is letters"),
+        ({"num_step": 1}, "did you mean 'num_steps'?"),
+    ):
+        answer = httpx.post(f"{url}/start_profile", json=body)
+        assert answer.status_code == 400
+        assert why in answer.json()["error"]["message"]
+    refused = httpx.post(f"{url}/stop_profile")
+    assert (refused.status_code, "no profile runs" in refused.text) == (400, True)
+    body = {"output_dir": str(tmp_path), "num_steps": 2, "profile_id": "x", "merge_profiles": False}
+    assert httpx.post(f"{url}/start_profile", json=body).status_code == 200
+    httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": {"max_new_tokens": 4}})
+    wait_until((tmp_path / "x-TP-0.trace.json.gz").is_file)

@@ -1,6 +1,7 @@
 """What travels between the front (HTTP, text), the planner and the ranks. msgspec: a type is schema and codec at once.
 
-Front -> engine: `Submit`, `Abort`, `Flush`, `Stop`. Engine -> front: `Outputs`, `StepReport`, `Ready`, `Fatal`.
+Front -> engine: `Submit`, `Abort`, `Flush`, `Stop`, `Profile`, `EndProfile`. Engine -> front: `Outputs`, `StepReport`,
+`Profiled`, `Ready`, `Tick`, `Fatal`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,29 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     deadline_s: float = 0.0
 
 
-Inbound = Submit | Abort | Flush | Stop
+class Profile(msgspec.Struct, tag=True, frozen=True):
+    """Record what ranks do, from step `first_step` on (0: from now), for `num_steps` steps (0: until `EndProfile`), and
+    write traces called `name` into `folder`. `activities`: of "CPU" and "GPU"; `stacks`, `shapes`: where in the source
+    each operation was called, and the shapes it got. Answered by `Profiled`, as everything with an `id`."""
+
+    id: str
+    folder: str
+    name: str
+    first_step: int = 0
+    num_steps: int = 0
+    activities: tuple[str, ...] = ("CPU", "GPU")
+    stacks: bool = False
+    shapes: bool = False
+
+
+class EndProfile(msgspec.Struct, tag=True, frozen=True):
+    """Record no more; answered when all is written."""
+
+    id: str
+
+
+Asked = Submit | Abort | Flush | Stop
+Inbound = Asked | Profile | EndProfile
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -167,13 +190,21 @@ class Fatal(msgspec.Struct, tag=True):
     kind: str = "error"
 
 
+class Profiled(msgspec.Struct, tag=True):
+    """The answer to `id`: why it cannot be, or the files that were written."""
+
+    id: str
+    error: str | None = None
+    files: list[str] = []
+
+
 class Tick(msgspec.Struct, tag=True):
     """The step loop is alive though it has nothing to run."""
 
     at: float
 
 
-Outbound = Outputs | StepReport | Ready | Fatal | Tick
+Outbound = Outputs | StepReport | Ready | Fatal | Tick | Profiled
 
 
 def choice_seed(seed: int, choice: int) -> int:

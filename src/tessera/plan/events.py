@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tessera.core.messages import Inbound
+from tessera.core.messages import Asked
 from tessera.plan.handoff import Scored, Wire
 from tessera.plan.step import Clock, StepDone
 
-Event = Inbound | StepDone | Wire | Scored | Clock
+Event = Asked | StepDone | Wire | Scored | Clock

@@ -31,6 +31,7 @@ from tessera.run.hugepages import gather_pages
 from tessera.run.pools import Pools
 from tessera.run.poster import Poster
 from tessera.run.processes import Processes, Tell, unheard
+from tessera.run.profiling import Tracer
 from tessera.run.rowparams import RowParams
 from tessera.run.runner import Post, Runner
 from tessera.run.sampler import Sampler
@@ -167,6 +168,7 @@ def build_runner(
         if device.type == "cpu":
             gather_pages(weights)
         finished(device)
+    executor = executor or default_executor(config)
     args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"))
     return Runner(
         model,
@@ -175,12 +177,13 @@ def build_runner(
         pools,
         Sampler(table, params, backend.draw),
         memory.page_size,
-        executor or default_executor(config),
+        executor,
         dp_rank=mesh.coordinate(rank, "dp"),
         debug=config.logging.checks,
         post=make_post(config, caches, pools, rank, tell),
         graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
         stages=stages,
+        tracer=Tracer(rank, device, executor, tell, mesh.size if config.mesh.collectives == "threads" else 1),
     )
 
 

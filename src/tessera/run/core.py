@@ -25,7 +25,8 @@ from tessera.run.handover import Handover
 from tessera.run.hardware import cores
 from tessera.run.inbox import Inbox
 from tessera.run.loop import StepLoop, failures
-from tessera.run.processes import unheard
+from tessera.run.poster import News
+from tessera.run.profiling import Traced
 from tessera.run.recordings import Recordings
 from tessera.run.report import Reporter
 from tessera.run.stages import Stages
@@ -56,19 +57,26 @@ class EngineCore:
         self._events = open_events(resolved.config)
         handed_over = resolved.config.handover.role != "null"
         self.handover = Handover(resolved.config, spec, self._inbox.post) if handed_over else None
-        tell = self.handover.tell if self.handover is not None else unheard
-        self.runner = build_instance(resolved.config, spec, source, progress, tell)
+        self.runner = build_instance(resolved.config, spec, source, progress, self._hear)
         self.stages.follow([self.runner.stages])
         if self.handover is not None:
             self.handover.open(self.runner.seats)
         hook = self.planner.check if resolved.config.logging.checks else None
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)
+        replica = f"-DP-{resolved.config.mesh.replica}" if resolved.config.mesh.replicas > 1 else ""
         self.recordings = Recordings(Sizes(*resolved.config.kernels.graphs))
         planner = self.planner if self._events is None else Recorder(self.planner, self._events.write)
         self._loop = StepLoop(
-            planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover, self.recordings
+            planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover, self.recordings, replica
         )
+
+    def _hear(self, news: News) -> None:
+        """A rank has something to say. From any thread."""
+        if isinstance(news, Traced):
+            self._inbox.post(news)
+        elif self.handover is not None:
+            self.handover.tell(news)
 
     def post(self, message: Inbound) -> None:
         """Hands a message to the loop. A `Submit` after the end is answered with an error output at once."""

@@ -15,6 +15,7 @@ from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.poster import Order
+from tessera.run.profiling import ProfileOrder
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
 from tessera.run.seat import Seat
@@ -90,6 +91,10 @@ class Group:
         """See `Reachable.order`."""
         for runner in self.runners:
             runner.order(order)
+
+    def trace(self, order: ProfileOrder) -> int:
+        """See `Traces`: the profiler of the first sees all threads of this process."""
+        return self.runners[0].trace(order)
 
     def record(self, size: Size) -> None:
         """Steps of `size` run as a graph from now on, on every rank."""

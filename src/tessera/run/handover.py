@@ -14,6 +14,7 @@ from tessera.core.tensors import cache_table
 from tessera.plan.handoff import Errand, Wire
 from tessera.run.courier import Courier
 from tessera.run.poster import Connected, News, Order
+from tessera.run.profiling import Traced
 from tessera.run.seat import Seat
 from tessera.transfer.manifest import Manifest, new_instance
 
@@ -30,6 +31,7 @@ class Handover:
 
     def tell(self, news: News) -> None:
         """A rank has something to say. From any thread."""
+        assert not isinstance(news, Traced), "the engine itself hears of profiles"
         if not isinstance(news, Connected):
             self._post(news)
         elif self._courier is not None:

@@ -8,8 +8,10 @@ import threading
 from tessera.core.messages import Inbound
 from tessera.plan.handoff import Wire
 from tessera.run.poster import Broke, Order
+from tessera.run.profiling import Traced
 
-Message = Inbound | Wire | Order | Broke  # of the front; of other servers and of ranks about them; for ranks
+# Of the front; of other servers and of ranks about them; for ranks; of ranks about profiles.
+Message = Inbound | Wire | Order | Broke | Traced
 
 
 class Inbox:

@@ -14,13 +14,25 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from tessera.core.errors import PeerError
-from tessera.core.messages import Fatal, Fault, Outbound, Output, Outputs, StepReport, Submit, Tick
+from tessera.core.messages import (
+    EndProfile,
+    Fatal,
+    Fault,
+    Outbound,
+    Output,
+    Outputs,
+    Profile,
+    StepReport,
+    Submit,
+    Tick,
+)
 from tessera.plan.events import Event
 from tessera.plan.handoff import Errand, Scored
 from tessera.plan.step import Clock, Step, StepDone
 from tessera.run.graphs import Size, Sizes
 from tessera.run.inbox import Inbox, Message
 from tessera.run.poster import Broke, Connect, Order, Part, Shut
+from tessera.run.profiling import ProfileOrder, Profiles, Traced
 from tessera.run.recordings import Recordings
 from tessera.run.report import Tally
 
@@ -89,6 +101,9 @@ class Runs(Protocol[TicketT]):
     def waits(self) -> bool:
         """Something is under way outside of steps that is told only when `check` asks."""
 
+    def trace(self, order: ProfileOrder) -> int:
+        """See `Traces`."""
+
     def record(self, size: Size) -> None:
         """Steps of `size` run as a graph from now on. Waits until it is recorded."""
 
@@ -154,6 +169,7 @@ class StepLoop(Generic[TicketT]):
         turn_hook: Callable[[], None] | None = None,
         outside: Outside | None = None,
         recordings: Recordings | None = None,
+        replica: str = "",
     ) -> None:
         self.planner, self.runner, self.inbox, self.sink, self.report = planner, runner, inbox, sink, report
         self.max_in_flight = max_in_flight
@@ -165,6 +181,7 @@ class StepLoop(Generic[TicketT]):
         self._idle = True
         self._hook = turn_hook
         self._outside = outside
+        self._profiles = Profiles(runner, sink, replica)
         self._recordings = recordings or Recordings(Sizes())
         self._told = 0.0  # when the last Tick was sent
 
@@ -242,6 +259,9 @@ class StepLoop(Generic[TicketT]):
         for message in messages:
             if isinstance(message, Connect | Part | Shut):
                 self.runner.order(message)
+                continue
+            if isinstance(message, Profile | EndProfile | Traced):
+                self._profiles.hear(message)
                 continue
             if isinstance(message, Broke):
                 raise PeerError(f"rank {message.rank} can hand nothing over any more: {message.error}")

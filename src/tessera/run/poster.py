@@ -20,6 +20,7 @@ from tessera.core.errors import DeadlineError, TesseraError
 from tessera.core.mesh import Mesh
 from tessera.plan.handoff import Fenced, Written
 from tessera.plan.step import Send
+from tessera.run.profiling import Traced
 from tessera.transfer.base import Done, Engine, Runs
 from tessera.transfer.copies import CopyPlan
 from tessera.transfer.manifest import Manifest
@@ -68,7 +69,7 @@ class Broke(msgspec.Struct, tag=True, frozen=True):
 
 
 Order = Connect | Part | Shut
-News = Connected | Fenced | Written | Broke
+News = Connected | Fenced | Written | Broke | Traced
 
 
 @dataclass(slots=True)

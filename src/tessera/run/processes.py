@@ -15,16 +15,17 @@ from typing import TypeVar
 from tessera.core.config.types import Config, MeshConfig
 from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
 from tessera.core.mesh import ranks_of
-from tessera.core.messages import Output
+from tessera.core.messages import Output, Profile
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.hub import Hub
 from tessera.run.poster import News, Order, Part
+from tessera.run.profiling import ProfileOrder
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
-from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told
+from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told, Trace
 
 START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
@@ -145,6 +146,12 @@ class Processes:
         outputs = [output for answer in answers for output in answer.outputs if self._wanted(output, launched.index)]
         self._dropped = {choice: last for choice, last in self._dropped.items() if last > launched.index}
         return StepDone(launched.index, tuple(part for answer in answers for part in answer.done.parts)), outputs
+
+    def trace(self, order: ProfileOrder) -> int:
+        """See `Traces`."""
+        self._expected += len(self._all) * isinstance(order, Profile)
+        self._hub.send(Trace(order), self._all)
+        return len(self._all)
 
     def record(self, size: Size) -> None:
         """Steps of `size` run as a graph from now on. Waits until every rank has recorded it."""

@@ -48,6 +48,7 @@ from tessera.run.wire import (
     Run,
     Spawn,
     Told,
+    Trace,
     Up,
     decode_down,
     encode,
@@ -185,6 +186,8 @@ class Steps:
             case Record(size):
                 self._runner.record(size)
                 self._link.tell(Kept())
+            case Trace(order):
+                self._runner.trace(order)
             case Drop(request_id, choice):
                 self._runner.drop(request_id, choice)
             case Do(order):

@@ -23,6 +23,7 @@ from tessera.run.graphs import Graphs, Size, columns_of, places_of
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
 from tessera.run.poster import Order, Poster
+from tessera.run.profiling import ProfileOrder, Tracer
 from tessera.run.report import Tally, tally
 from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores, scored_only
 from tessera.run.rowparams import RowParams
@@ -109,15 +110,18 @@ class Runner:
         graphs: Graphs | None = None,
         post: Post | None = None,
         stages: Stages | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.model, self.table, self.params, self.pools, self.sampler = model, table, params, pools, sampler
         self.page_size, self.dp_rank, self.graphs = page_size, dp_rank, graphs
         self._executor = executor or Inline()
-        self.post, self.stages = post, stages or Stages()
+        self.post, self.stages, self.tracer = post, stages or Stages(), tracer
         self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
 
     def launch(self, step: Step) -> Launched:
         """Starts a step. On CUDA nothing here waits for the device."""
+        if self.tracer is not None:
+            self.tracer.before(step.index)
         part = step.parts[self.dp_rank]
         known = self.table.apply(part.change)
         entered = self.params.note(part.change.enter)
@@ -125,16 +129,10 @@ class Runner:
             self._watch.apply(part.change)
             self._watch.advance(part, self.table.slots)
         work, drawn, scored, through = self._work(step, known, entered)
-        return Launched(
-            step.index,
-            work,
-            drawn,
-            scored,
-            through,
-            [tally(part, self.table)],
-            self._executor.submit(lambda: self._execute(work)),
-            part.sends,
-        )
+        result = self._executor.submit(lambda: self._execute(work))
+        if self.tracer is not None:
+            self.tracer.after()
+        return Launched(step.index, work, drawn, scored, through, [tally(part, self.table)], result, part.sends)
 
     def _work(
         self, step: Step, known: list[Known], entered: Any
@@ -253,6 +251,12 @@ class Runner:
         """See `Reachable.order`."""
         assert self.post is not None
         self.post.poster.order(order)
+
+    def trace(self, order: ProfileOrder) -> int:
+        """See `Traces`."""
+        assert self.tracer is not None
+        self.tracer.order(order)
+        return 1
 
     def record(self, size: Size) -> None:
         """Steps of `size` run as a graph from now on. Waits until it is recorded."""

@@ -2,8 +2,8 @@
 other hosts.
 
 Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer, `Kept` for each
-`Record`, and `Told`; `Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Record`, `Drop`, `Do`,
-and `End` as the last.
+`Record`, and `Told`; `Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Record`, `Trace`, `Drop`,
+`Do`, and `End` as the last.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.poster import News, Order
+from tessera.run.profiling import ProfileOrder
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
@@ -94,6 +95,12 @@ class Do(msgspec.Struct, tag=True, frozen=True):
     order: Order
 
 
+class Trace(msgspec.Struct, tag=True, frozen=True):
+    """A profile begins or ends; of each that begins the rank tells `Traced`."""
+
+    order: ProfileOrder
+
+
 class Record(msgspec.Struct, tag=True, frozen=True):
     """Steps of `size` that come after this run as a graph; answered by `Kept`."""
 
@@ -131,7 +138,7 @@ def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
-Down = Begin | Run | Record | Drop | Do | End
+Down = Begin | Run | Record | Trace | Drop | Do | End
 Up = Hello | Loading | Loaded | Done | Kept | Told | Failed
 
 

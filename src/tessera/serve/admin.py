@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from tessera.core.errors import RequestError, TesseraError
 from tessera.core.messages import Flush
+from tessera.serve import profile
 from tessera.serve.checks import Fields, Refused, bad, boolean, integer, listed, string
 from tessera.serve.fields import CHAT, MAX_TOKENS
 from tessera.serve.http import Call, Json, error_body, read_json, refusal
@@ -112,6 +113,19 @@ async def flush_cache(server: Server, call: Call) -> Json:
     server.require_ready()
     server.client.send(Flush())
     return Json({"flushed": True})
+
+
+async def start_profile(server: Server, call: Call) -> Json:
+    """Starts a profile of all ranks; every field may be left out, and so may the body."""
+    server.require_ready()
+    body = await read_json(call, server.reader.limits.max_body, empty={})
+    return Json(await profile.start(server.client, body, server.options.profiles))
+
+
+async def stop_profile(server: Server, call: Call) -> Json:
+    """Ends the profile and answers when its traces are written."""
+    server.require_ready()
+    return Json(await profile.end(server.client))
 
 
 async def model_info(server: Server, call: Call) -> Json:

@@ -37,6 +37,8 @@ ROUTES: Mapping[str, tuple[Endpoint, Sequence[str]]] = {
     "/detokenize": (admin.detokenize, ["POST"]),
     "/abort_request": (admin.abort_request, ["POST"]),
     "/flush_cache": (admin.flush_cache, ["GET", "POST"]),
+    "/start_profile": (admin.start_profile, ["GET", "POST"]),
+    "/stop_profile": (admin.stop_profile, ["GET", "POST"]),
     "/model_info": (admin.model_info, ["GET"]),
     "/get_model_info": (admin.model_info, ["GET"]),
     "/server_info": (admin.server_info, ["GET"]),

@@ -19,6 +19,7 @@ from tessera.core.messages import Flush
 from tessera.models.load import Progress
 from tessera.run.core import prepared_core
 from tessera.run.startup import prepare
+from tessera.serve import profile
 from tessera.serve.assets import load_assets
 from tessera.serve.calls import Calls
 from tessera.serve.local import LocalEngine, wait_for
@@ -106,6 +107,18 @@ class Engine:
     def flush_cache(self) -> None:
         """Empties the prefix cache."""
         self._local.core.post(Flush())
+
+    def start_profile(self, **fields: Any) -> dict[str, Any]:
+        """Starts a profile of all ranks. `fields`: those of `/start_profile`, such as `output_dir` and `num_steps`.
+
+        Raises `RequestError` that says why it cannot.
+        """
+        folder = self.config.logging.profiles
+        return wait_for(self._local.submit(lambda: profile.start(self._local.client, fields, folder)))
+
+    def stop_profile(self) -> dict[str, Any]:
+        """Ends the profile; the answer names the traces, which are written then."""
+        return wait_for(self._local.submit(lambda: profile.end(self._local.client)))
 
     def close(self) -> None:
         """Ends the engine and waits for it: what runs is aborted. May be called again."""

@@ -165,6 +165,7 @@ def make_server(starting: Starting, fleet: Fleet) -> Server:
         api_key=config.serving.api_key,
         stream_interval=config.serving.stream_interval,
         log_requests=config.logging.requests,
+        profiles=config.logging.profiles,
         tracing=make_tracing(config.logging.trace, config.logging.collector, "tessera"),
         info={
             "config": config.public(),

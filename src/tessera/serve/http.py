@@ -108,8 +108,9 @@ async def _gone(call: Call) -> None:
         pass
 
 
-async def read_json(call: Call, limit: int) -> Any:
-    """The body as JSON. A body over `limit` bytes is refused (413) without being kept."""
+async def read_json(call: Call, limit: int, empty: Any = None) -> Any:
+    """The body as JSON; `empty`: what no body stands for, where one may be left out. A body over `limit` bytes is
+    refused (413) without being kept."""
     announced = call.headers.get("content-length", "")
     body, found = bytearray(), int(announced) if announced.isdigit() else 0
     try:
@@ -122,6 +123,8 @@ async def read_json(call: Call, limit: int) -> Any:
         raise RequestError(f"nothing of the body came for {BODY_SECONDS:g} s", "body", 408) from None
     if found > limit:
         raise RequestError(f"the body has {found} bytes or more, allowed are {limit} (--max-body-size)", "body", 413)
+    if not body and empty is not None:
+        return empty
     try:
         return msgspec.json.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:

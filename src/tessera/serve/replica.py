@@ -8,7 +8,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tessera.core.errors import DeadlineError, PeerError, TesseraError
-from tessera.core.messages import Fatal, Inbound, Outbound, Output, Outputs, Ready, Submit
+from tessera.core.messages import (
+    EndProfile,
+    Fatal,
+    Inbound,
+    Outbound,
+    Output,
+    Outputs,
+    Profile,
+    Profiled,
+    Ready,
+    Submit,
+)
 from tessera.plan.balance import Load
 
 
@@ -35,6 +46,7 @@ class Replica:
         self.failure: TesseraError | None = None
         self.ready, self.warm = asyncio.Event(), asyncio.Event()
         self._sinks: dict[str, tuple[Sink, int]] = {}
+        self._asked: dict[str, asyncio.Future[Profiled]] = {}
         self._open: dict[str, int] = {}  # choices that have not ended
         self._seen = time.monotonic()
 
@@ -81,6 +93,14 @@ class Replica:
         self.load.num_tokens += tokens * submit.n
         self.send(submit)
 
+    def ask(self, message: Profile | EndProfile) -> asyncio.Future[Profiled]:
+        """Asks the engine something; what it answers. Needs a running event loop. Fails when the engine does."""
+        answer = asyncio.get_running_loop().create_future()
+        self._asked[message.id] = answer
+        answer.add_done_callback(lambda _: self._asked.pop(message.id, None))
+        self.send(message)
+        return answer
+
     def drop(self, request_id: str) -> None:
         """Delivers nothing more of a request."""
         _, tokens = self._sinks.pop(request_id, (None, 0))
@@ -100,6 +120,9 @@ class Replica:
         elif isinstance(message, Ready):
             self.info = message.info
             self.ready.set()
+        elif isinstance(message, Profiled):
+            if (answer := self._asked.get(message.id)) is not None and not answer.done():
+                answer.set_result(message)
         elif isinstance(message, Fatal):
             self.fail(PeerError(f"the engine failed: {message.error}"))
 
@@ -122,6 +145,9 @@ class Replica:
         """Everybody who waits gets the error."""
         for sink, _ in list(self._sinks.values()):
             sink.fail(error)
+        for answer in list(self._asked.values()):
+            if not answer.done():
+                answer.set_exception(error)
 
     def renew(self, send: Callable[[Inbound], None]) -> None:
         """Another engine takes its place, and will say when it is ready."""

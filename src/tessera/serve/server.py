@@ -26,13 +26,15 @@ ANY_MODEL = "default"  # SGLang's clients send this where the model does not mat
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the front process was told. `info`: the resolved configuration, as `/server_info` shows it."""
+    """What the front process was told. `profiles`: folder of traces for which nobody names one; `info`: the resolved
+    configuration, as `/server_info` shows it."""
 
     model_path: str
     served_model_name: str
     api_key: str | None = None
     stream_interval: int = 1
     log_requests: bool = False
+    profiles: str = "/tmp"
     tracing: Tracing = field(default_factory=PlainTracing)
     info: dict[str, Any] = field(default_factory=dict)
 

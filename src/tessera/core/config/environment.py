@@ -47,6 +47,7 @@ VARIABLES = (
     Variable("SGLANG_", "DISAGGREGATION_BOOTSTRAP_TIMEOUT", "disaggregation_bootstrap_timeout"),
     Variable("SGLANG_", "DISAGGREGATION_WAITING_TIMEOUT", "disaggregation_waiting_timeout"),
     Variable("SGLANG_", "DECODE_BOOTSTRAP_TIMEOUT", "disaggregation_decode_bootstrap_timeout"),
+    Variable("SGLANG_", "TORCH_PROFILER_DIR", "torch_profiler_dir"),
     Variable("SGLANG_", "HACK_SEQ_BOOTSTRAP_ROOM", reason="every request brings its own bootstrap_room"),
     Variable("SGLANG_", "MOONCAKE_CUSTOM_MEM_POOL", reason=POOLS),
     Variable("SGLANG_", "USE_MESSAGE_QUEUE_BROADCASTER", reason=ONE_WIRE),

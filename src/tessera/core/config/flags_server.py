@@ -71,5 +71,6 @@ LOGGING = (
     Flag("enable_trace", switch, False, "Record spans with OpenTelemetry; a trace id is passed on anyway.", "logging"),
     Flag("otlp_traces_endpoint", text, "localhost:4317", "Collector of spans: HOST:PORT (gRPC) or a URL (HTTP).",
          "logging"),
+    Flag("torch_profiler_dir", text, "/tmp", "Folder of the traces of /start_profile that name none.", "logging"),
     Flag("enable_metrics", switch, False, "Serve /metrics.", "logging", state=Ignored("metrics are always on")),
 )  # fmt: skip

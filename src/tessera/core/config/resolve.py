@@ -70,6 +70,7 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
             values.text("log_events"),
             values.on("enable_trace"),
             values.word("otlp_traces_endpoint"),
+            values.word("torch_profiler_dir"),
         ),
         handover=handover_phase(values, device, notes),
     )

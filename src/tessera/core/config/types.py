@@ -235,7 +235,8 @@ class HandoverConfig:
 @dataclass(frozen=True, slots=True)
 class LoggingConfig:
     """What is logged. `decode_interval`: decode steps between two lines. `checks`: everything is checked each step.
-    `events`: file of the event log. `trace`: spans are recorded and go to the collector `collector`."""
+    `events`: file of the event log. `trace`: spans are recorded and go to the collector `collector`. `profiles`: folder
+    of the traces of profiles."""
 
     level: str
     requests: bool
@@ -244,6 +245,7 @@ class LoggingConfig:
     events: str | None = None
     trace: bool = False
     collector: str = ""
+    profiles: str = "/tmp"
 
 
 @dataclass(frozen=True, slots=True)
