@@ -158,6 +158,8 @@ def test_our_own_server_is_understood() -> None:
             assert (await answer(client, Ask(tokens=[65, 66, 67], max_tokens=5))).num_prompt == 3
             assert await client.vocab_size() == made.server.reader.limits.vocab_size
             await client.flush()
+            with pytest.raises(RequestError, match="unknown field 'num_step'"):
+                await client.start_profile({"num_step": 1})
             with pytest.raises(RequestError, match="max_tokens"):
                 await answer(client, Ask(text="hello", max_tokens=CONTEXT))
             await client.close()

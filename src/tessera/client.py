@@ -138,6 +138,20 @@ class HttpClient:
         if response.status_code != 200:
             raise _refusal(response.status_code, response.content)
 
+    async def start_profile(self, asked: Mapping[str, object]) -> None:
+        """Starts a profile of the server; `asked`: fields of `/start_profile`."""
+        response = await self._send("POST", "/start_profile", asked)
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
+
+    async def stop_profile(self) -> list[str]:
+        """Ends the profile; the traces, where the server tells them."""
+        response = await self._send("POST", "/stop_profile")
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
+        found = _json(response.content)
+        return [str(file) for file in found.get("files", ())] if isinstance(found, dict) else []
+
     async def close(self) -> None:
         """Closes all connections."""
         await self._http.aclose()
@@ -167,9 +181,9 @@ class HttpClient:
         found = _json(response.content) if response.status_code == 200 else None
         return found if isinstance(found, dict) else None
 
-    async def _send(self, method: str, path: str) -> httpx.Response:
+    async def _send(self, method: str, path: str, body: Mapping[str, object] | None = None) -> httpx.Response:
         try:
-            return await self._http.request(method, path)
+            return await self._http.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise PeerError(f"no server answers at {self.url}: {_why(error)}") from error
 

@@ -191,6 +191,8 @@ def test_the_packaged_model_solves_its_tasks(capsys: pytest.CaptureFixture[str])
         (["bench", "--port", "9"], 1, "no server answers"),
         (["bench", "--dataset-name", "custom", "--random-range-ratio", "2"], 2, "Give --dataset-path"),
         (["bench", "--flush-cache", "--model-path", "abacus-mla"], 2, "there is no server whose cache"),
+        (["bench", "--profile", "--model-path", "abacus-mla"], 2, "there is no server that could be profiled"),
+        (["bench", "--profile-num-steps", "2", "--port", "9"], 2, "Give --profile, too"),
         (["bench", "--extra-request-body", "[1]", "--port", "9"], 2, "Expected a JSON object"),
         (["bench", "--dataset-path", "/no/such/file", "--port", "9"], 2, "No such file"),
         (["eval", "--task", "recall", "--data", "/no/such/file"], 2, "No such file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,3 +280,23 @@ def test_a_profile_is_started_and_stopped_with_or_without_a_body(server: Running
     assert httpx.post(f"{url}/start_profile", json=body).status_code == 200
     httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": {"max_new_tokens": 4}})
     wait_until((tmp_path / "x-TP-0.trace.json.gz").is_file)
+
+
+def test_bench_profiles_the_server(server: Running, url: str, tmp_path: Path) -> None:
+    asked = [
+        "--url",
+        url,
+        "--num-prompts",
+        "3",
+        "--output-len",
+        "4",
+        "--profile",
+        "--profile-output-dir",
+        str(tmp_path),
+    ]
+    for more, told in ((["--profile-num-steps", "2"], False), ([], True)):
+        bench = [sys.executable, "-m", "tessera.cli", "bench", *asked, *more, "--disable-tqdm"]
+        wait_until(lambda: "no profile runs" in httpx.post(f"{url}/stop_profile", timeout=60).text, 60)
+        ran = subprocess.run(bench, capture_output=True, text=True, timeout=90, check=True)
+        assert ("The profile is in" in ran.stderr) == told
+    wait_until(lambda: len(list(tmp_path.glob("[!.]*-TP-0.trace.json.gz"))) == 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 from argparse import Namespace
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 from tessera.bench.figures import KINDS, details, figures
@@ -54,6 +54,12 @@ def _check(options: Namespace) -> None:
         wrong.append(
             Conflict(("--flush-cache",), "there is no server whose cache it means", "Give --url, or leave it out.")
         )
+    if options.profile and address(options) is None:
+        remedy = "Give --url, or leave it out."
+        wrong.append(Conflict(("--profile",), "there is no server that could be profiled", remedy))
+    if not options.profile and (options.profile_output_dir or options.profile_num_steps):
+        flags = ("--profile-output-dir",) if options.profile_output_dir else ("--profile-num-steps",)
+        wrong.append(Conflict(flags, "it says how to profile, and nothing is profiled", "Give --profile, too."))
     if _more(options) is None:
         found = f"found {options.extra_request_body!r}"
         wrong.append(Conflict(("--extra-request-body",), found, """Expected a JSON object, such as '{"top_k": 5}'."""))
@@ -81,8 +87,23 @@ async def _measure(here: Session, options: Namespace) -> Drive:
         await client.flush()
     say(f"Sending {len(asks)} requests to {here.where}.")
     times = arrivals(len(asks), options.request_rate, rng)
-    with nullcontext(_silent) if options.disable_tqdm else progress("requests") as advance:
-        return await drive(client, asks, times, options.max_concurrency, advance)
+    async with profiled(client, options):
+        with nullcontext(_silent) if options.disable_tqdm else progress("requests") as advance:
+            return await drive(client, asks, times, options.max_concurrency, advance)
+
+
+@asynccontextmanager
+async def profiled(client: Client, options: Namespace) -> AsyncIterator[None]:
+    """The server is profiled meanwhile, if that is asked."""
+    if not options.profile or not isinstance(client, HttpClient):
+        yield
+        return
+    folder, steps = options.profile_output_dir, options.profile_num_steps
+    asked = {"output_dir": folder, "num_steps": steps}
+    await client.start_profile({name: value for name, value in asked.items() if value is not None})
+    yield
+    if steps is None:  # else it ends by itself
+        say(f"The profile is in {', '.join(await client.stop_profile()) or 'a folder of the server'}.")
 
 
 def _silent(done: int, total: int) -> None:
