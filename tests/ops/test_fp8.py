@@ -73,7 +73,7 @@ def test_quantize_kernel(columns: int) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("block", [(128, 128), (32, 64)])
-@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 20])
 def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
     x, (weight, scales) = _exact(num_tokens, 192), _weight(80, 192, block=block)
     found = triton_fp8.linear(x, weight, scales, block)
@@ -89,12 +89,14 @@ def _experts(num: int, hidden: int, inner: int, *blocks: tuple[int, int]) -> lis
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_tokens", [2, 9])
 @pytest.mark.parametrize("blocks", [[(128, 128)], [(32, 64)], [(32, 64), (128, 64)]], ids=str)
-def test_experts_kernel(blocks: list[tuple[int, int]]) -> None:
-    inner, x = 128 if blocks[0][0] == 128 else 96, _exact(9, 192)
+def test_experts_kernel(blocks: list[tuple[int, int]], num_tokens: int) -> None:
+    inner, x = 128 if blocks[0][0] == 128 else 96, _exact(num_tokens, 192)
     experts = _experts(5, 192, inner, *blocks)
-    ids, weights = torch.rand(9, 5).topk(3, -1).indices.to(DEVICE), torch.rand(9, 3, device=DEVICE)
+    ids, weights = torch.rand(num_tokens, 5).topk(3, -1).indices.to(DEVICE), torch.rand(num_tokens, 3, device=DEVICE)
     ids[ids == 2] = -1
+    ids[-1, 1] = -1
     for weight in experts:
         weight.scales[2] = float("nan")
     found = triton_fp8.experts(x, *experts, ids, weights)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, LARGEST, SMALLEST, Block, Fp8Weight
 from tessera.ops.triton_common import dot
 from tessera.ops.triton_moe import combine, work_of
@@ -152,6 +153,8 @@ def _sizes(tile: Tile, n: int, block: Block, columns: int, out: int) -> dict[str
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP)) -> Tensor:
     """See `fp8.linear_reference`. `block`: powers of two."""
+    if 0 < len(x) <= few.ROWS:
+        return few.linear(x if x.stride(1) == 1 else x.contiguous(), weight, scales, block)
     y = x.new_empty(len(x), len(weight))
     if len(x):
         tile = tile_of(len(x))
@@ -168,6 +171,8 @@ def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tens
         return torch.zeros_like(x)
     assert inner % w13.block[0] == 0, f"a block of {w13.block[0]} rows would hold both halves of {inner}"
     ids, weights = ids.contiguous(), weights.contiguous()
+    if few.pays(ids.numel(), num_experts):
+        return few.experts(x if x.stride(1) == 1 else x.contiguous(), w13, w2, ids, weights)
     tile = tile_of(ids.numel() / num_experts)
     by_expert = sort_rows(ids, num_experts, tile.m)
     h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
