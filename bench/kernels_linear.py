@@ -39,17 +39,18 @@ SHAPES = {  # rows and columns of the weight, and whether it is gate | up
 }
 ROWS = (1, 2, 4, 8)
 SWEPT = (
+    Tile(1024, 512, 1),
+    Tile(2048, 512, 1),
     Tile(1024, 1024, 1),
     Tile(2048, 1024, 1),
+    Tile(4096, 1024, 1),
     Tile(2048, 2048, 1),
     Tile(4096, 2048, 1),
-    Tile(2048, 2048, 2),
+    Tile(4096, 1024, 2),
+    Tile(8192, 1024, 2),
     Tile(4096, 2048, 2),
     Tile(8192, 2048, 4),
-    Tile(4096, 4096, 2),
-    Tile(4096, 4096, 4),
     Tile(8192, 4096, 4),
-    Tile(16384, 16384, 8),
 )
 
 

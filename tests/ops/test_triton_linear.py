@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tessera.ops import fused, triton_linear
 from tessera.ops.linear import linear, pack_reference
-from tessera.ops.triton_linear import ROWS, TILES, Tile, few_rows, gated_product, pack, tie
+from tessera.ops.triton_linear import ROWS, TILES, Tile, by_head, few_rows, gated_product, pack, tie
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bfloat16 off where a device rounds.
@@ -91,6 +91,30 @@ def test_which_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in (1, ROWS, ROWS + 1):
         linear(x[:n], packed)
     assert taken == [1, ROWS]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, ROWS + 1])
+def test_a_weight_for_each_head(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both operands are parts of wider ones; a head's columns take several programs."""
+    monkeypatch.setattr(triton_linear, "HEAD_TILE", 256)
+    x = torch.randn(rows, 3, 20, device=DEVICE).to(dtype)[..., :12]
+    weight = torch.randn(3, 20, 40, device=DEVICE).to(dtype)[:, :12]
+    found, expected = by_head(x, weight), torch.einsum("thi,hij->thj", x.double(), weight.double())
+    assert (found.dtype, found.shape) == (dtype, expected.shape)
+    if rows:
+        assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+        assert torch.equal(by_head(x[:1], weight), found[:1]) or rows > ROWS
+
+
+@pytest.mark.gpu
+def test_real_heads() -> None:
+    weight = torch.randn(16, 256, 512, device=DEVICE).bfloat16()[:, :128]
+    for rows in range(1, ROWS + 1):
+        x = torch.randn(rows, 16, 192, device=DEVICE).bfloat16()[..., :128]
+        expected = torch.einsum("thi,hij->thj", x.double(), weight.double())
+        assert (by_head(x, weight).double() - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 def test_nothing_is_held_twice() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
-from tessera.ops.triton_common import num_processors
+from tessera.ops.triton_common import chained, follow, num_processors
 
 
 @triton.jit
@@ -105,6 +105,7 @@ def _step(
 ):  # fmt: skip
     """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v. With a program a value
     head, `readers` [S, Hk] counts those that have read their key head's windows; the last one writes them, and a 0."""
+    follow()
     part, s = tl.program_id(0), tl.program_id(1)
     first = tl.load(cu_ptr + s)
     length = tl.load(cu_ptr + s + 1) - first
@@ -175,5 +176,5 @@ def step(
         KEY=inputs.channels[1].start, VALUE=inputs.channels[2].start,
         HEADS=num_v, GROUP=group, TAKEN=taken, DK=key_dim, DV=value_dim, KERNEL=kernel,
         DK_PADDED=triton.next_power_of_2(key_dim), DV_PADDED=triton.next_power_of_2(value_dim),
-        TAPS=triton.next_power_of_2(kernel), num_warps=4,
+        TAPS=triton.next_power_of_2(kernel), num_warps=4, **chained(y.device),
     )  # fmt: skip

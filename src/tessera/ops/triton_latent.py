@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, chained, dot, follow, num_processors
+from tessera.ops.triton_linear import by_head
 from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padded, split_size, store_rows
 from tessera.ops.triton_tiles import Tile, splits_of
 
@@ -254,7 +255,7 @@ def attend_latents(
     sums = None if before is None else q_nope.new_empty(num_tokens, heads, dtype=torch.float32)
     if num_tokens == 0:
         return out, sums
-    q_latent = torch.einsum("thn,hnr->thr", q_nope, kv_b[:, :nope])
+    q_latent = by_head(q_nope, kv_b[:, :nope])
     t = tiles or TILES.get(q_nope.element_size(), WIDE)
     queries, long = min(SHORT, segments.max_length), segments.max_length > SHORT
     short_splits, long_splits = splits or _splits(segments, heads, t)

@@ -46,11 +46,10 @@ def _open_groups(choice, expert, TOP: tl.constexpr, TOP2: tl.constexpr, NUM: tl.
 
 
 @triton.jit
-def _key(choice, expert):
-    """int64 that orders as (choice, the lower number first) do: choosing is then one maximum. NaN is the largest."""
-    bits = (choice + 0.0).to(tl.int32, bitcast=True)  # + 0.0: of -0.0 as well
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - expert)
+def _ordered(x):
+    """float32 as int32 of the same order, which a warp compares in one instruction; its own inverse on the bits."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0.0: of -0.0 as well
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -69,15 +68,20 @@ def _choose(
     if TOP_GROUPS < NUM_GROUPS:
         opened = _open_groups(choice, expert, TOP_GROUPS, TOP2, NUM_GROUPS, GROUPS_PADDED)
         choice = tl.where(opened, choice, float("-inf"))
-    never: tl.constexpr = -(1 << 63)
-    key = tl.where(valid, _key(choice, expert), never)
+    never: tl.constexpr = -(1 << 31)
+    order = tl.where(valid, _ordered(choice), never)
     nth = tl.arange(0, K_PADDED)
     ids, weights = tl.zeros([K_PADDED], tl.int64), tl.zeros([K_PADDED], tl.float32)
     for j in tl.static_range(TOP_K):
-        best = tl.minimum(0x7FFFFFFF - (tl.max(key) & 0x7FFFFFFF), NUM_GROUPS * SIZE - 1)
-        weights = tl.where(nth == j, tl.sum(tl.where(expert == best, scores, 0.0)), weights)
-        ids = tl.where(nth == j, best, ids)
-        key = tl.where(expert == best, never, key)
+        top = tl.max(order)
+        best = tl.min(tl.where(order == top, expert, NUM_GROUPS * SIZE - 1))
+        if BIASED:
+            weight = tl.sum(tl.where(expert == best, scores, 0.0))
+        else:
+            weight = (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        weights = tl.where(nth == j, weight, weights)
+        ids = tl.where(nth == j, best.to(tl.int64), ids)
+        order = tl.where(expert == best, never, order)
     if NORMALIZE:
         weights = weights / (tl.sum(weights, 0) + 1e-20)
     tl.store(ids_ptr + nth, ids, mask=nth < TOP_K)

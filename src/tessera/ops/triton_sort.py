@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.ops.triton_common import chained, follow
+
 FEW, ONE = 1024, 4096  # rows up to which each program counts all of them by itself: one launch
 CHUNK = 2048  # rows of a program where there are more
 LISTED = 32  # blocks that a program describes
@@ -33,6 +35,7 @@ class Sorted:
 @triton.jit(do_not_specialize=["num_rows"])
 def _count(ids_ptr, counts_ptr, taken_ptr, num_rows, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """counts [C, BINS] of each chunk of rows; `taken` starts at 0."""
+    follow()
     chunk = tl.program_id(0)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = tl.load(ids_ptr + at, mask=at < num_rows, other=-1).to(tl.int32)
@@ -80,6 +83,7 @@ def _place(
     BINS: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Programs `0 .. num_chunks - 1` write the rows of their chunk, the others the list of blocks."""
+    follow()
     chunk = tl.program_id(0)
     at = tl.where(chunk < num_chunks, chunk, 0) * CHUNK + tl.arange(0, CHUNK)
     expert = tl.load(ids_ptr + at, mask=at < num_rows, other=-1).to(tl.int32)
@@ -118,9 +122,9 @@ def sort_rows(ids: Tensor, num_experts: int, block: int) -> Sorted:
     counts, taken = torch.empty(2, num_chunks, bins, **ints)
     result = Sorted(torch.empty(num_rows, **ints), torch.empty(num_blocks, 3, **ints))
     if not alone:
-        _count[num_chunks,](ids, counts, taken, num_rows, BINS=bins, CHUNK=chunk, num_warps=8)
+        _count[num_chunks,](ids, counts, taken, num_rows, BINS=bins, CHUNK=chunk, num_warps=8, **chained(ids.device))
     _place[num_chunks + triton.cdiv(num_blocks, LISTED),](
         ids, counts, taken, result.rows, result.blocks, num_rows, num_chunks, num_blocks,
-        BINS=bins, CHUNK=chunk, ALONE=alone, M=block, LISTED=LISTED, num_warps=8,
+        BINS=bins, CHUNK=chunk, ALONE=alone, M=block, LISTED=LISTED, num_warps=8, **chained(ids.device),
     )  # fmt: skip
     return result
