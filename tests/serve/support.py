@@ -61,6 +61,7 @@ class World:
         api_key: str | None = None,
         silence: float = 300.0,
         stream_interval: int = 1,
+        with_tokenizer: bool = True,
         **limits: int,
     ) -> None:
         self.engine = FakeEngine(self._deliver, delay)
@@ -68,7 +69,7 @@ class World:
         tokenizer = Text(byte_tokenizer())
         reader = Reader(
             Limits(CONTEXT, tokenizer.size, **limits),
-            tokenizer,
+            tokenizer if with_tokenizer else None,
             ChatTemplate(TEMPLATE, {"eos_token": "<|im_end|>"}),
             seed=0,
         )

@@ -97,6 +97,14 @@ async def test_a_stream_carries_the_whole_text_so_far() -> None:
         assert last == {0: "The ", 1: "The "}
 
 
+@in_loop
+async def test_a_stream_without_a_tokenizer_carries_every_token() -> None:
+    async with world(with_tokenizer=False) as (_, http):
+        body = {"input_ids": [97, 98], "sampling_params": {"max_new_tokens": 4}, "stream": True}
+        parts = events(await http.post(PATH, json=body))
+        assert [part["output_ids"] for part in parts] == [[84], [84, 104], [84, 104, 101], [84, 104, 101, 32]]
+
+
 @pytest.mark.parametrize("both", [{}, {"text": "a", "input_ids": [1]}])
 @in_loop
 async def test_exactly_one_of_text_and_ids(both: dict[str, object]) -> None:

@@ -113,6 +113,7 @@ class Answering:
         self.started = time.monotonic()
         self._interval = interval
         self._observe = observe
+        self._textless = tokenizer is None
         self._stream: Stream = client.submit(items)
         self._readers = [[ChoiceReader(item, tokenizer) for _ in range(item.num_choices)] for item in items]
         self._held: dict[tuple[int, int], Delta] = {}
@@ -147,7 +148,7 @@ class Answering:
                     delta = held
                 first = key not in self._begun
                 enough = first or len(delta.tokens) >= self._interval
-                shows = bool(delta.text) or delta.prompt_logprobs is not None
+                shows = self._textless or bool(delta.text) or delta.prompt_logprobs is not None
                 if delta.finish is not None or (enough and shows):
                     self._begun.add(key)
                     yield delta
