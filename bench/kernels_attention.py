@@ -21,7 +21,6 @@ from tessera.ops.fused import HeadInputs, LatentInputs, write_heads, write_laten
 from tessera.ops.mla import mla_absorbed_reference, mla_expanded_reference
 from tessera.ops.rope import rope_tables
 from tessera.ops.segments import Segments, make_segments
-from tessera.ops.triton_latent import LatentTiles
 from tessera.ops.triton_tiles import Tile
 
 HEADS = {"qwen3-8b": (32, 8, 128), "qwen3next": (16, 2, 256)}
@@ -44,14 +43,14 @@ FLASH = {
     256: [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)],
 }
 LATENTS = [
-    LatentTiles(short, Tile(64, 64, 8, 2))
-    for short in (Tile(16, 16, 4, 3), Tile(16, 32, 4, 3), Tile(16, 32, 4, 4), Tile(16, 64, 8, 3), Tile(16, 64, 4, 2))
+    replace(triton_latent.TILES[2], short=Tile(16, *short))
+    for short in ((16, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (64, 4, 2))
 ]
 MIXED = [
-    *(LatentTiles(Tile(16, *short), Tile(64, 64, 8, 2)) for short in ((64, 4, 2), (32, 4, 3), (32, 4, 2), (64, 2, 2))),
-    LatentTiles(Tile(16, 32, 4, 3), Tile(64, 32, 8, 3)),
-]
-JOINS = [(16, 64), (32, 32), (32, 64)]
+    replace(triton_latent.TILES[2], short=Tile(16, *short))
+    for short in ((64, 4, 2), (32, 4, 3), (32, 4, 2), (64, 2, 2))
+] + [replace(triton_latent.TILES[2], long=Tile(64, 32, 8, 3))]
+JOINS = [Tile(16, 32, 4, 3), Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)]
 MLA_OWN = [
     Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 4, 2), Tile(128, 32, 4, 3), Tile(64, 64, 4, 2),
     Tile(64, 32, 4, 3), Tile(256, 64, 16, 2),

@@ -155,8 +155,8 @@ def test_real_sizes(ranges, heads, page_size, dtype):
 @pytest.mark.parametrize(
     "tiles",
     [
-        LatentTiles(Tile(16, 32, 4, 4), Tile(64, 32, 8, 3)),
-        LatentTiles(Tile(16, 128, 8, 2), Tile(32, 32, 4, 2), (32, 64)),
+        LatentTiles(Tile(16, 32, 4, 4), Tile(64, 32, 8, 3), Tile(16, 128, 8, 2)),
+        LatentTiles(Tile(16, 128, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
     ],
     ids=str,
 )

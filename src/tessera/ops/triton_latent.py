@@ -1,10 +1,11 @@
 """Attention in latent space: all heads of a token are rows of one tile, so that a latent is read once for all of them,
 as key and as value (DeepSeek-V2, arXiv 2405.04434).
 
-One launch serves a mixed step. A device-made list says which blocks of rows there are, of the ranges of up to `SHORT`
-tokens and of the longer ones; a block's keys are cut into splits by its own end, and the programs, as many as the chip
-holds, go through blocks and splits until there are none left: what a padded size could hold besides costs nothing. A
-second launch joins the splits, multiplies by the values' weights and writes every token's heads to where they belong.
+In a mixed step, a list made on the device says which blocks of rows there are, of the ranges of up to `SHORT` tokens
+and of the longer ones; a block's keys are cut into splits by its own end, and programs, as many as the chip holds, go
+through blocks and splits until there are none left: what a padded size could hold besides costs nothing. Either kind is
+a launch of its own, since tiles for longer ranges need a whole multiprocessor; the second runs beside the first. A last
+launch joins the splits, multiplies by the values' weights and writes every token's heads to where they belong.
 
 M rows of a tile, N keys of a tile, H heads, R latent rank, Dr rope dim, V value dim, Q tokens kept of a short range.
 """
@@ -31,16 +32,19 @@ WAVES = 2  # parts of short ranges per multiprocessor that the splits aim at
 
 @dataclass(frozen=True, slots=True)
 class LatentTiles:
-    """Tiles of short and of longer ranges; a launch that has both runs as `long` says. `join`: tokens by value dims."""
+    """Tiles of short and of longer ranges; `join`: tokens by value dims."""
 
     short: Tile
     long: Tile
-    join: tuple[int, int] = (16, 32)
+    join: Tile
 
+
+# What splits leave is a mean of normed latents: fp16 has the range, and rounds an eighth of what bf16 does.
+PARTS = {torch.bfloat16: torch.float16}
 
 # By element size, from one H100; `bench/kernels.py attention --sweep` tries others.
-TILES = {2: LatentTiles(Tile(16, 64, 4, 3), Tile(64, 64, 8, 2))}
-WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), (16, 16))  # fp32, on the plain units
+TILES = {2: LatentTiles(Tile(16, 64, 4, 3), Tile(64, 64, 8, 2), Tile(16, 32, 8, 3))}
+WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))  # fp32, on the plain units
 
 
 @triton.jit
@@ -177,6 +181,15 @@ def _parts_of(
 
 
 @triton.jit
+def _with_part(acc, partial, part, m, at, num, j, R: tl.constexpr, RP: tl.constexpr, MOST: tl.constexpr):
+    """acc [B, RP] with the values of split j of each row, by their weights."""
+    values = load_rows(partial, (at + j) * R, j < num, R, RP, True).to(tl.float32)  # need not wait for its weight,
+    own = tl.max(tl.where(tl.arange(0, MOST) == j, part, float("-inf")), 1)
+    values = tl.where((own > float("-inf"))[:, None], values, 0.0)  # but where that is 0 nobody wrote it
+    return acc + values * tl.exp2(own - m)[:, None]
+
+
+@triton.jit
 def _join(
     partial, lse, kv_b, out, sums, rows, cu_lengths, lengths, long_at, num_tokens, weight_head, weight_row,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SHORT: tl.constexpr,
@@ -195,11 +208,13 @@ def _join(
     total = tl.sum(tl.exp2(part - m[:, None]), 1)
     seen = tl.where(total > 0, total, 1.0)
     acc = tl.zeros([B, RP], tl.float32)
-    for j in range(tl.max(tl.max(tl.where(part > float("-inf"), split + 1, 0), 1), 0)):
-        own = tl.load(lse + at + j, mask=j < num, other=float("-inf"))
-        values = load_rows(partial, (at + j) * R, j < num, R, RP, True).to(tl.float32)  # need not wait for its weight,
-        values = tl.where((own > float("-inf"))[:, None], values, 0.0)  # but where that is 0 nobody wrote it
-        acc += values * (tl.exp2(own - m) / seen)[:, None]
+    if MOST <= 4:  # all are on their way at once
+        for j in tl.static_range(MOST):
+            acc = _with_part(acc, partial, part, m, at, num, j, R, RP, MOST)
+    else:
+        for j in range(tl.max(tl.max(tl.where(part > float("-inf"), split + 1, 0), 1), 0)):
+            acc = _with_part(acc, partial, part, m, at, num, j, R, RP, MOST)
+    acc /= seen[:, None]
     if SUMS:
         tl.store(sums + t * H + h, tl.where(total > 0, m + tl.log2(seen), float("-inf")), mask=inside)
     x = acc.to(kv_b.dtype.element_ty)
@@ -245,7 +260,8 @@ def attend_latents(
     tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None, before: Tensor | None = None,
     beside: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See `mla_absorbed_reference`: [T, H, V]. `tiles` and `splits`, of short and of long ranges, override the tables.
+    """See `mla_absorbed_reference`: [T, H, V]. `tiles` and `splits`, of short and of long ranges, override the tables;
+    without `beside` one kind waits for the other.
 
     With `before` [S], ranges above `SHORT` see so many keys, and log2 of the sums of exponentials [T, H] is given too.
     """
@@ -261,7 +277,8 @@ def attend_latents(
     short_splits, long_splits = splits or _splits(segments, heads, t)
     short_rows = segments.num_segments * queries * heads * short_splits
     rows = short_rows + (num_tokens * heads * long_splits if long else 0)
-    partial, lse = q_latent.new_empty(rows, rank), q_latent.new_empty(rows, dtype=torch.float32)
+    partial = q_latent.new_empty(rows, rank, dtype=PARTS.get(q_latent.dtype, q_latent.dtype))
+    lse = q_latent.new_empty(rows, dtype=torch.float32)
     ranges = (segments.cu_lengths, segments.starts, segments.lengths, segments.page_table)
     numbers = (
         scale * LOG2E.value, *q_latent.stride()[:2], *q_rope.stride()[:2], *pool.stride()[:2],
@@ -311,13 +328,13 @@ def _launch_join(
             **chained(out.device),
         )
         return
-    b, n = t.join
-    programs, each = triton.cdiv(num_tokens, b) * heads, n
+    b, each = t.join.m, t.join.n
+    programs = triton.cdiv(num_tokens, b) * heads
     while each < value and programs * triton.cdiv(value, each) > num_processors(out.device):
         each *= 2  # programs that share a head's value dims join its splits anew, each for itself
     _join[(triton.cdiv(num_tokens, b), heads, triton.cdiv(value, each))](
         partial, lse, kv_b, out, sums, *ranges, num_tokens, *strides, **shape, SUMS=sums is not None, B=b, EACH=each,
-        N=n, num_warps=4, **chained(out.device),
+        N=t.join.n, num_warps=t.join.warps, num_stages=t.join.stages, **chained(out.device),
     )  # fmt: skip
 
 
