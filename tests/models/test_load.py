@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from models.files import INDEX, State, assert_same, fused, made, quantised, tile
 from tessera.core.errors import ModelError
 from tessera.core.mesh import SINGLE, instance_mesh
 from tessera.core.weights import weight_table
+from tessera.models import load
 from tessera.models.folder import open_source, read_model
 from tessera.models.load import load_weights, stored_shapes
 
@@ -336,3 +338,29 @@ def test_ranks_that_are_threads_load_from_one_source(tmp_path: Path, monkeypatch
         )
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("case", [MOE, HYBRID])
+def test_several_readers_load_what_one_does_and_what_stops_one_stops_all(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(case, tmp_path)
+    expected = tiles(tmp_path)
+    monkeypatch.setattr(load, "readers", lambda source, device: 4)
+    assert_same(tiles(tmp_path), expected)
+    preadv, reads = os.preadv, []
+
+    def breaking(*args: Any) -> int:
+        reads.append(threading.current_thread().name)
+        if len(reads) == 9:
+            return 0
+        time.sleep(1e-3)
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", breaking)
+    with pytest.raises(ModelError, match="fetch the file again"):
+        tiles(tmp_path)
+    assert len({name for name in reads if name.startswith("tessera-load")}) > 1
+    count = len(reads)
+    time.sleep(0.05)
+    assert len(reads) == count, "nobody reads on"

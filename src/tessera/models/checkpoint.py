@@ -35,7 +35,7 @@ class Checkpoint:
     safetensors or a file is broken.
     """
 
-    anywhere = False
+    waits = True
 
     def __init__(self, folder: Path, block: tuple[int, int] | None = None) -> None:
         self.folder, self.block = folder, block
@@ -65,7 +65,7 @@ class Checkpoint:
             rows, columns, out = columns, rows, out.T
         done = 0
         for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
-            box = self._read(entry, start, length).narrow(1, *columns)
+            box = self._read(entry, start, length, out.is_cuda).narrow(1, *columns)
             out[done : done + length].copy_(self._plain(name, entry, box, start, columns[0]))
             done += length
 
@@ -87,18 +87,18 @@ class Checkpoint:
             rows, columns, out = columns, rows, out.T
         done = 0
         for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
-            out[done : done + length].copy_(self._read(entry, start, length).narrow(1, *columns))
+            out[done : done + length].copy_(self._read(entry, start, length, out.is_cuda).narrow(1, *columns))
             done += length
         touched = scales[_touched(rows, height)][:, _touched(columns, width)]
         return touched.T if entry.transposed else touched
 
-    def _read(self, entry: Entry, start: int, length: int) -> Tensor:
+    def _read(self, entry: Entry, start: int, length: int, pinned: bool) -> Tensor:
         """Stored rows, in the one buffer of this thread: its next read overwrites them.
 
-        Buffers that come and go would leave the allocator holding more than a model is.
+        Buffers that come and go would leave the allocator holding more than a model is. `pinned`: a device copies them.
         """
         if (size := entry.bytes(length)) > len(self._reading.buffer):
-            self._reading.buffer = torch.empty(size, dtype=torch.uint8)
+            self._reading.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         return entry.read(start, length, self._reading.buffer)
 
     def leftovers(self, used: Iterable[str]) -> list[str]:

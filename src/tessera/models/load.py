@@ -1,15 +1,20 @@
 """Loads the weights of one rank, tensor by tensor, straight into their final storage.
 
 For every tensor of the table the pieces that its layout names are copied into the rank's tile; a "linear" one is then
-packed, which replaces the tile. At no time are there two copies of more than one tensor.
+packed, which replaces the tile. At no time are there two copies of more than one tensor. A device's tiles are read by
+several threads at once, block by block through pinned memory: one reads slower than storage does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +30,8 @@ from tessera.ops.fp8 import Fp8Weight
 from tessera.ops.linear import PackedLinear, pack, stacked
 from tessera.ops.precision import wide
 
+LoadedT = TypeVar("LoadedT")
+READERS = 8  # threads; each copies once in memory and once to the device
 Progress = Callable[[int, int], None]  # elements loaded, elements in all
 
 # Tensors of a checkpoint that need no place here: computed ones, the vision part, draft layers and their copies of
@@ -50,30 +57,53 @@ def load_weights(
 ) -> dict[str, Tile]:
     """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen."""
     check(source, table)
-    through = device if source.anywhere else "cpu"
     tiles: dict[str, Tile] = {}
     done, total = 0, sum(prod(t.layout.local_shape(mesh, rank)) for t in table)
 
-    def packed(part: TensorSpec) -> Tile:
-        """A part, in its form: where that is another one, the memory of the first is free before the next is read."""
-        tile: Tensor | Fp8Weight
+    def load(part: TensorSpec) -> Tensor | Fp8Weight:
         if part.block is not None:
-            tile = load_fp8(source, part, mesh, rank, device)
-        else:
-            tile = load_tile(source, part, mesh, rank, wide(dtype) if part.wide else dtype, through).to(device)
+            return load_fp8(source, part, mesh, rank, device)
+        return load_tile(source, part, mesh, rank, wide(dtype) if part.wide else dtype, device)
+
+    def packed(part: TensorSpec, loaded: Iterator[Tensor | Fp8Weight]) -> Tile:
+        """A part, in its form: where that is another one, the memory of the first is free before the next is read."""
+        tile = next(loaded)
         if part.role != "linear":
             return tile
         return pack_linear(tile) if isinstance(tile, Tensor) else pack_fp8(tile)
 
-    for spec in table:
-        parts = [packed(part) for part in spec.parts()]
-        rows = [part for part in parts if isinstance(part, PackedLinear)]
-        tiles[spec.name] = stacked(rows) if rows else parts[0]
-        done += prod(spec.layout.local_shape(mesh, rank))
-        del parts, rows
-        if progress is not None:
-            progress(done, total)
+    parts = [part for spec in table for part in spec.parts()]
+    with in_order(load, parts, readers(source, device), device) as loaded:
+        for spec in table:
+            found = [packed(part, loaded) for part in spec.parts()]
+            rows = [part for part in found if isinstance(part, PackedLinear)]
+            tiles[spec.name] = stacked(rows) if rows else found[0]
+            done += prod(spec.layout.local_shape(mesh, rank))
+            del found, rows
+            if progress is not None:
+                progress(done, total)
     return tiles
+
+
+def readers(source: Source, device: torch.device | str) -> int:
+    """How many threads read at once. On a CPU what they read ahead would be memory beyond that of the model."""
+    return READERS if source.waits and torch.device(device).type == "cuda" else 1
+
+
+@contextmanager
+def in_order(
+    load: Callable[[TensorSpec], LoadedT], parts: Sequence[TensorSpec], threads: int, device: torch.device | str
+) -> Iterator[Iterator[LoadedT]]:
+    """What `load` gives of each part, in their order, by so many threads that run ahead; one: when it is asked for."""
+    if threads == 1:
+        yield map(load, parts)
+        return
+    begin = partial(torch.cuda.set_device, device) if torch.device(device).type == "cuda" else None
+    pool = ThreadPoolExecutor(threads, "tessera-load", begin)
+    try:
+        yield pool.map(load, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def load_tile(

@@ -20,7 +20,7 @@ LENGTH = 1_048_573  # a prime: rows of no length repeat within a tensor of a mil
 class Noise:
     """A source of the tensors of `shapes`. `zero_centred`: norms scale by 1 + w. The same noise on every device."""
 
-    anywhere = True
+    waits = False
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], zero_centred: bool, seed: int = 0) -> None:
         self.shapes, self.zero_centred, self.seed = shapes, zero_centred, seed

@@ -21,7 +21,7 @@ class Quantizing:
 
     def __init__(self, source: Source, quantization: Quantization) -> None:
         self.source, self.quantization = source, quantization
-        self.anywhere = source.anywhere
+        self.waits = source.waits
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """See `Source.shape`."""
@@ -66,8 +66,8 @@ class Quantizing:
         begin, end = rows[0], sum(rows)
         for top in range(begin - begin % height, end, slab):
             bottom = min(top + slab, -(-end // height) * height, shape[0])
-            wide = torch.empty(bottom - top, length, device=device if self.anywhere else "cpu")
+            wide = torch.empty(bottom - top, length, device=device)
             self.source.copy(name, (top, bottom - top), (first, length), wide)
             start, stop = max(top, begin), min(bottom, end)
             part = slice(start - begin, stop - begin)
-            yield part, quantize_weight(wide.to(device), self.quantization.block), (start - top, left)
+            yield part, quantize_weight(wide, self.quantization.block), (start - top, left)

@@ -18,10 +18,11 @@ BLOCK_BYTES = 1 << 23  # what is read at a time: small beside any model, large b
 class Source(Protocol):
     """Named tensors that can be copied in boxes. Names are the canonical ones of `core/weights.py`.
 
-    `anywhere`: it writes into memory of any device; else of the host only.
+    It writes into memory of any device, from any thread. `waits`: its copies wait for storage, so that several threads
+    read more.
     """
 
-    anywhere: bool
+    waits: bool
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor; None when there is none of that name."""
