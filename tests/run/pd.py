@@ -122,8 +122,10 @@ class Pair:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.prefill.close()
-        self.decode.close()
+        try:
+            self.prefill.close()
+        finally:
+            self.decode.close()
 
     def post(self, submit: Submit) -> None:
         """Sends a request to both."""

@@ -3,6 +3,8 @@ layouts; and when either side goes, or is left, both are told and everything is 
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import msgspec
@@ -10,7 +12,9 @@ import pytest
 
 from run.pd import Pair, Server
 from tessera.core.messages import SamplingParams, Submit
+from tessera.run import loop
 from tessera.run.poster import Poster
+from tessera.run.runner import Runner
 from tiny import Answer, Run, TinyModel, serve, tiny_model
 
 MODELS = {name: tiny_model(name) for name in ("qwen3", "hybrid", "mla")}
@@ -103,6 +107,39 @@ def test_prompts_that_prefill_has_in_its_prefix_cache_are_sent_all_the_same() ->
             check_equal(pair, asked)
         reports = pair.prefill.reports
         assert sum(report.num_cached_token for report in reports) > 200
+
+
+@pytest.mark.parametrize("flags", [{}, {"tp": 2}])
+def test_what_has_landed_does_not_wait_for_a_step(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of a prompt lands while prefill computes another one; decode answers before that is through."""
+    with Pair(MODELS["qwen3"], flags, {}, **EXACT) as pair:
+        pair.answer([Submit("meets", prompt(0, 9), LONG)])  # the servers
+        answered, stuck = threading.Event(), threading.Event()
+        report, execute = Poster._report, Runner._execute
+
+        def late(self: Poster, one: Any) -> None:
+            if self._rank == 0:
+                pair.prefill.post(Submit("other", prompt(2, 9), SamplingParams(max_new_tokens=0)))
+            assert stuck.wait(10.0), "the other prompt never began"
+            report(self, one)
+
+        def slow(self: Runner, work: Any) -> Any:
+            if self.post is not None and any(enter.request_id == "other" for enter in work.change.enter):
+                stuck.set()
+                assert answered.wait(10.0), "a prompt waits for the step of another one"
+            return execute(self, work)
+
+        monkeypatch.setattr(loop, "IDLE_WAIT_S", 0.01)
+        monkeypatch.setattr(Poster, "_report", late)
+        monkeypatch.setattr(Runner, "_execute", slow)
+        pair.post(Submit("first", prompt(1, 9), SamplingParams(temperature=0.0, max_new_tokens=3)))
+        pair.decode.ended([("first", 0)])
+        tick = pair.prefill.core.last_tick
+        time.sleep(0.1)
+        assert pair.prefill.core.last_tick == tick, "a step that hangs would not be noticed"
+        answered.set()
+        pair.prefill.ended([("first", 0), ("other", 0)])
+        assert not pair.prefill.errors
 
 
 def test_more_requests_than_room() -> None:

@@ -1,8 +1,10 @@
-"""Promise: what a rank has written is told once, whatever it was made of; who waits for news counts them."""
+"""Promise: what a rank has written is told once, whatever it was made of, and as soon as it has landed."""
 
 from __future__ import annotations
 
 import queue
+import select
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from tessera.core.mesh import SINGLE
 from tessera.plan.step import Send, ints
 from tessera.run import poster
+from tessera.run.mailbox import Mailbox, readable
 from tessera.run.poster import Connect, Connected, News, Poster, Written
 from tessera.transfer.base import Done
 
@@ -37,6 +40,9 @@ class Engine:
         over, self.over = range(getattr(self, "over", 0), len(self.batches)), len(self.batches)
         return [Done(ticket) for ticket in over]
 
+    def wait(self, also: int, seconds: float | None) -> None:
+        select.select([also], [], [], seconds)
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -58,6 +64,41 @@ class Plan:
 
     def slots(self, *_: object) -> np.ndarray:
         return np.array([[1, 0, 1, 0, 4]], np.int64)
+
+
+class Slow(Engine):
+    """Batches land when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.landed: Mailbox[int] = Mailbox()
+        self.asked = 0
+
+    def poll(self) -> list[Done]:
+        self.asked += 1
+        return [Done(ticket) for ticket in self.landed.take()]
+
+    def wait(self, also: int, seconds: float | None) -> None:
+        readable([also, self.landed.there], seconds)
+
+
+def test_nobody_asks_while_a_batch_is_under_way_and_its_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poster, "CopyPlan", Plan)
+    said: queue.SimpleQueue[News] = queue.SimpleQueue()
+    slow = Slow()
+    engine: Any = slow
+    one = Poster(engine, SINGLE, 0, said.put)
+    destination: Any = SimpleNamespace(members=[SimpleNamespace(endpoint=b"reader")])
+    one.order(Connect("peer", destination, destination))
+    assert said.get(timeout=WAIT_S) == Connected("peer", 0, None)
+    one.post([Send(1, 5, "peer", 0, ints([1]), ints([2]), 3, 4)])
+    while not slow.batches:
+        time.sleep(0.001)
+    time.sleep(0.2)
+    assert slow.asked < 10
+    slow.landed.put(0)
+    assert said.get(timeout=WAIT_S).ticket == 5  # type: ignore[union-attr]
+    one.close()
 
 
 def test_a_send_of_pages_and_a_slot_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

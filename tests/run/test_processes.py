@@ -22,14 +22,16 @@ from run.test_loop import LONG, Engine
 from tessera.core.errors import ConfigError, DeadlineError, ModelError, PeerError
 from tessera.core.messages import Abort, Output, Outputs, SamplingParams, Submit
 from tessera.models.folder import find_model
+from tessera.plan.handoff import Written
 from tessera.plan.step import PartDone, Step, StepDone, empty_part, ints
 from tessera.run import processes
 from tessera.run.core import EngineCore
 from tessera.run.graphs import Size
 from tessera.run.hub import Hub
-from tessera.run.processes import Processes
+from tessera.run.mailbox import Mailbox
+from tessera.run.processes import Processes, Tell, unheard
 from tessera.run.report import Tally
-from tessera.run.wire import Done, Drop, Failed, Hello, Kept, Loaded, Record, encode
+from tessera.run.wire import Done, Drop, Failed, Hello, Kept, Loaded, Record, Told, encode
 from tiny import Run, resolved, serve
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=60)
@@ -217,7 +219,8 @@ class Scripted:
     def send(self, message: Any, to: Any) -> None:
         self.sent.append((message, list(to)))
 
-    def receive(self, seconds: float) -> tuple[int, Any] | None:
+    def receive(self, seconds: float, also: int | None = None) -> tuple[int, Any] | None:
+        """Where the script has nothing more, the time is over at once."""
         return self.script.pop(0) if self.script else None
 
     def start(self, *arguments: Any) -> None:
@@ -230,10 +233,10 @@ class Scripted:
         """Nobody to end."""
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[Processes, Scripted]:
+def scripted(monkeypatch: pytest.MonkeyPatch, tell: Tell = unheard, **flags: Any) -> tuple[Processes, Scripted]:
     monkeypatch.setattr(processes, "Hub", Scripted)
     config = resolved(model("abacus-mla").spec, **flags_of("abacus-mla", **flags)).config
-    made = Processes(config)
+    made = Processes(config, tell=tell)
     hub = made._hub
     assert isinstance(hub, Scripted)
     return made, hub
@@ -287,11 +290,52 @@ def test_ranks_that_stay_silent_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         made.collect(ticket)
     hub.script.append((3, Loaded()))
     with pytest.raises(PeerError, match="rank 3 said Loaded out of turn"):
-        made.check()
+        made.wait(None, None, 0)
+
+
+def test_what_ranks_have_written_is_told_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    box: Mailbox[Any] = Mailbox()
+    made, hub = scripted(monkeypatch, box.put, tp=4, **DP)
+    ticket = made.launch(Step(0, (empty_part(), empty_part())))
+    hub.script += [(0, done(0, "a")), (1, Told(Written(7, 1)))]
+    assert not made.wait(ticket, box.there, 60.0), "rank 2 computes"
+    assert box.take() == [Written(7, 1)]
+    hub.script.append((2, done(0, "b")))
+    assert made.wait(ticket, box.there, 60.0)
+    assert len(made.collect(ticket)[1]) == 2
+    hub.script.append((3, Told(Written(8, 3))))
+    assert not made.wait(None, box.there, 60.0)
+    assert box.take() == [Written(8, 3)]
+
+
+def test_news_do_not_put_off_the_deadline_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hub = scripted(monkeypatch, tp=2, watchdog_timeout=0.1)
+    ticket = made.launch(Step(0, (empty_part(),)))
+    with pytest.raises(DeadlineError, match=r"ranks \[0\] have not finished step 0 in 0.1 s"):
+        wait_for(lambda: hub.script.append((1, Told(Written(7, 1)))) or made.wait(ticket, 0, 60.0))
+
+
+def test_a_hub_hears_its_ranks_or_a_file() -> None:
+    hub, context, box = Hub(1), zmq.Context(), Mailbox[int]()
+    try:
+        box.put(1)
+        assert hub.receive(60.0, box.there) is None
+        with context.socket(zmq.DEALER) as link:
+            link.routing_id = b"0"
+            link.connect(hub.address)
+            link.send(encode(Hello()))
+            assert hub.receive(60.0) == (0, Hello()), "a file that nobody asked about is nothing"
+            link.send(encode(Hello()))
+            wait_for(lambda: hub.receive(60.0, box.there) == (0, Hello()))
+            box.take()
+            assert hub.receive(0.01, box.there) is None
+    finally:
+        hub.close(0)
+        context.term()
 
 
 def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scripted, "receive", lambda self, seconds: None)
+    monkeypatch.setattr(Scripted, "receive", lambda self, seconds, also=None: None)
     with pytest.raises(DeadlineError, match=r"ranks \[0, 1\] did not say Hello for"):
         scripted(monkeypatch, tp=2)
 

@@ -89,6 +89,26 @@ class Conformance:
         ticket = writer.write(peer, runs((0, 0, 0, 0, 8)))
         assert isinstance(finish(writer, {ticket})[ticket].error, PeerError)
 
+    def test_who_waits_is_told_and_need_not_ask(self, pair: Pair) -> None:
+        (writer, reader), (here, there) = pair(), self.devices
+        writer.register(0, torch.ones(8, dtype=torch.uint8, device=here))
+        reader.register(0, torch.zeros(8, dtype=torch.uint8, device=there))
+        peer = writer.connect(reader.endpoint(), DEADLINE_S)
+        writer.poll()
+        began = time.monotonic()
+        writer.wait(None, 0.1)
+        assert 0.05 < time.monotonic() - began < DEADLINE_S, "nothing is under way"
+        for _ in range(2):  # the second time the reader has left
+            ticket, found, asked = writer.write(peer, runs((0, 0, 0, 0, 8))), [], 0
+            while not found:
+                began, asked = time.monotonic(), asked + 1
+                writer.wait(None, DEADLINE_S)
+                assert time.monotonic() - began < DEADLINE_S, "it was over and nobody was told"
+                found = list(writer.poll())
+            assert [done.ticket for done in found] == [ticket]
+            assert asked < 10
+            reader.close()
+
     def test_nobody_is_nobody(self, pair: Pair) -> None:
         writer, reader = pair()
         endpoint = reader.endpoint()

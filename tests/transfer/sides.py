@@ -76,6 +76,7 @@ class Side:
     connect = partialmethod(_call, "connect")
     write = partialmethod(_call, "write")
     poll = partialmethod(_call, "poll")
+    wait = partialmethod(_call, "wait")
     fence = partialmethod(_call, "fence")
     close = partialmethod(_call, "close")
 

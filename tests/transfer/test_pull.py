@@ -348,3 +348,25 @@ def test_polling_is_cheap(engines: Make) -> None:
     for _ in range(1000):
         writer.poll()
     assert time.perf_counter() - began < 1.0, "a poll takes more than 1 ms"
+
+
+def test_a_batch_that_the_socket_does_not_take_at_once_goes_when_it_does(
+    engines: Callable[[HostMover], PullEngine],
+) -> None:
+    gate = Gate()
+    writer, reader = engines(HostMover()), engines(gate)
+    writer.register(0, torch.ones(8, dtype=torch.uint8))
+    reader.register(0, torch.zeros(1 << 18, dtype=torch.uint8))
+    peer = writer.connect(reader.endpoint(), DEADLINE_S)
+    at = np.arange(1 << 18)
+    many = np.stack([0 * at, 0 * at, 0 * at, at, 0 * at + 1], 1)  # 10 MiB of runs
+    tickets = {writer.write(peer, runs((0, 0, 0, 0, 1))), writer.write(peer, many)}
+    assert gate.begun.wait(DEADLINE_S)
+    assert writer.poll() == []
+    gate.let.set()
+    found: set[int] = set()
+    while found != tickets:
+        began = time.monotonic()
+        writer.wait(None, DEADLINE_S)
+        assert time.monotonic() - began < DEADLINE_S, "what is left of the batch was forgotten"
+        found |= {done.ticket for done in writer.poll()}

@@ -20,6 +20,7 @@ from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
+from tessera.run.waiter import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,17 @@ class Group:
         assert len(runners) == mesh.size
         self.runners = runners
         self._meeting = meeting
+        self._steps = Watch()
         self._first = [mesh.group(0, "dp")[i] for i in range(mesh.size_of("dp"))]
 
     def launch(self, step: Step) -> GroupLaunched:
         """Starts a step on every rank."""
         tickets = [runner.launch(step) for runner in self.runners]
         return GroupLaunched(step.index, tickets, [tickets[rank].tallies[0] for rank in self._first])
+
+    def wait(self, launched: GroupLaunched | None, news: int | None, seconds: float) -> bool:
+        """See `Runs.wait`."""
+        return self._steps.wait([t.result for t in launched.ranks] if launched is not None else (), news, seconds)
 
     def collect(self, launched: GroupLaunched) -> tuple[StepDone, list[Output]]:
         """Waits for all ranks. Raises what a rank raised, rather than that others missed it."""
@@ -63,14 +69,6 @@ class Group:
         """The choice has ended elsewhere: nothing of it may come out any more."""
         for rank in self._first:
             self.runners[rank].drop(request_id, choice)
-
-    def check(self) -> None:
-        """They are in this process, and fail when they run."""
-
-    @property
-    def waits(self) -> bool:
-        """Nothing is told by `check` alone."""
-        return False
 
     @property
     def stages(self) -> Stages:
@@ -106,3 +104,4 @@ class Group:
         self._meeting.fail(0, None)
         for runner in self.runners:
             runner.close()
+        self._steps.close()

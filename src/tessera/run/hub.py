@@ -40,6 +40,7 @@ class Hub:
         self._poller.register(self._socket, zmq.POLLIN)
         self._children: Children | None = None
         self._told: dict[int, Failed] = {}
+        self._also: int | None = None  # a file that is waited for too
         self._gone = watched(self._socket)
         self._poller.register(self._gone, zmq.POLLIN)
         self._socket.bind(self.address)
@@ -80,16 +81,29 @@ class Hub:
             except zmq.ZMQError as error:
                 raise self._why(f"rank {rank} cannot be reached") from error
 
-    def receive(self, seconds: float) -> tuple[int, Up] | None:
-        """The next message and whose it is; None when none comes in time. Raises why a rank has failed or gone."""
+    def receive(self, seconds: float, also: int | None = None) -> tuple[int, Up] | None:
+        """The next message and whose it is; None when none comes in time, or before the file `also` is readable.
+
+        Raises why a rank has failed or gone.
+        """
+        self._listen(also)
         ready = dict(self._poller.poll(int(seconds * 1000)))
-        if not ready:
+        if not ready.keys() - {also}:
             return None
         if self._socket in ready:
             rank, message = self._read()
             if not isinstance(message, Failed):
                 return rank, message
         raise self._why("a rank has gone")
+
+    def _listen(self, also: int | None) -> None:
+        if also == self._also:
+            return
+        if self._also is not None:
+            self._poller.unregister(self._also)
+        if also is not None:
+            self._poller.register(also, zmq.POLLIN)
+        self._also = also
 
     def _read(self) -> tuple[int, Up]:
         name, data = self._socket.recv_multipart()

@@ -1,8 +1,9 @@
 """The step loop: events to the planner, steps to the runner, results back, outputs out.
 
 Overlap: up to `max_in_flight` steps are launched before the oldest is collected, so step n + 1 is planned and launched
-while n runs (`max_in_flight` 1 is the plain loop). Waits block. Whatever goes wrong ends the loop with an error output
-for every live request and a `Fatal`: nobody waits for an answer that cannot come.
+while n runs (`max_in_flight` 1 is the plain loop). Waits block. While a step runs, a server that hands prompts over
+hears news all the same, lest what another server waits for wait for a chunk. Whatever goes wrong ends the loop with an
+error output for every live request and a `Fatal`: nobody waits for an answer that cannot come.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from tessera.run.report import Tally
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # an idle loop wakes this often, to show that it is alive
-LOOK_S = 0.002  # and this often while ranks owe news
 REST_S = 0.05  # nothing came for so long: time to record a size that steps may have
 
 
@@ -88,18 +88,18 @@ class Runs(Protocol[TicketT]):
     def launch(self, step: Step) -> TicketT:
         """Starts a step without waiting for it."""
 
+    def wait(self, launched: TicketT | None, news: int | None, seconds: float) -> bool:
+        """Blocks until the oldest step can be collected (True), until the file `news` is readable, or for `seconds`.
+
+        `launched` None: no step is under way. `news` None: nothing but the step is waited for, by this or by `collect`.
+        Raises when ranks can run nothing any more.
+        """
+
     def collect(self, launched: TicketT) -> tuple[StepDone, list[Output]]:
         """Waits for a step and returns what it drew."""
 
     def drop(self, request_id: str, choice: int) -> None:
         """The choice has ended elsewhere: nothing of it may come out any more."""
-
-    def check(self) -> None:
-        """Asked at times when there is nothing to run. Raises when it could run nothing any more."""
-
-    @property
-    def waits(self) -> bool:
-        """Something is under way outside of steps that is told only when `check` asks."""
 
     def trace(self, order: ProfileOrder) -> int:
         """See `Traces`."""
@@ -178,12 +178,10 @@ class StepLoop(Generic[TicketT]):
         self._flying: deque[TicketT] = deque()
         self._live = Live()
         self._last_collect = 0.0
-        self._idle = True
         self._hook = turn_hook
         self._outside = outside
         self._profiles = Profiles(runner, sink, replica)
         self._recordings = recordings or Recordings(Sizes())
-        self._told = 0.0  # when the last Tick was sent
 
     def run(self, ready: Outbound) -> None:
         """Sends `ready` and blocks until the engine ends. A failure becomes error outputs and a `Fatal`."""
@@ -203,16 +201,25 @@ class StepLoop(Generic[TicketT]):
                 raise
 
     def _turn(self) -> None:
-        waits = self.runner.waits
-        messages = self.inbox.drain(self._wait(waits))
-        now = self.last_tick = time.monotonic()
-        if waits or (self._idle and not messages):
-            self.runner.check()
-        if self._idle and not messages and now - self._told >= IDLE_WAIT_S * waits:
-            self._told = now
+        oldest = self._flying[0] if self._flying else None
+        hears = oldest is None or self._outside is not None
+        patience = REST_S if oldest is None and self._recordings.num_left else IDLE_WAIT_S
+        over = self.runner.wait(oldest, self.inbox.there if hears else None, patience)
+        if over:
+            self._collect()
+        messages = self.inbox.drain()
+        now = time.monotonic()
+        if over or oldest is None:  # a step that hangs is no sign of life, whatever else is heard
+            self.last_tick = now
+        if oldest is None and not messages:
             self.sink(Tick(now))
             self._record(self._recordings.rest())
         self._apply([Clock(now), *self._note(messages)])
+        self._launch()
+        if messages and not self._flying:
+            self._send_reports(self.report.idle())
+
+    def _launch(self) -> None:
         while len(self._flying) < self.max_in_flight:
             step = self.planner.next_step()
             if step is None:
@@ -222,17 +229,6 @@ class StepLoop(Generic[TicketT]):
                 self._last_collect = time.monotonic()
             self._flying.append(self.runner.launch(step))
         self._run_errands()
-        self._idle = not self._flying
-        if self._flying:
-            self._collect()
-        elif messages:
-            self._send_reports(self.report.idle())
-
-    def _wait(self, waits: bool) -> float:
-        """How long to wait for messages."""
-        if not self._idle:
-            return 0.0
-        return LOOK_S if waits else REST_S if self._recordings.num_left else IDLE_WAIT_S
 
     def _record(self, size: Size | None) -> None:
         if size is not None:

@@ -1,13 +1,12 @@
 """A rank's end of hand-overs: it owns the transfer engine, writes what steps say, and fences writers.
 
-The engine is used by one thread, which blocks while nothing is under way and looks every `LOOK_S` while something is.
+The engine is used by one thread, which blocks until there is work or the engine has something to say.
 What it has to tell it tells through `tell`, in that thread. All sends of a step to one rank of a peer are one batch.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from tessera.core.errors import DeadlineError, TesseraError
 from tessera.core.mesh import Mesh
 from tessera.plan.handoff import Fenced, Written
 from tessera.plan.step import Send
+from tessera.run.mailbox import Mailbox
 from tessera.run.profiling import Traced
 from tessera.transfer.base import Done, Engine, Runs
 from tessera.transfer.copies import CopyPlan
@@ -27,7 +27,6 @@ from tessera.transfer.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.0005
 CONNECT_S = 20.0
 CLOSE_S = 10.0
 
@@ -97,7 +96,7 @@ class Poster:
     def __init__(self, engine: Engine, mesh: Mesh, rank: int, tell: Callable[[News], None]) -> None:
         self.name = engine.name
         self._engine, self._rank, self._dp_rank, self._tell = engine, rank, mesh.coordinate(rank, "dp"), tell
-        self._work: queue.SimpleQueue[Order | Sequence[Send] | None] = queue.SimpleQueue()
+        self._work: Mailbox[Order | Sequence[Send] | None] = Mailbox()
         self._routes: dict[str, _Route] = {}
         self._batches: dict[int, list[_Pending]] = {}
         self._thread = threading.Thread(target=self._run, name=f"tessera-poster-{rank}", daemon=True)
@@ -130,16 +129,13 @@ class Poster:
 
     def _work_on(self) -> None:
         while True:
-            try:
-                work = self._work.get(timeout=LOOK_S if self._batches else None)
-            except queue.Empty:
-                self._poll()
-                continue
-            if work is None:
-                self._engine.close()
-                return
-            self._take(work)
+            for work in self._work.take():
+                if work is None:
+                    self._engine.close()
+                    return
+                self._take(work)
             self._poll()
+            self._engine.wait(self._work.there, None)
 
     def _take(self, work: Order | Sequence[Send]) -> None:
         match work:
@@ -162,7 +158,7 @@ class Poster:
         try:
             until = time.monotonic() + CONNECT_S
             while self._batches and time.monotonic() < until:
-                time.sleep(LOOK_S)
+                self._engine.wait(None, until - time.monotonic())
                 self._poll()
             if self._batches:
                 raise DeadlineError(f"writes of an earlier session are under way for {CONNECT_S:g} s")

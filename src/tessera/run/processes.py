@@ -15,12 +15,12 @@ from typing import TypeVar
 from tessera.core.config.types import Config, MeshConfig
 from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
 from tessera.core.mesh import ranks_of
-from tessera.core.messages import Output, Profile
+from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.hub import Hub
-from tessera.run.poster import News, Order, Part
+from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
@@ -40,9 +40,11 @@ def unheard(news: News) -> None:
 
 @dataclass(slots=True)
 class Sent:
-    """A step under way. `tallies`: what each DP rank computes, once it is collected."""
+    """A step under way. `tallies`: what each DP rank computes, once it is collected. `due`: when it must be there,
+    since it was first waited for."""
 
     index: int
+    due: float | None = None
     tallies: list[Tally] = field(default_factory=list)
 
 
@@ -61,9 +63,8 @@ class Processes:
         self._all = range(mesh.size)
         self._first = mesh.group(0, "dp")
         self._silence = config.serving.watchdog_timeout
-        self._tell, self._expected = tell, 0  # news that ranks still owe
+        self._tell = tell
         self._keeping: set[int] = set()  # ranks that are recording a size
-        self._attn = mesh.size_of("attn")
         self.seats: list[Seat] = []
         self.stages = Stages()
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
@@ -131,15 +132,12 @@ class Processes:
         """Starts a step on every rank."""
         self._hub.send(Run(step), self._all)
         self._last = step.index
-        self._expected += sum(len(part.sends) for part in step.parts) * self._attn
         return Sent(step.index)
 
     def collect(self, launched: Sent) -> tuple[StepDone, list[Output]]:
         """Waits for the ranks that answer."""
-        until = time.monotonic() + self._silence
-        while missing := [rank for rank in self._first if not self._done[rank]]:
-            if not self._take(until - time.monotonic()):
-                raise DeadlineError(f"ranks {missing} have not finished step {launched.index} in {self._silence:g} s")
+        while not self.wait(launched, None, self._silence):
+            pass
         answers = [self._done[rank].popleft() for rank in self._first]
         assert all(answer.done.index == launched.index for answer in answers), f"step {launched.index} out of turn"
         launched.tallies += [tally for answer in answers for tally in answer.tallies]
@@ -149,7 +147,6 @@ class Processes:
 
     def trace(self, order: ProfileOrder) -> int:
         """See `Traces`."""
-        self._expected += len(self._all) * isinstance(order, Profile)
         self._hub.send(Trace(order), self._all)
         return len(self._all)
 
@@ -163,9 +160,26 @@ class Processes:
                 ranks = sorted(self._keeping)
                 raise DeadlineError(f"ranks {ranks} have not recorded steps of {size} in {self._silence:g} s")
 
-    def _take(self, seconds: float) -> bool:
-        """Takes a message; False when none comes in time."""
-        found = self._hub.receive(max(seconds, 0))
+    def wait(self, launched: Sent | None, news: int | None, seconds: float) -> bool:
+        """See `Runs.wait`. What ranks have to tell is told meanwhile."""
+        until = time.monotonic() + seconds
+        if launched is None:
+            self._take(seconds, news)
+            return False
+        if launched.due is None:
+            launched.due = time.monotonic() + self._silence
+        while missing := [rank for rank in self._first if not self._done[rank]]:
+            now = time.monotonic()
+            if self._take(min(until, launched.due) - now, news):
+                continue
+            if time.monotonic() >= launched.due:
+                raise DeadlineError(f"ranks {missing} have not finished step {launched.index} in {self._silence:g} s")
+            return False
+        return True
+
+    def _take(self, seconds: float, news: int | None = None) -> bool:
+        """Takes a message; False when none comes in time, or before `news` is readable."""
+        found = self._hub.receive(max(seconds, 0), news)
         if found is None:
             return False
         rank, message = found
@@ -174,9 +188,8 @@ class Processes:
                 self._done[rank].append(message)
             case Kept():
                 self._keeping.discard(rank)
-            case Told(news):
-                self._expected -= 1
-                self._tell(news)
+            case Told(told):
+                self._tell(told)
             case _:
                 raise PeerError(f"rank {rank} said {type(message).__name__} out of turn")
         return True
@@ -190,19 +203,8 @@ class Processes:
         self._dropped[request_id, choice] = self._last
         self._hub.send(Drop(request_id, choice), self._first)
 
-    def check(self) -> None:
-        """Raises when a rank has gone while there was nothing to run."""
-        while self._take(0):
-            pass
-
-    @property
-    def waits(self) -> bool:
-        """Ranks owe news of orders, or of what they write elsewhere: `check` takes them."""
-        return self._expected > 0
-
     def order(self, order: Order) -> None:
         """See `Reachable.order`."""
-        self._expected += 0 if isinstance(order, Part) else len(self._all)
         self._hub.send(Do(order), self._all)
 
     def close(self) -> None:

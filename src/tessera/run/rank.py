@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -29,9 +27,11 @@ from tessera.models.folder import configured_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
+from tessera.run.mailbox import Mailbox
 from tessera.run.poster import News
 from tessera.run.runner import Launched, Runner
 from tessera.run.stages import Stages
+from tessera.run.waiter import Waiter
 from tessera.run.wire import (
     Begin,
     Do,
@@ -102,53 +102,11 @@ class Link:
         self._context.term()
 
 
-class Waiter:
-    """Waits for launched steps, in order, in a thread: `ended` is readable once for each that has ended."""
-
-    def __init__(self) -> None:
-        self.ended = os.eventfd(0, os.EFD_NONBLOCK)
-        self._queue: queue.SimpleQueue[Launched] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="tessera-waiter", daemon=True).start()
-
-    def put(self, launched: Launched) -> None:
-        """The next step to wait for."""
-        self._queue.put(launched)
-
-    def count(self) -> int:
-        """How many have ended since it was asked last."""
-        return os.eventfd_read(self.ended)
-
-    def _run(self) -> None:
-        while True:
-            launched = self._queue.get()
-            try:
-                if launched.result.exception() is None:
-                    launched.result.result().wait()
-            finally:  # whoever collects it learns what is wrong
-                os.eventfd_write(self.ended, 1)
-
-
-class NewsBox:
-    """News of other threads, for the one that may use the link: `there` is readable when there are some."""
-
-    def __init__(self) -> None:
-        self.there = os.eventfd(0, os.EFD_NONBLOCK)
-        self._queue: queue.SimpleQueue[News] = queue.SimpleQueue()
-
-    def put(self, news: News) -> None:
-        """From any thread."""
-        self._queue.put(news)
-        os.eventfd_write(self.there, 1)
-
-    def take(self) -> list[News]:
-        """All since the last time."""
-        return [self._queue.get() for _ in range(os.eventfd_read(self.there))]
-
-
 class Steps:
-    """Runs what comes over a link on a runner. `answers`: it tells what it drew."""
+    """Runs what comes over a link on a runner. `answers`: it tells what it drew. `news` come from other threads, which
+    may not use the link."""
 
-    def __init__(self, link: Link, runner: Runner, news: NewsBox, answers: bool) -> None:
+    def __init__(self, link: Link, runner: Runner, news: Mailbox[News], answers: bool) -> None:
         self._link, self._runner, self._answers = link, runner, answers
         self._waiter = Waiter()
         self._news = news
@@ -182,7 +140,7 @@ class Steps:
             case Run(step):
                 launched = self._runner.launch(step)
                 self._flying.append(launched)
-                self._waiter.put(launched)
+                self._waiter.put([launched.result])
             case Record(size):
                 self._runner.record(size)
                 self._link.tell(Kept())
@@ -233,7 +191,7 @@ def join(begin: Begin, spawn: Spawn, device: torch.device) -> Comm:
     )
 
 
-def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: Link, news: NewsBox) -> Runner:
+def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: Link, news: Mailbox[News]) -> Runner:
     """The runner of a rank, with weights from its folder."""
     folder = Path(spawn.folder)
     spec = read_model(folder)
@@ -257,7 +215,7 @@ def serve(link: Link, spawn: Spawn) -> int:
         stages = Stages()
         with stages.timed("connect"):
             comm = join(begin, spawn, device)
-        news = NewsBox()
+        news: Mailbox[News] = Mailbox()
         runner = load(begin.config, spawn, comm, device, link, news)
         stages.follow([runner.stages])
         link.tell(Loaded(runner.post.seat if runner.post is not None else None, stages))

@@ -31,6 +31,7 @@ from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, p
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.table import Known, RowTable, Sequence
+from tessera.run.waiter import Watch
 
 
 class Model(Protocol):
@@ -116,6 +117,7 @@ class Runner:
         self.page_size, self.dp_rank, self.graphs = page_size, dp_rank, graphs
         self._executor = executor or Inline()
         self.post, self.stages, self.tracer = post, stages or Stages(), tracer
+        self._steps = Watch()
         self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
 
     def launch(self, step: Step) -> Launched:
@@ -211,6 +213,10 @@ class Runner:
         self.table.tokens[draws.rows, draws.positions] = results[0].to(torch.int32)
         return results
 
+    def wait(self, launched: Launched | None, news: int | None, seconds: float) -> bool:
+        """See `Runs.wait`."""
+        return self._steps.wait([launched.result] if launched is not None else (), news, seconds)
+
     def collect(self, launched: Launched) -> tuple[StepDone, list[Output]]:
         """Waits for a step; its tokens, which sequences ended, and the outputs. Raises what the step raised."""
         arrays = launched.result.result().wait()
@@ -233,14 +239,6 @@ class Runner:
         sequence = self.table.find(request_id, choice)
         if sequence is not None:
             sequence.ended = True
-
-    def check(self) -> None:
-        """It is in this process, and fails when it runs."""
-
-    @property
-    def waits(self) -> bool:
-        """Nothing is told by `check` alone."""
-        return False
 
     @property
     def seats(self) -> list[Seat]:
@@ -272,5 +270,6 @@ class Runner:
     def close(self) -> None:
         """Waits for steps under way; what is being written elsewhere fails."""
         self._executor.close()
+        self._steps.close()
         if self.post is not None:
             self.post.poster.close()

@@ -66,6 +66,11 @@ class Engine(Protocol):
         """
         ...
 
+    def wait(self, also: int | None, seconds: float | None) -> None:
+        """Blocks until `poll` may have something to say, until the file `also` is readable, or for `seconds` (None:
+        for ever). It may return early."""
+        ...
+
     def fence(self, writer: str, deadline_s: float = FENCE_S) -> None:
         """Returns when no write of `writer` (its own `name`) can land here any more; later batches of it fail.
 

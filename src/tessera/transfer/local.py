@@ -6,6 +6,7 @@ batch a call, so that a test can fence, close or change its mind between post an
 
 from __future__ import annotations
 
+import select
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -81,6 +82,11 @@ class LocalEngine:
         except PeerError as error:
             return [Done(ticket, error)]
         return [Done(ticket)]
+
+    def wait(self, also: int | None, seconds: float | None) -> None:
+        """See `Engine.wait`."""
+        if not self._posted:
+            select.select([also] if also is not None else [], [], [], None if seconds is None else max(seconds, 0))
 
     def _land(self, peer: LocalEngine, runs: Runs) -> None:
         with peer._lock:

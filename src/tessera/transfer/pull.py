@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -110,6 +111,17 @@ class PullEngine:
         self._over.clear()
         return done
 
+    def wait(self, also: int | None, seconds: float | None) -> None:
+        """See `Engine.wait`."""
+        if self._over or any(peer.failed for peer in self._peers.values()):
+            return
+        poller = select.poll()
+        for peer in self._peers.values():
+            peer.watch(poller)
+        if also is not None:
+            poller.register(also, select.POLLIN)
+        poller.poll(None if seconds is None else 1000 * max(seconds, 0))
+
     def fence(self, writer: str, deadline_s: float = FENCE_S) -> None:
         """See `Engine.fence`."""
         self._readers.fence(writer, deadline_s)
@@ -176,6 +188,16 @@ class _Peer:
         if reasons or not there:
             done += self.fail(PeerError(f"{self.endpoint.name} {reasons[0] if reasons else 'has left'}"))
         return done
+
+    @property
+    def failed(self) -> bool:
+        """Some batches are over because the peer has gone."""
+        return self._gone is not None and bool(self._pending)
+
+    def watch(self, poller: select.poll) -> None:
+        """Has `poller` wait for what the peer says, and for when it takes what was not sent yet."""
+        if self._gone is None:
+            poller.register(self._channel.file, select.POLLIN | (select.POLLOUT if self._channel.full else 0))
 
     def _landed(self, message: Landed) -> Done:
         self._pending.discard(message.ticket)

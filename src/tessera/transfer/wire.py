@@ -162,6 +162,16 @@ class Channel:
         self._out += pack(message)
         self._flush()
 
+    @property
+    def file(self) -> int:
+        """The socket's number."""
+        return self._sock.fileno()
+
+    @property
+    def full(self) -> bool:
+        """The socket has not taken everything yet."""
+        return bool(self._out)
+
     def exchange(self) -> tuple[list[Message], bool]:
         """What has come, and whether the other side is still there."""
         found: list[Message] = []
