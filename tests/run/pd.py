@@ -62,6 +62,7 @@ class Server:
             assert answer.prompt_logprobs is None, "prompt logprobs twice"
             answer.prompt_logprobs = output.prompt_logprobs
         answer.finish = output.finish
+        answer.num_cached = max(answer.num_cached, output.num_cached)
         if output.handed is not None:
             assert output.request_id not in self.handed, "told twice"
             self.handed[output.request_id] = output.handed

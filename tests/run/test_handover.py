@@ -105,8 +105,14 @@ def test_prompts_that_prefill_has_in_its_prefix_cache_are_sent_all_the_same() ->
         for turn in range(3):  # in the second and third turn prefill computes a page of each, decode may have some too
             asked = [msgspec.structs.replace(r, request_id=f"{turn} {r.request_id}") for r in requests(12)]
             check_equal(pair, asked)
+            for name in (request.request_id for request in asked):
+                told = [server.answers[name, 0].num_cached for server in (pair.decode, pair.prefill)]
+                assert told[0] == told[1], "decode tells what prefill had"
         reports = pair.prefill.reports
-        assert sum(report.num_cached_token for report in reports) > 200
+        cached = sum(report.num_cached_token for report in reports)
+        assert cached > 200
+        assert sum(pair.decode.answers[key].num_cached for key in pair.decode.answers if not key[1]) == cached
+        assert not sum(report.num_cached_token for report in pair.decode.reports), "it found nothing itself"
 
 
 @pytest.mark.parametrize("flags", [{}, {"tp": 2}])

@@ -94,12 +94,13 @@ class Reserve(msgspec.Struct, tag=True, frozen=True, eq=False):
 
 class Sent(msgspec.Struct, tag=True, frozen=True):
     """The record: everything has landed. Goes last, and is checked before first use. `scores`: logprobs of the prompt,
-    where they were asked for."""
+    where they were asked for. `num_cached`: tokens of it that prefill had in its prefix cache."""
 
     generation: int
     prompt: Prompt
     times: HandoverTimes | None = None
     scores: list[TokenLogprobs] | None = None
+    num_cached: int = 0
 
 
 class Closed(msgspec.Struct, tag=True, frozen=True):
@@ -224,11 +225,13 @@ class Noted(msgspec.Struct, frozen=True):
 
 
 class Ticketed(msgspec.Struct, frozen=True):
-    """At prefill: a step was planned that writes. `last`: with it all of the prompt is written."""
+    """At prefill: a step was planned that writes. `last`: with it all of the prompt is written. `num_cached`: tokens
+    of the prompt that were not computed but found."""
 
     key: int
     ticket: int
     last: bool
+    num_cached: int = 0
 
 
 Inner = Opened | Refused | Cancelled | Leased | Ticketed | Noted | Clock  # what comes from the planner
@@ -271,6 +274,7 @@ class Arrive(msgspec.Struct, frozen=True):
     key: int
     times: HandoverTimes
     scores: list[TokenLogprobs] | None = None
+    num_cached: int = 0
 
 
 class Start(msgspec.Struct, frozen=True, eq=False):

@@ -137,7 +137,7 @@ class Desk:
     def sends(self, sends: Seq[Send]) -> None:
         """A step was planned that writes."""
         for send in sends:
-            self.hear(Ticketed(send.key, send.ticket, send.last))
+            self.hear(Ticketed(send.key, send.ticket, send.last, self.cases[send.key].leader.num_cached))
 
     def cancel(self, sequence: Sequence) -> bool:
         """One choice of a request ends. True: it was the last, or the request has only one here, and it ends."""
@@ -185,12 +185,14 @@ class Desk:
                 case = self.cases[key]
                 case.leader.route = action
                 case.rank.release_away(case.leader)
-            case Arrive(key, times, scores):
+            case Arrive(key, times, scores, num_cached):
                 leader = self.cases.pop(key).leader
                 leader.params = msgspec.structs.replace(leader.params, prompt_logprobs=-1)  # they are here
                 self._homes.pop(key).state.arrived.append(leader)
-                came = Output(leader.request_id, leader.choice, [], num_prompt=leader.num_prompt, handed=times)
-                came.prompt_logprobs = scores
+                came = Output(
+                    leader.request_id, leader.choice, [], prompt_logprobs=scores, num_prompt=leader.num_prompt
+                )
+                came.num_cached, came.handed = num_cached, times
                 self._said.append(came)
             case End(key, why, times):
                 if key in self._wanting:

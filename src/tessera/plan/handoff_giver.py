@@ -55,6 +55,7 @@ class Giving:
     tickets: dict[int, set[int]] = field(default_factory=dict)
     last: bool = False
     num_bytes: int = 0
+    num_cached: int = 0
     writing: float = 0.0
     slowest: float = 0.0  # rank of a ticket, so far
     why: Why = ABORTED
@@ -104,8 +105,8 @@ class Giver:
                 return list(self._reserve(peer, reserve))
             case Heard(peer, Over() as over) if peer in self.peers:
                 return list(self._over(peer, over))
-            case Ticketed(key, ticket, last):
-                self._ticketed(self.keys[key], ticket, last)
+            case Ticketed(key):
+                self._ticketed(self.keys[key], event)
             case Noted(key, scores) if key in self.keys:
                 self.keys[key].scores = scores
             case Written():
@@ -211,13 +212,13 @@ class Giver:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _ticketed(self, room: Giving, ticket: int, last: bool) -> None:
+    def _ticketed(self, room: Giving, planned: Ticketed) -> None:
         assert room.stage == SENDING
-        room.tickets[ticket] = set()
-        room.last = last
-        if last:
+        room.tickets[planned.ticket] = set()
+        room.last, room.num_cached = planned.last, planned.num_cached
+        if planned.last:
             room.marks.append(self.now)
-        self.tickets[ticket] = room
+        self.tickets[planned.ticket] = room
 
     def _written(self, written: Written) -> Iterator[Action]:
         room = self.tickets.get(written.ticket)
@@ -243,7 +244,8 @@ class Giver:
             self._wait(room, self.config.reply_s)
             yield Free(room.key)
             room.marks.append(self.now)
-            yield Tell(room.peer, Sent(generation, room.reserve.prompt, times_of(room), room.scores))
+            record = Sent(generation, room.reserve.prompt, times_of(room), room.scores, room.num_cached)
+            yield Tell(room.peer, record)
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 

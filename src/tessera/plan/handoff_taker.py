@@ -190,7 +190,8 @@ class Taker:
         else:
             meeting, waiting = room.asked - room.began, self.now - room.asked
             told = letter.times or HandoverTimes(0.0, 0.0, 0.0)
-            yield Arrive(room.key, msgspec.structs.replace(told, meeting=meeting, waiting=waiting), letter.scores)
+            times = msgspec.structs.replace(told, meeting=meeting, waiting=waiting)
+            yield Arrive(room.key, times, letter.scores, letter.num_cached)
             yield Tell(peer, Over(room.key, room.room))
 
     def _cancel(self, room: Taking, why: Why) -> Iterator[Action]:
