@@ -26,7 +26,7 @@ import torch
 import triton
 from kernel_case import Case
 
-GROUPS = {name: f"kernels_{name}" for name in ("attention", "delta", "fp8", "linear", "moe")}
+GROUPS = {name: f"kernels_{name}" for name in ("attention", "delta", "fp8", "linear", "moe", "norm")}
 TOLERANCE = 1e-2
 REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
 

@@ -46,6 +46,14 @@ ROUTERS = {  # experts, whether scored in fp32, rules
     ),
 }  # fmt: skip
 SHARED = {"dsv2lite": (2, False), "qwen3next": (1, True)}  # experts that it consists of, and whether it is gated
+SWEPT_VECTORS: list[dict[str, Any]] = [
+    *({"up": RowTile(n * k, k, warps)} for n, k, warps in (
+        (1, 1024, 1), (2, 1024, 1), (1, 2048, 1), (2, 512, 1), (4, 512, 1), (1, 2048, 2), (2, 2048, 2), (2, 2048, 4),
+        (4, 2048, 4),
+    )),
+    *({"down": RowTile(numbers, k, warps)} for numbers in (4096, 8192, 16384, 32768) for k in (512, 2048)
+      for warps in (1, 2, 4, 8) if 1024 <= numbers // warps <= 8192),
+]  # fmt: skip
 SWEPT_FEW, SWEPT_SMALL = 16, 512  # tokens up to which the vector products, and the tiles of few rows, are tried
 
 
@@ -138,10 +146,10 @@ def _mixture(shape: tuple[int, int, int, int], shared: tuple[int, bool], tokens:
         both = pack(random(2 * width, hidden) * hidden**-0.5), pack(random(hidden, width) * width**-0.5)
         return random(tokens, hidden), *weights, ids, scores, Shared(*both, gate)
 
-    def run(inputs: tuple[Any, ...], apart: bool = False, joined: bool = False) -> Tensor:
+    def run(inputs: tuple[Any, ...], apart: bool = False, joined: bool = False, **tiles: RowTile) -> Tensor:
         if apart:
             return apart_mixture(*inputs)
-        return few_experts(*inputs) if joined else mixture(*inputs)
+        return few_experts(*inputs, **tiles) if joined or tiles else mixture(*inputs)
 
     plain = moe.mixture_of(moe.experts, fused.gated_product, fused.add_gated)
     apart_mixture = moe.mixture_of(experts, gated_product, add_gated)
@@ -149,7 +157,8 @@ def _mixture(shape: tuple[int, int, int, int], shared: tuple[int, bool], tokens:
     return Case(
         name, touched * 6 * hidden * inner, 6 * tokens * (top_k + parts) * hidden * inner,
         set_bytes=round(touched * 6 * hidden * inner), make=make, run=run,
-        check=lambda inputs, found: distance(found, plain(*inputs)), variants=[{"apart": True}, {"joined": True}],
+        check=lambda inputs, found: distance(found, plain(*inputs)),
+        variants=[{"apart": True}, {"joined": True}, *SWEPT_VECTORS],
     )  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tessera.ops.fused import Shared
 from tessera.ops.triton_common import chained, follow
+from tessera.ops.triton_linear import Tile, add_products, weights_at
 
 FEW, SHARED = 16, 6  # routed rows, or 1 / SHARED of the experts: what several rows share is read by each of them
-UP_TILE, UP_WARPS = 4096, 4  # numbers of each of the two halves, and of a weight of the second product
-DOWN_TILE, DOWN_WARPS = 32768, 8
+UP = Tile(2048, 1024, 1)  # numbers of each of the two halves
+DOWN = Tile(32768, 2048, 8)  # numbers of the weights of all of a token's experts
 JOINED = 2  # tokens up to which the shared expert is read once for each of them
 
 
@@ -59,19 +60,22 @@ def _gate_up(
         gate_at = tl.where(own < 0, gate_at, shared_ptr + own % PARTS * (INNER * HIDDEN))
         up_at = tl.where(own < 0, up_at, PARTS * INNER * HIDDEN)
     column, inner = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, K)
-    shown = (column < INNER)[:, None]
-    x = x_ptr + token.to(tl.int64) * stride_x + inner
-    w = gate_at + column[:, None] * HIDDEN + inner[None, :]
-    gate, up = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-    for k in range(0, HIDDEN, K):
-        inside = k + inner < HIDDEN
-        w1 = tl.load(w + k, mask=shown & inside[None, :], other=0.0)
-        w3 = tl.load(w + up_at + k, mask=shown & inside[None, :], other=0.0)
-        a = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-        gate += tl.sum(w1.to(tl.float32) * a, 1)
-        up += tl.sum(w3.to(tl.float32) * a, 1)
+    x = x_ptr + token.to(tl.int64) * stride_x
+    last: tl.constexpr = (HIDDEN - 1) // K * K
+    gate, up = tl.zeros([N, 1], tl.float32), tl.zeros([N, 1], tl.float32)
+    w1 = weights_at(gate_at, column, 0, inner, INNER, HIDDEN)
+    w3 = weights_at(gate_at + up_at, column, 0, inner, INNER, HIDDEN)
+    for k in range(0, last, K):
+        next_w1 = weights_at(gate_at, column, k + K, inner, INNER, HIDDEN)
+        next_w3 = weights_at(gate_at + up_at, column, k + K, inner, INNER, HIDDEN)
+        gate = add_products(gate, w1, x, 0, k, inner, HIDDEN, 1, 1)
+        up = add_products(up, w3, x, 0, k, inner, HIDDEN, 1, 1)
+        w1, w3 = next_w1, next_w3
+    gate = add_products(gate, w1, x, 0, last, inner, HIDDEN, 1, 1)
+    up = add_products(up, w3, x, 0, last, inner, HIDDEN, 1, 1)
     h = gate / (1 + tl.exp(-gate)) * up
-    tl.store(h_ptr + row.to(tl.int64) * INNER + column, h.to(h_ptr.dtype.element_ty), mask=column < INNER)
+    at = h_ptr + row.to(tl.int64) * INNER + column[:, None]
+    tl.store(at, h.to(h_ptr.dtype.element_ty), mask=(column < INNER)[:, None])
 
 
 @triton.jit
@@ -128,9 +132,10 @@ def _down(
 
 
 def few_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None = None
-) -> Tensor:
-    """See `moe.experts_reference`: two launches. The shared expert must consist of `parts_of` others."""
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None = None,
+    up: Tile = UP, down: Tile = DOWN,
+) -> Tensor:  # fmt: skip
+    """See `moe.mixture_of`: two launches. The shared expert must consist of `parts_of` others."""
     (num_tokens, hidden), (_, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     parts = parts_of(shared, w2)
     assert parts is not None, "a shared expert that stands apart"
@@ -139,17 +144,17 @@ def few_experts(
     num_rows = ids.numel()
     h, out = x.new_empty(num_rows + num_tokens * parts, inner), x.new_empty(num_tokens, hidden)
     sizes = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "PARTS": parts, **chained(x.device)}
-    k = min(triton.next_power_of_2(hidden), 2048)
-    n = max(UP_TILE // k, 1)
+    k = min(triton.next_power_of_2(hidden), up.k)
+    n = max(up.numbers // k, 1)
     _gate_up[triton.cdiv(inner, n), len(h)](
-        x, w13, w_in, h, ids, x.stride(0), num_rows, N=n, K=k, num_warps=UP_WARPS, **sizes
+        x, w13, w_in, h, ids, x.stride(0), num_rows, N=n, K=k, num_warps=up.warps, **sizes
     )
     padded = triton.next_power_of_2(top_k + parts)
-    k = min(triton.next_power_of_2(inner), 2048)
-    n = max(DOWN_TILE // (k * padded), 1)
+    k = min(triton.next_power_of_2(inner), down.k)
+    n = max(down.numbers // (k * padded), 1)
     _down[triton.cdiv(hidden, n), num_tokens](
         h, w2, w_out, ids, weights, x, w2 if gate is None else gate.weight, out, x.stride(0), num_rows,
         HIDDEN_PADDED=triton.next_power_of_2(hidden), GATED=gate is not None, K_PADDED=padded, N=n, K=k,
-        num_warps=DOWN_WARPS, **sizes,
+        num_warps=down.warps, **sizes,
     )  # fmt: skip
     return out
