@@ -40,12 +40,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 HEAD = """# Accuracy in fp8
 
-`python bench/fp8.py`: the packaged models, {num} held-out questions a task (seed 0), greedy, {date}, commit {commit},
-{machine}. *same*: answers whose text is that of bf16. Then distances of logprobs from those of bf16: the mean over the
-tokens of the questions, which no model can know, and the mean and the largest over those of bf16's answers. float32
-tells how far bf16 is from the exact model. fp8 weights: quantised while loading in blocks of 128 x 128; activations in
-groups of 128 by the plain twin of the GPU's products, or not at all (dequantised, what a CPU does by itself). Pages:
-keys and values, latents of abacus-mla.
+`python bench/fp8.py`: the packaged models, {num} held-out questions a task (seed 0), greedy, {date}, commit {commit}.
+Machine: {machine}.
+
+*same*: answers whose text is that of bf16. Then distances of logprobs from those of bf16: the mean over the tokens of
+the questions, which no model can know, and the mean and the largest over those of bf16's answers. float32 tells how far
+bf16 is from the exact model. fp8 weights: quantised while loading in blocks of 128 x 128; activations in groups of 128
+by the plain twin of the GPU's products, or not at all (dequantised, what a CPU does by itself). Pages: keys and values,
+latents of abacus-mla.
 
 | model | variant | task | score | same | questions | answers | largest |
 |---|---|---|---|---|---|---|---|

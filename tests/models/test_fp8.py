@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from comm.ranks import as_threads, raise_first
-from models.files import State, made, quantised, write
+from core.test_families import DEEPSEEK_V3, QWEN3_5
+from models.files import State, fused, made, quantised, write
 from models.fp8_models import LAYOUTS, MODELS, Layout, alone, compare, quantised_model
 from models.layouts import compute, differences
 from models.test_layouts import judge
@@ -27,9 +28,10 @@ from tessera.comm.base import Comm
 from tessera.comm.single import SingleComm
 from tessera.core import scales
 from tessera.core.errors import LayoutError, ModelError
+from tessera.core.families import read_spec
 from tessera.core.mesh import SINGLE, Mesh, instance_mesh
 from tessera.core.quantization import Quantization
-from tessera.core.scales import check_blocks, in_blocks
+from tessera.core.scales import check_blocks, in_blocks, tile_blocks
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import TensorSpec
 from tessera.core.weights import weight_table
@@ -93,6 +95,34 @@ def _parts(spec: ModelSpec, mesh: Mesh) -> Iterator[TensorSpec]:
         except LayoutError:
             continue
         yield from (part for part in parts.parts() if part.block is not None)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts_are_the_same_experts(transposed: bool, tmp_path: Path) -> None:
+    """As Qwen3.5's checkpoints keep them: gate | up and down of all experts in a tensor each, with their scales."""
+    state, config = made("qwen3_moe-normalised", tmp_path / "plain")
+    fp8, _ = quantised(state, FINE)
+    each = _source(fp8, config, tmp_path / "each", FINE)
+    together = _source(fused(fp8, transposed), config, tmp_path / "fused", FINE)
+    spec, mesh = read_model(tmp_path / "each"), instance_mesh(tp=2, ep=2)
+    table = weight_table(spec, mesh, quantization=spec.quantization)
+    for tensor in [tensor for tensor in table if tensor.role == "experts"]:
+        for rank in range(mesh.size):
+            one, other = (load_fp8(source, tensor, mesh, rank) for source in (each, together))
+            assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8)), tensor.name
+            assert torch.equal(one.scales, other.scales), tensor.name
+
+
+USUAL = [(QWEN3_5, (4, 1, 4, 4)), (QWEN3_5, (8, 8, 8, 8, False, True)), (DEEPSEEK_V3, (8,)), (DEEPSEEK_V3, (16, 1, 8))]
+
+
+@pytest.mark.parametrize(("config", "layout"), USUAL, ids=lambda x: str(x)[:40])
+def test_large_models_have_whole_blocks_on_their_usual_ranks(config: dict[str, Any], layout: Any) -> None:
+    spec = read_spec({**config, "quantization_config": DEEPSEEK_V3["quantization_config"]})
+    mesh = instance_mesh(*layout)
+    for tensor in weight_table(spec, mesh, quantization=spec.quantization):
+        for part in (part for part in tensor.parts() if part.block is not None):
+            assert tile_blocks(part, mesh, mesh.size - 1)[0] == (128, 128), part.name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -239,3 +239,24 @@ def test_a_mistake_where_bytes_are_moved_ends_the_engine_and_is_told(monkeypatch
         assert "has gone" in pair.decode.errors["r"]
         pair.decode.free()
         pair.prefill = pair.decode  # for the end
+
+
+@pytest.mark.parametrize("name", ["hybrid", "mla"])
+def test_pages_in_fp8_arrive_as_they_are(name: str) -> None:
+    """Two ranks that prefill and one that decodes, rounded once: the tokens of one server with such pages."""
+    asked, pages = requests(12), {"kv_cache_dtype": "fp8_e4m3"}
+    wanted = serve(MODELS[name], asked, **EXACT, **pages)
+    with Pair(MODELS[name], {"tp": 2}, {}, **EXACT, **pages) as pair:
+        found = pair.answer(asked)
+        assert not pair.decode.errors
+        assert {key: a.tokens for key, a in found.items()} == wanted.tokens()
+
+
+def test_a_pair_of_which_one_has_pages_in_fp8_is_refused() -> None:
+    with Pair(MODELS["qwen3"], {"kv_cache_dtype": "fp8_e4m3"}, {}, **EXACT) as pair:
+        pair.post(Submit("r", prompt(0, 20), LONG))
+        pair.decode.ended([("r", 0)])
+        assert "prefill keeps float8_e4m3fn, decode float64" in pair.decode.errors["r"]
+        assert "--kv-cache-dtype" in pair.decode.errors["r"]
+        pair.prefill.abort("r")
+        pair.prefill.free()
