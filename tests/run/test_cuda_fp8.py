@@ -1,0 +1,66 @@
+"""On a CUDA device: fp8 weights by our kernels, in graphs and not, and fp8 pages, against the plain twins on the CPU.
+
+An activation on the border of two of fp8's numbers goes either way, so tokens may differ where two are as likely. What
+the device computes is nearer to the twin than fp8 is to the model as it was.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from run.test_cuda_graphs import WIDE, _at_once, model
+from tessera.core.messages import SamplingParams, Submit
+from tessera.core.quantization import Quantization
+from tessera.models.quantizing import Quantizing
+from test_invariance import LAYOUTS, PLAIN, prompts
+from tiny import TinyModel, serve
+
+__all__ = ["_at_once"]
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # on the CPU, on the device
+    "weights": ({"quantization": "fp8", "fp8_gemm_backend": "torch"}, {"quantization": "fp8"}),
+    "e4m3 pages": ({"kv_cache_dtype": "fp8_e4m3"},) * 2,
+    "e5m2 pages": ({"kv_cache_dtype": "fp8_e5m2"},) * 2,
+}
+
+
+@cache
+def quantised(name: str) -> TinyModel:
+    plain = model(name)
+    return TinyModel(plain.spec, Quantizing(plain.source, Quantization(loading=True)))
+
+
+def drawn(name: str, **flags: Any) -> np.ndarray:
+    """The likeliest logprobs of the token after each prefix of the prompts."""
+    params = SamplingParams(max_new_tokens=1, temperature=0.0, logprobs=1, ignore_eos=True)
+    asked = [
+        Submit(f"{i}-{n}", prompt[:n], params) for i, prompt in enumerate(prompts()) for n in range(1, len(prompt), 5)
+    ]
+    run = serve(quantised(name) if "quantization" in flags else model(name), asked, dtype="float32", **flags)
+    return np.array([run.answers[key].logprobs[0].top_logprobs[0] for key in sorted(run.answers)])
+
+
+@cache
+def on_the_cpu(name: str, variant: str) -> np.ndarray:
+    return drawn(name, device="cpu", **PLAIN, **(VARIANTS[variant][0] if variant else {}))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_fp8_is_seen_and_small(name: str) -> None:
+    for variant in VARIANTS:
+        apart = abs(on_the_cpu(name, variant) - on_the_cpu(name, ""))
+        assert 1e-4 < apart.mean() < 0.5, variant
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("layout", ["overlapped", "mixed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", WIDE)
+def test_the_device_computes_what_the_twins_do(name: str, variant: str, layout: str, graphs: bool) -> None:
+    flags = {"device": "cuda", "disable_cuda_graph": not graphs, **LAYOUTS[layout], **VARIANTS[variant][1]}
+    twin = on_the_cpu(name, variant)
+    assert abs(drawn(name, **flags) - twin).mean() < 0.7 * abs(twin - on_the_cpu(name, "")).mean()
