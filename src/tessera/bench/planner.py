@@ -2,7 +2,8 @@
 
 A step is what the step loop pays on the host: new requests and the results of the step before (`apply`), then the next
 step (`next_step`). `unchanged`: all rows decode. `10 % changing`: in every step a tenth of the rows ends, and as many
-new requests arrive and enter.
+new requests arrive and enter. `scarce`: many requests at once, and pages or slots for a few of them: what is computed
+twice, because rows were preempted, and how many rows run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import gc
 import json
 import time
+from collections import deque
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -84,6 +87,54 @@ def best(rows: int, changing: int, steps: int, repeat: int) -> dict[str, float]:
     return figures
 
 
+@dataclass(frozen=True, slots=True)
+class Scarce:
+    """What became of `requests` requests at once. `rows`: that decode, in the mean over steps that only decode;
+    `again`: tokens that were computed anew, as a share of the prompts; `us`: of the planner, per step."""
+
+    requests: int
+    pages: int
+    slots: int
+    steps: int
+    rows: float
+    preempted: int
+    again: float
+    us: float
+
+
+def scarce(requests: int, pages: int, slots: int, prompt: int = 1024, new: int = 256, mixed: bool = False) -> Scarce:
+    """All requests at once, to their end. `slots`: 0 for a model without recurrent state."""
+    config = PlannerConfig(
+        requests, pages, PAGE_SIZE, prompt + new, slots, chunk_size=8192, mixed=mixed, max_in_flight=2
+    )
+    planner, tokens, params = Planner(config), list(range(prompt)), SamplingParams(max_new_tokens=new)
+    planner.apply([Submit(str(i), tokens, params) for i in range(requests)])
+    flying: deque[Step] = deque()
+    steps, computed, decoding, took = 0, 0, [], 0
+    while not planner.idle:
+        began = time.perf_counter_ns()
+        while (step := planner.next_step()) is not None:
+            flying.append(step)
+        took += time.perf_counter_ns() - began
+        part = flying[0].parts[0]
+        lengths, drawn = part.lengths, part.rows[part.samples]
+        if (lengths == 1).all():
+            decoding.append(len(lengths))
+        computed, steps = computed + int(lengths[lengths > 1].sum()), steps + 1
+        finished = (part.starts + lengths)[part.samples] + 1 >= prompt + new
+        done = PartDone(drawn, np.ones((len(drawn), 1), np.int32), finished)
+        began = time.perf_counter_ns()
+        planner.apply([StepDone(flying.popleft().index, (done,))])
+        took += time.perf_counter_ns() - began
+    planner.check()
+    preempted, again = planner.ranks[0].state.num_preempted, computed / (requests * prompt) - 1
+    return Scarce(requests, pages, slots, steps, float(np.mean(decoding)), preempted, again, took / steps / 1e3)
+
+
+# Of a model whose states leave few pages; of one with states for 64; of one whose pages nearly suffice.
+SCARCE = ((512, 4500, 513), (512, 40000, 65), (512, 35601, 0))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description="Microseconds that the planner spends on a step.")
@@ -93,13 +144,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     points = [(rows, changing) for rows in ROWS for changing in (0, rows // 10 + (rows < 100))]
     results = [best(rows, changing, args.steps, args.repeat) for rows, changing in points]
+    short = [scarce(*point) for point in SCARCE]
     if args.json:
-        print(json.dumps({"steps": args.steps, "results": results}))
+        print(json.dumps({"steps": args.steps, "results": results, "scarce": [asdict(found) for found in short]}))
         return
     print("| rows | changing | median us | p99 us | median CPU us | p99 CPU us |\n|---|---|---|---|---|---|")
     for r in results:
         figures = " | ".join(f"{r[name]:.0f}" for name in ("median_us", "p99_us", "median_cpu_us", "p99_cpu_us"))
         print(f"| {r['rows']:.0f} | {r['changing']:.0f} | {figures} |")
+    print("\n| requests | pages | slots | steps | rows | preempted | computed again | us a step |")
+    print("|---|---|---|---|---|---|---|---|")
+    for s in short:
+        held = f"{s.requests} | {s.pages} | {s.slots} | {s.steps} | {s.rows:.0f} | {s.preempted}"
+        print(f"| {held} | {s.again:.0%} | {s.us:.0f} |")
 
 
 if __name__ == "__main__":
