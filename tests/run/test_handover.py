@@ -68,7 +68,11 @@ def check_equal(pair: Pair, asked: list[Submit]) -> None:
         for server in (pair.prefill, pair.decode):
             times = server.handed.get(request.request_id)
             assert (times is not None) == (len(request.tokens) > 1)
-            assert times is None or times.num_bytes > 0
+            if times is not None:
+                assert times.num_bytes > 0
+                assert (times.waiting is None) == (server is pair.prefill)
+                assert min(times.meeting, times.queue, times.prefill, times.transfer, times.waiting or 0.0) >= 0
+                assert times.ended > time.monotonic() - 600
 
 
 def check_prompt(answer: Answer, expected: Answer) -> None:

@@ -117,17 +117,23 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 
 
 class HandoverTimes(msgspec.Struct, frozen=True):
-    """What the hand-over of a request took, in seconds. At prefill: until decode asked for the prompt, until the last
-    chunk was planned, until the last byte was written after that; in `writing` seconds `num_bytes` moved. At decode:
-    `meeting` is until prefill was asked, memory included, `waiting` from then until the prompt was there; the others
-    are what prefill says."""
+    """What the hand-over of a request took: phases one after the other, in seconds, the last of which ended at `ended`
+    (of `time.monotonic` of this host).
+
+    At prefill `meeting` is until decode asked for the prompt, `queue` until the first chunk was planned, `prefill`
+    until the last one was, `transfer` until the last byte was written; `num_bytes` moved in `writing` s. At decode
+    `meeting` is until prefill was met, `queue` until memory was set aside, `waiting` until the prompt was there; the
+    others are what prefill says.
+    """
 
     meeting: float
+    queue: float
     prefill: float
     transfer: float
-    waiting: float = 0.0
+    waiting: float | None = None  # at decode
     writing: float = 0.0
     num_bytes: int = 0
+    ended: float = 0.0
 
 
 class Output(msgspec.Struct, array_like=True):

@@ -39,6 +39,7 @@ from tessera.plan.step import Clock
 # that has not come and that decode wants no more.
 EXPECTED, OFFERED, REFUSED, UNWANTED = "expected", "offered", "refused", "unwanted"
 SENDING, STOPPING, TOLD = "sending", "stopping", "told"  # STOPPING: it has failed, and writes are under way
+NUM_BEFORE = 2  # marks of a room of which nothing is planned yet
 
 
 @dataclass(slots=True)
@@ -60,14 +61,20 @@ class Giving:
     slowest: float = 0.0  # rank of a ticket, so far
     why: Why = ABORTED
     scores: list[TokenLogprobs] | None = None
-    marks: list[float] = field(default_factory=list)  # when it came, was asked for, was all planned, and was written
+    marks: list[float] = field(default_factory=list)  # when it came, was asked for, begun, all planned, and written
 
 
 def times_of(room: Giving) -> HandoverTimes:
     """What it took, once it is written."""
-    came, asked, planned, written = room.marks
+    came, asked, begun, planned, written = room.marks
     return HandoverTimes(
-        asked - came, planned - asked, written - planned, writing=room.writing, num_bytes=room.num_bytes
+        asked - came,
+        begun - asked,
+        planned - begun,
+        written - planned,
+        writing=room.writing,
+        num_bytes=room.num_bytes,
+        ended=written,
     )
 
 
@@ -216,8 +223,7 @@ class Giver:
         assert room.stage == SENDING
         room.tickets[planned.ticket] = set()
         room.last, room.num_cached = planned.last, planned.num_cached
-        if planned.last:
-            room.marks.append(self.now)
+        room.marks += [self.now] * ((len(room.marks) == NUM_BEFORE) + planned.last)
         self.tickets[planned.ticket] = room
 
     def _written(self, written: Written) -> Iterator[Action]:

@@ -59,6 +59,7 @@ class Taking:
     began: float
     deadline: float = inf
     stage: str = MEETING
+    met: float = 0.0
     asked: float = 0.0
     peer: str = ""
     retry_at: float = inf
@@ -152,7 +153,7 @@ class Taker:
         return [room for room in self.rooms.values() if room.address == address and room.stage == stage]
 
     def _want(self, room: Taking) -> Iterator[Action]:
-        room.stage, room.peer = WANTING, self.peers[room.address]
+        room.stage, room.peer, room.met = WANTING, self.peers[room.address], self.now
         self._wait(room, self.config.waiting_s)
         yield Want(room.key)
 
@@ -188,9 +189,13 @@ class Taker:
             yield End(room.key, why)
             yield Tell(peer, Over(room.key, room.room, why))
         else:
-            meeting, waiting = room.asked - room.began, self.now - room.asked
-            told = letter.times or HandoverTimes(0.0, 0.0, 0.0)
-            times = msgspec.structs.replace(told, meeting=meeting, waiting=waiting)
+            times = msgspec.structs.replace(
+                letter.times or HandoverTimes(0.0, 0.0, 0.0, 0.0),
+                meeting=room.met - room.began,
+                queue=room.asked - room.met,
+                waiting=self.now - room.asked,
+                ended=self.now,
+            )
             yield Arrive(room.key, times, letter.scores, letter.num_cached)
             yield Tell(peer, Over(room.key, room.room))
 

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
 
 from tessera.serve.answer import Delta
 from tessera.serve.formats import chat_logprobs, usage_body
-from tessera.serve.http import Call, events, whole
+from tessera.serve.http import Call, events, span_of, whole
 from tessera.serve.schema import Request
 from tessera.serve.server import Server, new_id
+from tessera.serve.trace import Span
 
 
 async def chat_completions(server: Server, call: Call) -> Response:
     """Answers one call."""
     request = server.reader.chat(await server.body(call))
-    maker = _Maker(server, request)
+    maker = _Maker(server, request, span_of(call))
     return await (events(call, maker.parts()) if request.stream else whole(call, maker.whole()))
 
 
 class _Maker:
     """Builds the parts of one answer."""
 
-    def __init__(self, server: Server, request: Request) -> None:
-        self._server, self._request = server, request
+    def __init__(self, server: Server, request: Request, span: Span) -> None:
+        self._answering, self._request = partial(server.answering, span), request
         self._tokenizer = server.reader.tokenizer
         self._id = request.rid or new_id("chatcmpl")
         self._created, self._model = int(time.time()), server.options.served_model_name
@@ -36,7 +38,7 @@ class _Maker:
 
     async def whole(self) -> dict[str, Any]:
         """The answer when it is finished."""
-        with self._server.answering(self._request, self._id) as answering:
+        with self._answering(self._request, self._id) as answering:
             (answer,) = await answering.collect()
             choices = [
                 self._choice(one, {"message": {"role": "assistant", "content": one.text, "refusal": None}})
@@ -49,7 +51,7 @@ class _Maker:
         request = self._request
         head = self._head("chat.completion.chunk")
         begun: set[int] = set()
-        with self._server.answering(request, self._id) as answering:
+        with self._answering(request, self._id) as answering:
             async for delta in answering.deltas():
                 more: dict[str, Any] = {}
                 if request.continuous_usage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -11,23 +12,24 @@ from starlette.responses import Response
 from tessera.core.messages import TokenLogprobs
 from tessera.serve.answer import Delta
 from tessera.serve.formats import completion_logprobs, usage_body
-from tessera.serve.http import Call, events, whole
+from tessera.serve.http import Call, events, span_of, whole
 from tessera.serve.schema import Item, Request
 from tessera.serve.server import Server, new_id
+from tessera.serve.trace import Span
 
 
 async def completions(server: Server, call: Call) -> Response:
     """Answers one call."""
     request = server.reader.completion(await server.body(call))
-    maker = _Maker(server, request)
+    maker = _Maker(server, request, span_of(call))
     return await (events(call, maker.parts()) if request.stream else whole(call, maker.whole()))
 
 
 class _Maker:
     """Builds the parts of one answer."""
 
-    def __init__(self, server: Server, request: Request) -> None:
-        self._server, self._request = server, request
+    def __init__(self, server: Server, request: Request, span: Span) -> None:
+        self._answering, self._request = partial(server.answering, span), request
         self._tokenizer = server.reader.tokenizer
         self._id = request.rid or new_id("cmpl")
         self._head = {
@@ -60,7 +62,7 @@ class _Maker:
 
     async def whole(self) -> dict[str, Any]:
         """The answer when it is finished."""
-        with self._server.answering(self._request, self._id) as answering:
+        with self._answering(self._request, self._id) as answering:
             answers = await answering.collect()
             choices = [self.choice(delta, first=True) for deltas in answers for delta in deltas]
             return self.frame(choices, usage_body(answering.usage))
@@ -69,7 +71,7 @@ class _Maker:
         """Chunk by chunk."""
         request = self._request
         begun = set()
-        with self._server.answering(request, self._id) as answering:
+        with self._answering(request, self._id) as answering:
             async for delta in answering.deltas():
                 key = (delta.item, delta.choice)
                 usage = usage_body(answering.usage) if request.continuous_usage else None

@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from tessera.core.errors import CapacityError, DeadlineError, PeerError, RequestError
+from tessera.serve.trace import Span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,6 +107,12 @@ async def while_connected(call: Call, work: Awaitable[T]) -> T:
 async def _gone(call: Call) -> None:
     while (await call.receive())["type"] != "http.disconnect":
         pass
+
+
+def span_of(call: Call) -> Span:
+    """What a call is in its trace (see `trace.Traced`)."""
+    span: Span = call.scope["state"]["span"]
+    return span
 
 
 async def read_json(call: Call, limit: int, empty: Any = None) -> Any:

@@ -30,9 +30,10 @@ GAUGES = {
 }
 SPEED = "GB/s at which the last prompt was written."
 HANDOVER = {
-    "meeting": "Until decode asks for the prompt; at decode its wait for memory is in it.",
+    "meeting": "Until decode asks for the prompt; at decode until prefill is met.",
+    "queue": "From then until its first chunk is planned; at decode until memory is set aside for it.",
     "waiting": "At decode: from asking for a prompt until it is there.",
-    "prefill": "At prefill: from being asked until the last chunk is planned.",
+    "prefill": "At prefill: from the first chunk until the last one is planned.",
     "transfer": "From the last chunk until the last byte is written.",
 }
 HIT_RATE = "Share of all prompt tokens so far that came from the prefix cache."
@@ -124,7 +125,8 @@ class Metrics:
 
     def _handed(self, times: HandoverTimes) -> None:
         for name, histogram in self._handover.items():
-            histogram.observe(getattr(times, name))
+            if (seconds := getattr(times, name)) is not None:
+                histogram.observe(seconds)
         self._counters["handover_bytes"].inc(times.num_bytes)
         if times.writing > 0:
             self._speed.set(times.num_bytes / times.writing / 1e9)
@@ -140,6 +142,7 @@ class Track:
 
     metrics: Metrics
     began: float = field(default_factory=time.monotonic)
+    first: dict[int, float] = field(default_factory=dict)  # when the first token of an item came
     last: dict[tuple[int, int], float] = field(default_factory=dict)
     finishes: set[FinishReason] = field(default_factory=set)
 
@@ -155,6 +158,7 @@ class Track:
             elif not self.last:
                 self.metrics.first.observe(now - self.began)
             self.last[key] = now
+            self.first.setdefault(delta.item, now)
         if delta.finish is not None:
             self.finishes.add(delta.finish)
 

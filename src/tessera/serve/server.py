@@ -17,8 +17,9 @@ from tessera.serve.answer import Answering
 from tessera.serve.client import EngineClient
 from tessera.serve.http import Call, UnavailableError, read_json
 from tessera.serve.metrics import Metrics
+from tessera.serve.phases import record
 from tessera.serve.schema import Item, Reader, Request
-from tessera.serve.trace import PlainTracing, Tracing
+from tessera.serve.trace import PlainTracing, Span, Tracing
 
 log = logging.getLogger(__name__)
 ANY_MODEL = "default"  # SGLang's clients send this where the model does not matter
@@ -80,8 +81,8 @@ class Server:
         return await read_json(call, self.reader.limits.max_body)
 
     @contextmanager
-    def answering(self, request: Request, rid: str) -> Iterator[Answering]:
-        """Submits a request and keeps account of it: metrics, log, `/abort_request`, drain."""
+    def answering(self, span: Span, request: Request, rid: str) -> Iterator[Answering]:
+        """Submits a request and keeps account of it: metrics, log, phases in `span`, `/abort_request`, drain."""
         self.require_ready()
         self.require_model(request.model)
         if rid in self.running and request.rid is not None:
@@ -112,6 +113,7 @@ class Server:
             if not self.running:
                 self.quiet.set()
             track.end(outcome, answering.usage)
+            record(span, answering.usage, track.first)
             if self.options.log_requests:
                 log.info("Finish: rid=%s, outcome=%s, usage=%s", rid, outcome, answering.usage)
 

@@ -38,6 +38,9 @@ class Span(Protocol):
     def child(self, name: str) -> Span:
         """A piece of this work, done by somebody else."""
 
+    def phase(self, name: str, begin: float, end: float, attributes: Mapping[str, float]) -> None:
+        """A part of this work that is over. `begin`, `end`: of `time.monotonic`."""
+
     def end(self, status: int | None = None) -> None:
         """It is over. `status`: that of HTTP; None: it was given up."""
 
@@ -69,6 +72,9 @@ class PlainSpan:
     def child(self, name: str) -> PlainSpan:
         """See `Span`."""
         return PlainSpan(self.trace_id, self._flags, self._state)
+
+    def phase(self, name: str, begin: float, end: float, attributes: Mapping[str, float]) -> None:
+        """Nothing is recorded."""
 
     def end(self, status: int | None = None) -> None:
         """Nothing is recorded."""

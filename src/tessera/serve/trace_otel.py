@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from opentelemetry.context import Context
@@ -69,6 +70,12 @@ class RecordedSpan:
     def child(self, name: str) -> RecordedSpan:
         """See `Span`."""
         return RecordedSpan(self._tracer, name, SpanKind.CLIENT, self._context)
+
+    def phase(self, name: str, begin: float, end: float, attributes: Mapping[str, float]) -> None:
+        """See `Span`."""
+        epoch = time.time_ns() - time.monotonic_ns()
+        first, last = (epoch + int(at * 1e9) for at in (begin, end))
+        self._tracer.start_span(name, self._context, attributes=attributes, start_time=first).end(last)
 
     def end(self, status: int | None = None) -> None:
         """See `Span`. Attributes as OpenTelemetry's conventions for HTTP name them."""

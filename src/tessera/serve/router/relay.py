@@ -12,13 +12,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tessera.core.errors import RequestError
-from tessera.serve.http import HEADERS, SEND_SECONDS, Call, UnavailableError, encode, failure
+from tessera.serve.http import HEADERS, SEND_SECONDS, Call, UnavailableError, encode, failure, span_of
 from tessera.serve.router.connections import Answer
 from tessera.serve.router.exchange import Failed, Leg, Parcel, exchange
 from tessera.serve.router.rooms import Body, legs, num_prompts, prompt_of
 from tessera.serve.router.router import Router
 from tessera.serve.router.servers import Role, Use
-from tessera.serve.trace import Span
 
 log = logging.getLogger(__name__)
 TRIES = 3  # choices of servers for one request, as long as none of them could be reached
@@ -37,7 +36,7 @@ class Relayed(Response):
     def __init__(self, router: Router, call: Call, body: Body) -> None:
         super().__init__()
         self._router, self._call, self._body = router, call, body
-        self._span: Span = call.scope["state"]["span"]
+        self._span = span_of(call)
         self._path = call.scope["path"]
         self._begun = self._events = self._ended = False
 
