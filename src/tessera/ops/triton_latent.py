@@ -104,13 +104,14 @@ def _part(
     q_latent, q_rope, pool, partial, lse, s, block, split, at, before, cu_lengths, starts, lengths, page_table, scale,
     latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
-    Q: tl.constexpr, SPLITS: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
+    Q: tl.constexpr, SPLITS: tl.constexpr, PREFIX: tl.constexpr, FOLLOW: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one block of rows. PREFIX: keys are the first `before` [S] of each sequence.
 
-    Results lie from row `at` on: by token, or with Q by segment and query. Where a split holds no key that one of the
-    rows sees, -inf is all that is written.
+    FOLLOW: where the keys lie is found while the launch before may still run, which must not be what tells it. Results
+    lie from row `at` on: by token, or with Q by segment and query. Where a split holds no key that one of the rows
+    sees, -inf is all that is written.
     """
     start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     row = block * M + tl.arange(0, M)
@@ -125,11 +126,14 @@ def _part(
     size = split_size(end, SPLITS, N)
     first = split * size
     last = tl.where(block * M < length * H, tl.minimum(first + size, end), 0)
-    x = load_rows(q_latent, token * latent_token + h * latent_head, live, R, RP, True)
-    y = load_rows(q_rope, token * rope_token + h * rope_head, live, DR, DRP, True)
     table = page_table + s.to(tl.int64) * table_stride
-    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, RP], tl.float32)
     page = _pages(table, first, last, PAGE, N)
+    if FOLLOW:
+        follow()
+    wanted = live & (first < last)
+    x = load_rows(q_latent, token * latent_token + h * latent_head, wanted, R, RP, True)
+    y = load_rows(q_rope, token * rope_token + h * rope_head, wanted, DR, DRP, True)
+    m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, RP], tl.float32)
     for n in tl.range(first, last, N, num_stages=STAGES):
         key = n + tl.arange(0, N)
         inside = key < last  # what lies behind the end may be NaN, and 0 * NaN is NaN
@@ -142,8 +146,7 @@ def _part(
         weights, shrink, m, total = fold(scores, scale, m, total)
         acc = dot(weights.to(latent.dtype), latent, acc * shrink[:, None])
     acc, sums = normalised(acc, m, total)
-    if first < last:
-        store_rows(partial, where * R, acc, live, R, RP)
+    store_rows(partial, where * R, acc, wanted, R, RP)
     tl.store(lse + where, sums, mask=live)
 
 
@@ -160,7 +163,7 @@ def _latents(
     LISTED: `blocks` and `counts` tell them; else there are `num_blocks`, as many of each range as Q tokens fill.
     BESIDE: runs beside the launch before, of which it needs nothing, and ends after it.
     """
-    if not BESIDE:
+    if LISTED and not BESIDE:
         follow()
     if LISTED:
         num_long = tl.load(counts)
@@ -176,7 +179,7 @@ def _latents(
         _part(
             q_latent, q_rope, pool, partial, lse, s, block, part % SPLITS, at, before, cu_lengths, starts, lengths,
             page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride,
-            table_stride, H, R, RP, DR, DRP, PAGE, 0 if LONG else Q, SPLITS, PREFIX, M, N, STAGES,
+            table_stride, H, R, RP, DR, DRP, PAGE, 0 if LONG else Q, SPLITS, PREFIX, not LISTED, M, N, STAGES,
         )  # fmt: skip
     if BESIDE:
         follow()
