@@ -139,4 +139,5 @@ def test_flashinfer_has_our_kernels_around_it_and_says_which_steps_it_serves() -
 def test_auto_says_what_it_took_and_why() -> None:
     told = {decision.what: str(decision) for decision in resolved(WIDE, EQUIPPED).decisions}
     assert "triton" in told["attention-backend"]
+    assert "flashinfer is ahead in long prompts only" in told["attention-backend"]
     assert "triton" in told["moe-runner-backend"]
