@@ -56,6 +56,16 @@ def test_what_was_met_goes_first_then_the_largest_then_upwards() -> None:
     assert [recordings.rest() for _ in range(3)] == [DECODES[1], DECODES[2], DECODES[0]]
 
 
+def test_nothing_is_recorded_while_it_is_held() -> None:
+    recordings = Recordings(SIZES)
+    recordings.held = True
+    assert not any(recordings.due(step(i, decode(2))) for i in range(2 * MEETINGS + 2))
+    assert recordings.rest() is None
+    assert recordings.num_left == 0
+    recordings.held = False
+    assert recordings.num_left == len(DECODES)
+
+
 def test_the_loop_records_while_nothing_runs_and_first_tokens_do_not_wait() -> None:
     """Sizes are recorded before anybody asks, between requests, and never between a request and its first token."""
     recorded, done = [], threading.Event()

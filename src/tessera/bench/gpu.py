@@ -96,7 +96,6 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
     best, steps = 0.0, []
     for turn in range(rounds + 1):
         measured = ours(prompts(workload, vocab, turn), workload.new)
-        ours.settle()
         seconds = max(t[-1] for t in measured.times)
         count = workload.requests * (workload.new if workload.new > 1 else workload.prompt)
         if turn and count / seconds > best:
@@ -113,7 +112,6 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
         profile = traced(lambda: ours(prompts(workload, vocab, 99), 1), ours, bool)
     else:
         ours(prompts(short, vocab, 98), PROFILED)  # its steps have sizes of their own
-        ours.settle()
         context = workload.prompt + workload.new // 2
         limit = card.seconds_of_decode(work, workload.requests, context) / step_s if step_s else 0.0
         profile = traced(lambda: ours(prompts(short, vocab, 99), PROFILED), ours, without_prompts)
@@ -140,7 +138,7 @@ def started(folder: Path, flags: dict[str, Any]) -> Iterator[tuple[Ours, float]]
     asked = {"model_path": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, "device": "cuda"}
     with Ours({**asked, "disable_radix_cache": True, "log_level": "warning", **flags}) as ours:
         with ours.core.stages.timed("first token"):
-            ours([[1]], 1)
+            ours([[1]], 1, settled=False)
         yield ours, time.perf_counter() - began
 
 
@@ -161,7 +159,6 @@ def main() -> None:
         with started(folder, flags) as (ours, seconds):
             size = torch.cuda.memory_allocated() / 1e9
             print(f"{shape}: ready after {seconds:.1f} s, {size:.1f} GB: {ours.core.stages.line()}", flush=True)
-            ours.settle()
             for name in args.workloads:
                 row = run(ours, shape, WORKLOADS[name], card, args.rounds)
                 print(json.dumps(asdict(row)) if args.json else line(row), flush=True)

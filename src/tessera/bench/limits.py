@@ -119,6 +119,9 @@ def experts_touched(ours: Ours) -> Iterator[Callable[[], float]]:
     """While it is open steps run without graphs and are watched: the mean number of experts that a layer's step chose,
     over steps of one token a sequence."""
     runner: Any = ours.core.runner
+    ours.settle()
+    ours.core.recordings.held = True
+    ours([[1]], 1)  # whatever was being recorded is by now
     graphs, runner.graphs = runner.graphs, None
     moes = [layer.mlp for layer in runner.model.decoder.layers if isinstance(layer.mlp, MoE)]
     seen: list[Tensor] = []
@@ -137,7 +140,7 @@ def experts_touched(ours: Ours) -> Iterator[Callable[[], float]]:
     try:
         yield lambda: _mean_of_last(seen, len(moes))
     finally:
-        runner.graphs = graphs
+        runner.graphs, ours.core.recordings.held = graphs, False
         for moe, route in zip(moes, plain, strict=True):
             moe.route = route  # type: ignore[method-assign]
 

@@ -80,8 +80,10 @@ class Ours:
                 self._error = message.error
             self._changed.notify_all()
 
-    def __call__(self, prompts: list[list[int]], new: int) -> Measured:
-        """Runs all prompts at once."""
+    def __call__(self, prompts: list[list[int]], new: int, settled: bool = True) -> Measured:
+        """Runs all prompts at once. `settled`: graphs of what ran before are recorded first, and not meanwhile."""
+        if settled:
+            self.settle()
         turn = next(self._round)
         names = [f"{turn}-{i}" for i in range(len(prompts))]
         params = SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True)

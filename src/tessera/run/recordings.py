@@ -17,10 +17,13 @@ MEETINGS = 2  # as it is: for kernels and handles, and for a prompt that nothing
 
 
 class Recordings:
-    """Counts the sizes of steps and says which one is to be recorded. Who asks records what is answered."""
+    """Counts the sizes of steps and says which one is to be recorded. Who asks records what is answered.
+
+    `held`: nothing is to be recorded now.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
-        self._sizes = sizes
+        self._sizes, self.held = sizes, False
         self._met: Counter[Size] = Counter()  # of those that are not recorded
         self._recorded: set[Size] = set()
         decodes = [Size(rows, rows, one_each=True) for rows in sizes.rows]
@@ -29,18 +32,20 @@ class Recordings:
     @property
     def num_left(self) -> int:
         """How many would be recorded if there were nothing else to do."""
-        return len(self._met.keys() | set(self._ahead))
+        return 0 if self.held else len(self._met.keys() | set(self._ahead))
 
     def due(self, step: Step) -> Size | None:
         """The size to record before `step` runs; None: it runs as what there is."""
         size = self._sizes.of(step) if step.num_tokens else None
-        if size is None or size in self._recorded:
+        if size is None or size in self._recorded or self.held:
             return None
         self._met[size] += 1
         return self._note(size) if self._met[size] > MEETINGS else None
 
     def rest(self) -> Size | None:
         """The size to record while nothing runs."""
+        if self.held:
+            return None
         if self._met:
             return self._note(self._met.most_common(1)[0][0])
         return self._note(self._ahead[-1]) if self._ahead else None
