@@ -19,6 +19,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "chunk 3": {"chunked_prefill_size": 3},
     "mixed, chunk 20": {"enable_mixed_chunk": True, "chunked_prefill_size": 20},
     "tiny pool": {"max_total_tokens": 96},
+    "prefix cache, one at a time": {"together": False},
     "two ranks": {"tp": 2},
     "four ranks": {"tp": 4},
     "two groups of attention": {"tp": 2, "dp": 2, "enable_dp_attention": True},
@@ -41,6 +42,10 @@ CASES = [*(("fp8_e4m3", layout) for layout in LAYOUTS), ("fp8_e5m2", "chunk 3"),
 @pytest.mark.parametrize("name", TINY)
 def test_answers_are_those_of_one_rank_and_each_request_alone(name: str, kv: str, layout: str) -> None:
     assert run(name, kv, **LAYOUTS[layout]).ends() == alone(name, kv).ends()
+
+
+def test_prefixes_in_fp8_are_cached() -> None:
+    assert run("qwen3", "fp8_e4m3", together=False).answers["r8", 0].num_cached == 32
 
 
 @pytest.mark.parametrize("name", TINY)

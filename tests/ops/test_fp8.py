@@ -13,6 +13,8 @@ import torch
 
 from ops.cases import TOLERANCE
 from tessera.ops import fp8, triton_fp8
+from tessera.ops.fused import silu_mul
+from tessera.ops.triton_linear import gated_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS = 1e-3 if DEVICE == "cuda" else 1e-5  # Hopper's tensor cores keep about 14 bits while they add products of fp8
@@ -80,6 +82,17 @@ def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
     assert found.shape == (num_tokens, 80)
     if num_tokens:
         _close(found, fp8.linear_reference(x, weight, scales, block), SUMS)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_tokens", [1, 4, 5])
+def test_gated_product(num_tokens: int) -> None:
+    """As `gated_product` finds it in a packed weight, against the plain product and what follows it."""
+    x, block = _exact(num_tokens, 192), (32, 64)
+    weight = fp8.Fp8Weight(*_weight(160, 192, block=block), block)
+    packed = fp8.pack(weight, triton_fp8.linear, triton_fp8.gated)
+    expected = silu_mul(fp8.linear_reference(x, weight.values, weight.scales, block))
+    _close(gated_product(x, packed), expected, SUMS)
 
 
 def _experts(num: int, hidden: int, inner: int, *blocks: tuple[int, int]) -> list[fp8.Fp8Weight]:

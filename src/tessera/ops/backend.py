@@ -51,11 +51,12 @@ class Backend:
     draw: Callable[..., Tensor]
     expand: Callable[..., Expanded]
     travel: Travel
+    fp8_gated: fp8.Product | None = None
     compile: Callable[[ModelSpec, torch.dtype, torch.dtype], None] = nothing
 
     def pack_fp8(self, weight: Fp8Weight) -> linear.PackedLinear:
         """Prepares an fp8 weight [out, in] for `linear`."""
-        return fp8.pack(weight, self.fp8_linear)
+        return fp8.pack(weight, self.fp8_linear, self.fp8_gated)
 
     def experts_of(self, w13: Tensor | Fp8Weight) -> tuple[Callable[..., Tensor], moe.Mixture]:
         """`experts` and `mixture` for weights that are kept as this one is."""
@@ -158,6 +159,7 @@ def chosen(kernels: KernelConfig) -> Backend:
     return replace(
         base,
         fp8_linear=products.fp8_linear,
+        fp8_gated=products.fp8_gated,
         fp8_experts=products.fp8_experts,
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,

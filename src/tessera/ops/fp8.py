@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,11 +98,16 @@ def experts_reference(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, wei
     return out.to(x.dtype)
 
 
-def pack(weight: Fp8Weight, product: Product = linear_reference) -> PackedLinear:
-    """Prepares a weight [N, K] for `linear.linear`, with `product` as its version of `linear_reference`."""
+def pack(weight: Fp8Weight, product: Product = linear_reference, gated: Product | None = None) -> PackedLinear:
+    """Prepares a weight [N, K] for `linear.linear`, with `product` as its version of `linear_reference`.
+
+    `gated`: one that ends in silu(gate) * up.
+    """
+    values, scales, block = weight.values, weight.scales, weight.block
 
     def multiply(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         assert bias is None, "no model here has fp8 weights with a bias"
-        return product(x, values, weight.scales, weight.block)
+        return product(x, values, scales, block)
 
-    return PackedLinear(weight.values, None, *weight.values.shape, multiply)
+    once = None if gated is None else partial(gated, weight=values, scales=scales, block=block)
+    return PackedLinear(values, None, *values.shape, multiply, once)

@@ -20,7 +20,8 @@ TURNED = 8192  # columns turned at a time: their cache lines stay until they are
 class PackedLinear:
     """A weight in the form that `product(x, weight, bias)` wants. Holds the only copy.
 
-    `below`: the rows behind those of this weight, where they are kept in another form.
+    `gated`: silu(gate) * up of the product with a weight [gate | up, in], where that is an op of its own. `below`: the
+    rows behind those of this weight, where they are kept in another form.
     """
 
     weight: Tensor
@@ -28,6 +29,7 @@ class PackedLinear:
     out_features: int
     in_features: int
     product: Product
+    gated: Callable[[Tensor], Tensor] | None = None
     below: PackedLinear | None = None
 
     def tensors(self) -> list[Tensor]:

@@ -36,6 +36,7 @@ TRITON = replace(
     mixture=triton_moe.mixture,
     combine=triton_moe.combine,
     fp8_linear=triton_fp8.linear,
+    fp8_gated=triton_fp8.gated,
     fp8_experts=triton_fp8.experts,
     rmsnorm=triton_fused.rmsnorm,
     add_rmsnorm=triton_fused.add_rmsnorm,

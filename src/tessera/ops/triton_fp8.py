@@ -6,7 +6,7 @@ the tensor cores' own sums of fp8 keep few digits, so none of them is longer tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, LARGEST, SMALLEST, Block, Fp8Weight
-from tessera.ops.triton_common import dot
+from tessera.ops.triton_common import dot, num_processors
+from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_moe import combine, work_of
 from tessera.ops.triton_sort import sort_rows
 
@@ -38,11 +39,20 @@ TILES = (
     Tile(110, 64, 64, 64, 4, 4),
     Tile(float("inf"), 128, 128, 64, 8, 3),
 )
+NARROW = 32  # columns
 
 
 def tile_of(rows: float) -> Tile:
     """For so many rows of a weight."""
     return next(t for t in TILES if rows <= t.rows)
+
+
+def spread(tile: Tile, rows: int, out: int, processors: int) -> Tile:
+    """The tile for `rows` of x and `out` of a weight: where there would be fewer programs than processors, more and
+    narrower ones with more of the weight on its way. What a program adds up, and in which order, stays the same."""
+    if triton.cdiv(out, tile.n) * triton.cdiv(rows, tile.m) >= processors or tile.n <= NARROW:
+        return tile
+    return replace(tile, n=NARROW, stages=2 * tile.stages)
 
 
 @triton.jit
@@ -154,14 +164,21 @@ def _sizes(tile: Tile, n: int, block: Block, columns: int, out: int) -> dict[str
 def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP)) -> Tensor:
     """See `fp8.linear_reference`. `block`: powers of two."""
     if 0 < len(x) <= few.ROWS:
-        return few.linear(x if x.stride(1) == 1 else x.contiguous(), weight, scales, block)
+        return few.linear(x, weight, scales, block)
     y = x.new_empty(len(x), len(weight))
     if len(x):
-        tile = tile_of(len(x))
+        tile = spread(tile_of(len(x)), len(x), len(weight), num_processors(x.device))
         _linear[triton.cdiv(len(weight), tile.n), triton.cdiv(len(x), tile.m)](
             *quantize(x, block[1]), weight, scales, y, len(x), **_sizes(tile, tile.n, block, x.shape[1], len(weight))
         )
     return y
+
+
+def gated(x: Tensor, weight: Tensor, scales: Tensor, block: Block) -> Tensor:
+    """silu(gate) * up of `linear` with a weight [gate | up, K]."""
+    if 0 < len(x) <= few.ROWS:
+        return few.linear(x, weight, scales, block, gated=True)
+    return silu_mul(linear(x, weight, scales, block))
 
 
 def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:

@@ -75,23 +75,34 @@ def _products(
 
 @triton.jit
 def _linear(
-    x, w, ws, y, x_row, out, COLUMNS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    x, w, ws, y, x_row, out, COLUMNS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """y [M, out] = x w."""
+    """y [M, out] = x w; GATED: silu of that times the product with the `out` rows of w that follow."""
     column, nth = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, MP)[None, :]
     live, row = column < out, column.to(tl.int64)
     weights = _weights(w, row, live, 0, G, GROUP, COLUMNS)
+    ups = weights
+    if GATED:
+        ups = _weights(w, out + row, live, 0, G, GROUP, COLUMNS)
     follow()
-    total = tl.zeros([N, MP], tl.float32)
+    total, up = tl.zeros([N, MP], tl.float32), tl.zeros([N, MP], tl.float32)
     for k in range(0, COLUMNS, G * GROUP):
         following = _weights(w, row, live, k + G * GROUP, G, GROUP, COLUMNS)
+        following_ups = following
+        if GATED:
+            following_ups = _weights(w, out + row, live, k + G * GROUP, G, GROUP, COLUMNS)
         for m in tl.static_range(M):
             values, scales = _rounded(x + m * x_row, True, k, G, GROUP, COLUMNS, LARGEST, SMALLEST)
             part = _products(weights, ws, column, live, k, values, scales, G, COLUMNS, BLOCK_N, GROUP)
             total += tl.where(nth == m, part[:, None], 0.0)
-        weights = following
+            if GATED:
+                part = _products(ups, ws, out + column, live, k, values, scales, G, COLUMNS, BLOCK_N, GROUP)
+                up += tl.where(nth == m, part[:, None], 0.0)
+        weights, ups = following, following_ups
+    if GATED:
+        total = total / (1 + tl.exp(-total)) * up
     tl.store(y + nth * out + column[:, None], total.to(y.dtype.element_ty), mask=live[:, None] & (nth < M))
 
 
@@ -149,13 +160,15 @@ def _down(
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
 
 
-def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block) -> Tensor:
-    """See `fp8.linear_reference`: x of up to `ROWS` rows. `block`: powers of two."""
-    (rows, depth), out = x.shape, len(weight)
-    y, sizes = x.new_empty(rows, out), LINEAR.of(depth, block[1])
+def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block, gated: bool = False) -> Tensor:
+    """See `fp8.linear_reference`: x of up to `ROWS` rows. `block`: powers of two. `gated`: silu(gate) * up of a weight
+    [gate | up, K] -> [M, out / 2]."""
+    (rows, depth), parts = x.shape, 2 if gated else 1
+    out, sizes = len(weight) // parts, LINEAR.of(depth, block[1], parts)
+    x, y = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(rows, out)
     _linear[triton.cdiv(out, sizes["N"]),](
         x, weight, scales, y, x.stride(0), out, COLUMNS=depth, M=rows, MP=triton.next_power_of_2(rows),
-        BLOCK_N=block[0], GROUP=block[1], LARGEST=LARGEST, SMALLEST=SMALLEST, **sizes, **chained(x.device),
+        GATED=gated, BLOCK_N=block[0], GROUP=block[1], LARGEST=LARGEST, SMALLEST=SMALLEST, **sizes, **chained(x.device),
     )  # fmt: skip
     return y
 

@@ -145,6 +145,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def gated_product(x: Tensor, packed: PackedLinear) -> Tensor:
     """See `fused.gated_product`: x [M, K]."""
+    if packed.gated is not None and packed.below is None:
+        return packed.gated(x)
     if packed.bias is None and pays(x, packed.weight):
         return few_rows(x, packed.weight, gated=True)
     return silu_mul(linear(x, packed))
