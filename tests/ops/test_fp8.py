@@ -74,7 +74,7 @@ def test_quantize_kernel(columns: int) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
+@pytest.mark.parametrize("block", [(128, 128), (64, 64), (32, 64)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 20])
 def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
     x, (weight, scales) = _exact(num_tokens, 192), _weight(80, 192, block=block)

@@ -89,18 +89,25 @@ def quantize(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _scaled(
-    total, x_ptr, xs_ptr, w_ptr, ws_ptr, row, held, column, shown, k,
-    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    total, x_ptr, xs_ptr, w_ptr, ws_ptr, row, held, first, shown, k,
+    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """total [M, N] plus the products of columns k .. k + K - 1; w_ptr, ws_ptr: of one weight [N, COLUMNS]."""
+    """total [M, N] plus the products of columns k .. k + K - 1 with rows `first` .. of one weight (w_ptr, ws_ptr)."""
+    column = first + tl.arange(0, N)
     inner = k + tl.arange(0, K)
     inside = inner < COLUMNS
     a = tl.load(x_ptr + row[:, None] * COLUMNS + inner[None, :], mask=held[:, None] & inside[None, :], other=0.0)
     w_at = w_ptr + column[None, :].to(tl.int64) * COLUMNS + inner[:, None]
     b = tl.load(w_at, mask=shown[None, :] & inside[:, None], other=0.0)
     xs = tl.load(xs_ptr + row * tl.cdiv(COLUMNS, GROUP) + k // GROUP, mask=held, other=0.0)
-    ws = tl.load(ws_ptr + (column // BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K) + k // BLOCK_K, mask=shown, other=0.0)
-    return total + dot(a, b, None) * (xs[:, None] * ws[None, :])
+    count: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
+    if BLOCK_N % N == 0:  # they lie in one block: half the work beside the products
+        scale = (xs * tl.load(ws_ptr + (first // BLOCK_N) * count + k // BLOCK_K))[:, None]
+    else:
+        ws = tl.load(ws_ptr + (column // BLOCK_N) * count + k // BLOCK_K, mask=shown, other=0.0)
+        scale = xs[:, None] * ws[None, :]
+    return total + dot(a, b, None) * scale
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -110,12 +117,13 @@ def _linear(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [T, OUT] = x w."""
-    row, column = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
+    row, first = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N
+    column = first + tl.arange(0, N)
     held, shown = row < num_rows, column < OUT
     row = row.to(tl.int64)
     y = tl.zeros([M, N], tl.float32)
     for k in tl.range(0, COLUMNS, K, num_stages=STAGES):
-        y = _scaled(y, x_ptr, xs_ptr, w_ptr, ws_ptr, row, held, column, shown, k, COLUMNS, BLOCK_N, BLOCK_K, K, GROUP)
+        y = _scaled(y, x_ptr, xs_ptr, w_ptr, ws_ptr, row, held, first, shown, k, COLUMNS, BLOCK_N, BLOCK_K, N, K, GROUP)
     y_at = y_ptr + row[:, None] * OUT + column[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
 
@@ -142,11 +150,13 @@ def _grouped(
     ws_ptr += expert.to(tl.int64) * (tl.cdiv(total, BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K))
     y, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
     for k in tl.range(0, COLUMNS, K, num_stages=STAGES):
-        y = _scaled(y, x_ptr, xs_ptr, w_ptr, ws_ptr, x_row, held, column, shown, k, COLUMNS, BLOCK_N, BLOCK_K, K, GROUP)
+        y = _scaled(
+            y, x_ptr, xs_ptr, w_ptr, ws_ptr, x_row, held, tile * N, shown, k, COLUMNS, BLOCK_N, BLOCK_K, N, K, GROUP
+        )
         if GATED:
             up = _scaled(
-                up, x_ptr, xs_ptr, w_ptr, ws_ptr, x_row, held, OUT + column, shown, k,
-                COLUMNS, BLOCK_N, BLOCK_K, K, GROUP,
+                up, x_ptr, xs_ptr, w_ptr, ws_ptr, x_row, held, OUT + tile * N, shown, k,
+                COLUMNS, BLOCK_N, BLOCK_K, N, K, GROUP,
             )  # fmt: skip
     if GATED:
         y = y / (1 + tl.exp(-y)) * up
