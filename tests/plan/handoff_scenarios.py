@@ -192,6 +192,44 @@ def half_written() -> Pair:
     return p
 
 
+def one_write_fails() -> Pair:
+    """All has landed but what one rank wrote last, the state among it: the room fails, and both are told."""
+    p = pair()
+    *writes, last = writing(p)
+    p.writes.clear()
+    for write in writes:
+        p.land(write)
+    p.land(last, fails=True)
+    p.run_errands()
+    carry(p)
+    work(p, "decode")
+    for side in p.sides.values():
+        end = side.ends["first", 0]
+        assert (end.finish, "could not be written" in (end.error or "")) == ("error", True), side.name
+        assert side.planner.idle, f"{side.name} holds on"
+    p.drain()
+    return p
+
+
+def refused_at_prefill() -> Pair:
+    """Decode has asked when prefill gets a request that it cannot serve: decode hears it at once."""
+    p = pair(prefill={"max_context": len(PROMPT)})
+    submit = paired(request("first", PROMPT, 3), PROMPT, 1)
+    p.sides["decode"].submit(submit)
+    p.run_errands()
+    carry(p)
+    p.sides["prefill"].submit(submit)
+    p.run_errands()
+    carry(p)
+    work(p, "decode")
+    for side in p.sides.values():
+        end = side.ends["first", 0]
+        assert (end.finish, "tokens" in (end.error or "")) == ("error", True), side.name
+        assert side.planner.idle, f"{side.name} holds on"
+    p.drain()
+    return p
+
+
 def aborted_at_prefill() -> Pair:
     """Prefill's pages stay as they are while they are written from: decode's answer is right, or none."""
     p = pair(prefill=tight(), decode={})
@@ -296,6 +334,8 @@ def aborted_before_it_is_asked_for() -> Pair:
 
 
 ALL = (
+    one_write_fails,
+    refused_at_prefill,
     aborted_before_it_is_asked_for,
     aborted_while_written,
     out_of_time_while_written,

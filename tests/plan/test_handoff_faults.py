@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from plan import handoff_scenarios as scenarios
@@ -74,6 +75,17 @@ def the_record_does_not_wait_for_all_ranks(patch: Patch) -> None:
         yield from original(self, event)
 
     patch.setattr(Giver, "_written", written)
+
+
+def a_write_that_failed_is_taken_for_done(patch: Patch) -> None:
+    """What has not landed is reported as success."""
+    original = Giver._written
+    patch.setattr(Giver, "_written", lambda self, event: original(self, msgspec.structs.replace(event, error=None)))
+
+
+def a_refusal_is_told_to_the_client_alone(patch: Patch) -> None:
+    """Decode waits for what prefill has refused."""
+    patch.setattr(Desk, "refuse", lambda self, submit, why: None)
 
 
 def an_abort_at_prefill_is_told_to_nobody(patch: Patch) -> None:
@@ -197,6 +209,8 @@ FAULTS = [
     (the_client_is_not_told, scenarios.nobody_there),
     (nothing_is_said_twice, scenarios.lost_answer),
     (a_prompt_arrives_twice, scenarios.half_written),
+    (a_write_that_failed_is_taken_for_done, scenarios.one_write_fails),
+    (a_refusal_is_told_to_the_client_alone, scenarios.refused_at_prefill),
 ]
 
 
