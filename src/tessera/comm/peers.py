@@ -32,7 +32,7 @@ CHANNELS = 64  # programs of a kernel: enough for the links, and half of the pro
 REGION = 1 << 17  # bytes of a channel in a slot
 LARGEST = CHANNELS * REGION  # bytes that a rank sends to each other one at most; NCCL moves larger ones as fast
 MOST_RANKS = 8
-BLOCK = 1 << 14  # bytes that a program moves at once
+BLOCK = 1 << 14  # bytes that a program moves at once; one for all sizes, since each is compiled when it is met first
 SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,7 +90,7 @@ class Peers:
         shared = {
             "memory_ptr": self.memory.addresses[0], "flags_ptr": self.memory.addresses[1], "num": num, "chunk": chunk,
             "counters_ptr": self.memory.counters, "RANK": self.at, "WORLD": self.world, "SCATTERS": scatters,
-            "SLOTS": SLOTS, "REGION": REGION // size, "BLOCK": min(BLOCK // size, triton.next_power_of_2(chunk)),
+            "SLOTS": SLOTS, "REGION": REGION // size, "BLOCK": BLOCK // size,
             "num_warps": 8,
         }  # fmt: skip
         send[CHANNELS,](x_ptr=x, **shared)
