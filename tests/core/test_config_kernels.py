@@ -114,6 +114,14 @@ def test_flashinfer_reads_keys_in_fp8_but_no_latents() -> None:
     assert "reads latents in the dtype of queries" in refusal
 
 
+def test_grouped_products_of_libraries_are_not_for_experts_in_fp8() -> None:
+    """They would be asked for and not run."""
+    asked = {"moe_runner_backend": "grouped_mm", "quantization": "fp8"}
+    (refusal,) = refusals(WIDE, EQUIPPED, **asked)
+    assert "--fp8-gemm-backend dequantize" in refusal
+    assert config_of(WIDE, EQUIPPED, fp8_gemm_backend="dequantize", **asked).kernels.moe == "grouped_mm"
+
+
 def test_kernels_of_the_gpu_are_refused_without_one() -> None:
     for asked in ({"attention_backend": "flashinfer"}, {"moe_runner_backend": "deep_gemm"}):
         assert any("need a CUDA device" in refusal for refusal in refusals(WIDE, **asked))

@@ -154,7 +154,7 @@ def expert_runner(name: str, base: Backend) -> Backend:
 
 def chosen(kernels: KernelConfig) -> Backend:
     """The versions that a configuration names; linear maps and what is between are those of the attention's."""
-    base = backend(kernels.attention, max(kernels.graphs[2], default=0))
+    base = backend(kernels.attention, max((*kernels.graphs[0], *kernels.graphs[2]), default=0))
     moe_runner, products = expert_runner(kernels.moe, base), backend(kernels.fp8) if kernels.fp8 else base
     return replace(
         base,

@@ -17,6 +17,7 @@ ALONE = {  # what is not there under the attention's name
     "moe_runner_backend": {"flashinfer": "triton"},
     "sampling_backend": {"triton": "torch", "flashinfer": "torch"},
 }
+LIBRARY_EXPERTS = ("grouped_mm", "deep_gemm")
 LIBRARIES = {"flashinfer": "flashinfer", "deep_gemm": "deep-gemm"}  # modules, and which extra of ours installs each
 
 
@@ -84,6 +85,9 @@ def kernels_phase(
     _needs(values, chosen, hardware, dtype, notes)
     _pages(values, chosen[0], hardware, notes)
     attention, delta, moe, sampling = chosen
+    if fp8 and moe in LIBRARY_EXPERTS and used["moe_runner_backend"]:
+        flags, why = (f"--moe-runner-backend {moe}", "weights in fp8"), "its products here are of bfloat16 weights"
+        notes.refuse(flags, why, "Leave it out, or give --fp8-gemm-backend dequantize.")
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
     padded = _padded(values, spec, device, notes)
     graphs = _graphs(values, run | ({fp8} if fp8 else set()), device, max_running, padded, notes)
