@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +89,26 @@ def test_the_loop_records_while_nothing_runs_and_first_tokens_do_not_wait() -> N
             assert not waited.wait(0.01)
     assert set(recorded) == {*DECODES, Size(2, 64)}
     assert len(recorded) == 4
+
+
+def test_without_memory_for_more_the_engine_goes_on_and_tells(caplog: pytest.LogCaptureFixture) -> None:
+    done = threading.Event()
+
+    def react(engine: Engine, message: Outbound) -> None:
+        if isinstance(message, Outputs) and any(output.finish for output in message.items):
+            done.set()
+
+    def refuse(size: Size) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And more")
+
+    engine = Engine(react)
+    engine.core.recordings.__init__(SIZES)
+    engine.core.runner.record = refuse
+    with engine:
+        waited = threading.Event()
+        while engine.core.recordings.num_left:
+            assert not waited.wait(0.01)
+        engine.core.post(Submit("a", prompt(1), SHORT))
+        assert done.wait(WAIT_S)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "steps of 4 tokens as a CUDA graph (CUDA out of memory)" in caplog.text

@@ -97,7 +97,10 @@ class Group:
     def record(self, size: Size) -> None:
         """Steps of `size` run as a graph from now on, on every rank."""
         with ThreadPoolExecutor(len(self.runners)) as pool:  # they meet while they record
-            list(pool.map(lambda runner: runner.record(size), self.runners))
+            recorded = [pool.submit(runner.record, size) for runner in self.runners]
+        for one in recorded:
+            if (error := one.exception()) is not None:
+                raise PeerError(f"steps of {size} cannot be recorded: {error}") from error
 
     def close(self) -> None:
         """Ends all ranks; one that waits for another stops waiting."""

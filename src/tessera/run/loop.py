@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 from tessera.core.errors import PeerError
 from tessera.core.messages import (
     EndProfile,
@@ -231,8 +233,18 @@ class StepLoop(Generic[TicketT]):
         self._run_errands()
 
     def _record(self, size: Size | None) -> None:
-        if size is not None:
+        if size is None:
+            return
+        try:
             self.runner.record(size)
+        except torch.OutOfMemoryError as error:  # of a rank in this process, which no other one waits for
+            self._recordings.held = True
+            log.warning(
+                "No memory is left to record steps of %d tokens as a CUDA graph (%s). Sizes that are not recorded by "
+                "now run as they are, slower. Lower --mem-fraction-static, or --cuda-graph-max-bs.",
+                size.num_tokens,
+                str(error).split(". ")[0],
+            )
 
     def _apply(self, events: list[Event]) -> None:
         self._settle(self.planner.apply(events))
