@@ -29,7 +29,8 @@ RANGES = [
     ("prefill", (4, 0, 4096)), ("chunks", (4, 3072, 1024)),
 ]  # fmt: skip
 DECODES = [
-    Tile(16, 64, 2, 4), Tile(16, 32, 4, 5), Tile(16, 64, 4, 5), Tile(16, 32, 4, 3), Tile(16, 128, 4, 3),
+    Tile(16, 64, 2, 3), Tile(16, 64, 4, 3), Tile(16, 32, 2, 3), Tile(16, 32, 4, 3), Tile(16, 32, 4, 4),
+    Tile(16, 128, 4, 2),
 ]  # fmt: skip
 FLASH = {
     128: [
@@ -40,7 +41,7 @@ FLASH = {
         Tile(64, 64, 4, 2),
         Tile(64, 64, 4, 3),
     ],
-    256: [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)],
+    256: [Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)],
 }
 LATENTS = [
     replace(triton_latent.TILES[2], short=Tile(16, *short))

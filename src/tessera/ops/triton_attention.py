@@ -23,6 +23,7 @@ from tessera.ops.triton_softmax import (
     load_rows,
     normalised,
     padded,
+    pages_of,
     split_size,
     store_rows,
     token_offsets,
@@ -35,18 +36,19 @@ SHORT = (
 WAVES = 2  # programs per multiprocessor that the splits aim at
 
 # By element size and head dim (64: not measured), from one H100; `bench/kernels.py attention --sweep` tries others.
-DECODE = {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 2, 4), (2, 256): Tile(16, 32, 4, 3)}
-PREFILL = {(2, 64): Tile(128, 128, 8, 2), (2, 128): Tile(128, 128, 8, 2), (2, 256): Tile(128, 64, 8, 3)}
+DECODE = {(2, 64): Tile(16, 128, 4, 2), (2, 128): Tile(16, 64, 2, 2), (2, 256): Tile(16, 32, 4, 2)}
+PREFILL = {(2, 64): Tile(128, 128, 8, 2), (2, 128): Tile(128, 128, 8, 2), (2, 256): Tile(128, 64, 8, 2)}
 WIDE = Tile(16, 32, 4, 2)  # fp32, on the plain units
 
 
 @triton.jit
 def _tile(
-    q, acc, m, total, k_base, v_base, table, n, end, position, scale, page_stride, token_stride,
+    q, acc, m, total, k_base, v_base, table, pages, n, end, position, scale, page_stride, token_stride,
     MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The sums of M rows after the keys n .. n + N - 1."""
-    at, key = token_offsets(table, n, end, page_stride, token_stride, PAGE, N), n + tl.arange(0, N)
+    """The sums of M rows after the keys n .. n + N - 1, which lie in `pages`; and the pages of the next."""
+    at, key = token_offsets(pages, n, page_stride, token_stride, PAGE, N), n + tl.arange(0, N)
+    pages = pages_of(table, n + N, end, PAGE, N)
     k = load_rows(k_base, at, key < end, D, DP, MASKED)  # what lies behind the end may be NaN,
     v = load_rows(v_base, at, key < end, D, DP, MASKED)  # and 0 * NaN is NaN
     scores = dot(q, tl.trans(k.to(q.dtype)), None)
@@ -54,7 +56,7 @@ def _tile(
         scores = tl.where((key <= position[:, None]) & (key < end), scores, float("-inf"))
     weights, shrink, m, total = fold(scores, scale, m, total)
     acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
-    return acc, m, total
+    return acc, m, total, pages
 
 
 @triton.jit
@@ -82,10 +84,11 @@ def _decode(
     k_base = pool + head * head_stride
     v_base, table = k_base + plane_stride, page_table + s.to(tl.int64) * table_stride
     m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
+    pages = pages_of(table, first, end, PAGE, N)
     for n in range(first, tl.minimum(first + size, end), N):
-        acc, m, total = _tile(
-            x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
-            True, D, DP, PAGE, N,
+        acc, m, total, pages = _tile(
+            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale * kv_scale, page_stride,
+            token_stride, True, D, DP, PAGE, N,
         )  # fmt: skip
     acc, sums = normalised(acc, m, total)
     acc *= kv_scale
@@ -120,15 +123,16 @@ def _prefill(
     m, total, acc = tl.full([M], NEVER, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
     seen_by_all = (start + block * M // G + 1) // N * N
     end = start + tl.minimum(length, (block * M + M - 1) // G + 1)
+    pages = pages_of(table, 0, end, PAGE, N)
     for n in range(0, seen_by_all, N):
-        acc, m, total = _tile(
-            x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
-            False, D, DP, PAGE, N,
+        acc, m, total, pages = _tile(
+            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale * kv_scale, page_stride,
+            token_stride, False, D, DP, PAGE, N,
         )  # fmt: skip
     for n in range(seen_by_all, end, N):
-        acc, m, total = _tile(
-            x, acc, m, total, k_base, v_base, table, n, end, start + i, scale * kv_scale, page_stride, token_stride,
-            True, D, DP, PAGE, N,
+        acc, m, total, pages = _tile(
+            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale * kv_scale, page_stride,
+            token_stride, True, D, DP, PAGE, N,
         )  # fmt: skip
     acc, _ = normalised(acc, m, total)
     acc *= kv_scale

@@ -22,7 +22,17 @@ from torch import Tensor
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, chained, dot, follow, num_processors
 from tessera.ops.triton_linear import by_head
-from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padded, split_size, store_rows
+from tessera.ops.triton_softmax import (
+    NEVER,
+    fold,
+    load_rows,
+    normalised,
+    padded,
+    pages_of,
+    split_size,
+    store_rows,
+    token_offsets,
+)
 from tessera.ops.triton_tiles import Tile, splits_of
 
 SHORT = 8  # tokens of the longest range that has tiles of few rows; a range's own length decides, whatever the others
@@ -90,16 +100,6 @@ def _list_blocks(
 
 
 @triton.jit
-def _pages(table, n, end, PAGE: tl.constexpr, N: tl.constexpr):
-    """The pages of the tokens n .. n + N - 1: one where a tile lies in one, else [N]. 0 behind `end`."""
-    if PAGE % N == 0:
-        return tl.load(table + n // PAGE, mask=n < end, other=0)
-    else:
-        token = n + tl.arange(0, N)
-        return tl.load(table + token // PAGE, mask=token < end, other=0)
-
-
-@triton.jit
 def _part(
     q_latent, q_rope, pool, partial, lse, s, block, split, at, before, cu_lengths, starts, lengths, page_table, scale,
     latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
@@ -127,7 +127,7 @@ def _part(
     first = split * size
     last = tl.where(block * M < length * H, tl.minimum(first + size, end), 0)
     table = page_table + s.to(tl.int64) * table_stride
-    page = _pages(table, first, last, PAGE, N)
+    pages = pages_of(table, first, last, PAGE, N)
     if FOLLOW:
         follow()
     wanted = live & (first < last)
@@ -137,8 +137,8 @@ def _part(
     for n in tl.range(first, last, N, num_stages=STAGES):
         key = n + tl.arange(0, N)
         inside = key < last  # what lies behind the end may be NaN, and 0 * NaN is NaN
-        offset = page.to(tl.int64) * page_stride + (key % PAGE) * token_stride
-        page = _pages(table, n + N, last, PAGE, N)  # a tile ahead: the latents need not wait for it
+        offset = token_offsets(pages, n, page_stride, token_stride, PAGE, N)
+        pages = pages_of(table, n + N, last, PAGE, N)
         latent = load_rows(pool, offset, inside, R, RP, True).to(x.dtype)
         rope = load_rows(pool + R, offset, inside, DR, DRP, True).to(x.dtype)
         scores = dot(y, tl.trans(rope), dot(x, tl.trans(latent), None))

@@ -16,20 +16,29 @@ NEVER = tl.constexpr(-1.0e30)  # the maximum of nothing: finite, so that a row t
 
 
 @triton.jit
-def token_offsets(table, n, end, page_stride, token_stride, PAGE: tl.constexpr, N: tl.constexpr):
-    """[N] offsets in the pool of the tokens n .. n + N - 1 of a sequence; the table is not read behind `end`."""
-    if PAGE % N == 0:  # a tile lies in one page
-        page = tl.load(table + n // PAGE).to(tl.int64)
-        return page * page_stride + (n % PAGE + tl.arange(0, N)) * token_stride
+def pages_of(table, n, end, PAGE: tl.constexpr, N: tl.constexpr):
+    """The pages of the tokens n .. n + N - 1 of a sequence: one where a tile lies in one, else [N]. The table is not
+    read behind `end`; n is a multiple of N.
+
+    Loops carry them a tile ahead: a load whose address another load of the same turn must find first cannot be under
+    way several turns ahead.
+    """
+    if PAGE % N == 0:
+        return tl.load(table + n // PAGE, mask=n < end, other=0)
     else:
         token = n + tl.arange(0, N)
-        if N == 2 * PAGE:  # n is a multiple of N
-            page = tl.load(table + n // PAGE)
-            page = tl.where(token < n + PAGE, page, tl.load(table + n // PAGE + 1, mask=n + PAGE < end, other=0))
-            page = page.to(tl.int64)
+        if N == 2 * PAGE:
+            first = tl.load(table + n // PAGE, mask=n < end, other=0)
+            second = tl.load(table + n // PAGE + 1, mask=n + PAGE < end, other=0)
+            return tl.where(token < n + PAGE, first, second)
         else:
-            page = tl.load(table + token // PAGE, mask=token < end, other=0).to(tl.int64)
-        return page * page_stride + (token % PAGE) * token_stride
+            return tl.load(table + token // PAGE, mask=token < end, other=0)
+
+
+@triton.jit
+def token_offsets(pages, n, page_stride, token_stride, PAGE: tl.constexpr, N: tl.constexpr):
+    """[N] offsets in the pool of the tokens n .. n + N - 1 from their `pages_of`."""
+    return pages.to(tl.int64) * page_stride + (n + tl.arange(0, N)) % PAGE * token_stride
 
 
 @triton.jit
