@@ -107,12 +107,12 @@ def answers(num: int, meshes: list[str], models: list[str], more: dict[str, Any]
             say(model=model, mesh=mesh, questions=len(same), same=share, mean=mean, most=max(apart), seconds=seconds)
 
 
-def seed1(num: int, flags: dict[str, Any], name: str) -> None:
+def seed1(num: int, flags: dict[str, Any], name: str, turns: int) -> None:
     """200 requests of 512 tokens in and 128 out, 128 at a time."""
     began = time.perf_counter()
     with Ours({"model_path": str(SHAPES / "dsv2lite"), "device": "cuda", **flags}) as ours:
         ready = time.perf_counter() - began
-        for turn in range(3):
+        for turn in range(turns):
             measured = ours(prompts(Workload("seed1", num, 512, 128), ours.core.spec.vocab_size, turn), 128)
             seconds = max(t[-1] for t in measured.times)
             steps = sorted(step.seconds for step in ours.steps)
@@ -128,13 +128,14 @@ def main() -> None:
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--lines", nargs="+", default=list(LINES), choices=list(LINES))
+    parser.add_argument("--turns", type=int, default=3, help="Of seed 1's line; the first compiles and records.")
     parser.add_argument("--flags", type=json.loads, default={}, help="Further flags of the engine, as JSON.")
     args = parser.parse_args()
     if args.what == "answers":
         answers(args.num_questions, args.meshes, args.models, args.flags)
         return
     for name in args.lines:
-        seed1(200, {**SEED1, **LINES[name], **args.flags}, name)
+        seed1(200, {**SEED1, **LINES[name], **args.flags}, name, args.turns)
         gc.collect()
         torch.cuda.empty_cache()
 
