@@ -11,7 +11,7 @@ however early it was posted. A reader that gives up on a writer fences it before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,11 +94,19 @@ def check_runs(runs: Runs, own: dict[int, int], theirs: dict[int, int]) -> None:
     if runs.ndim != 2 or runs.shape[1] != 5:
         raise ValueError(f"runs have shape {runs.shape}, expected [n, 5]")
     for side, regions, region, offset in (("source", own, 0, 1), ("destination", theirs, 2, 3)):
-        for number in np.unique(runs[:, region]).tolist():
-            if number not in regions:
-                raise ValueError(f"{side} region {number} is not registered; registered: {sorted(regions)}")
-            mine = runs[runs[:, region] == number]
-            first, end = mine[:, offset].min(), (mine[:, offset] + mine[:, 4]).max()
-            if first < 0 or end > regions[number] or (mine[:, 4] < 0).any():
-                size = regions[number]
-                raise ValueError(f"{side} region {number} has {size} bytes; runs reach from {first} to {end}")
+        sizes = by_region(runs[:, region], regions, -1)
+        if (sizes < 0).any():
+            number = int(runs[np.argmin(sizes), region])
+            raise ValueError(f"{side} region {number} is not registered; registered: {sorted(regions)}")
+        wrong = (runs[:, offset] < 0) | (runs[:, 4] < 0) | (runs[:, offset] + runs[:, 4] > sizes)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            number, first, end = int(runs[at, region]), int(runs[at, offset]), int(runs[at, offset] + runs[at, 4])
+            raise ValueError(f"{side} region {number} has {sizes[at]} bytes; a run reaches from {first} to {end}")
+
+
+def by_region(regions: NDArray[np.int64], values: Mapping[int, int], missing: int = 0) -> NDArray[np.int64]:
+    """The value of each region's number; `missing` for one that has none."""
+    table = np.full(max(values, default=-1) + 2, missing, np.int64)
+    table[list(values)] = list(values.values())
+    return table[np.where((regions >= 0) & (regions < len(table)), regions, -1)]

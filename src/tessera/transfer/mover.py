@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.transfer.base import Runs
+from tessera.transfer.base import Runs, by_region
 
 Addresses = NDArray[np.uint64]
 Regions = Mapping[int, Tensor]  # each a row of uint8
@@ -64,8 +64,8 @@ class Addressed(NamedTuple):
 
 def addressed(runs: Runs, theirs: Mapping[int, int], own: Mapping[int, int], most: int | None = None) -> Addressed:
     """`theirs`, `own`: where each region begins. Runs of more than `most` bytes are cut into pieces."""
-    src = runs[:, 1] + _bases(runs[:, 0], theirs)
-    dst = runs[:, 3] + _bases(runs[:, 2], own)
+    src = runs[:, 1] + by_region(runs[:, 0], theirs)
+    dst = runs[:, 3] + by_region(runs[:, 2], own)
     lengths = runs[:, 4]
     if most is not None and len(runs) and lengths.max() > most:
         pieces = np.maximum(-(-lengths // most), 1)
@@ -74,11 +74,6 @@ def addressed(runs: Runs, theirs: Mapping[int, int], own: Mapping[int, int], mos
         src, dst = np.repeat(src, pieces) + offsets, np.repeat(dst, pieces) + offsets
         lengths = np.minimum(np.repeat(lengths, pieces) - offsets, most)
     return Addressed(src.astype(np.uint64), dst.astype(np.uint64), lengths.astype(np.uint64))
-
-
-def _bases(regions: NDArray[np.int64], starts: Mapping[int, int]) -> NDArray[np.int64]:
-    numbers, index = np.unique(regions, return_inverse=True)
-    return np.array([starts[number] for number in numbers.tolist()], np.int64)[index]
 
 
 def calls(lengths: Addresses, num_runs: int, num_bytes: int) -> Iterator[slice]:

@@ -16,8 +16,8 @@ import triton.language as tl
 from tessera.transfer.base import Runs
 from tessera.transfer.mover import addressed, calls
 
-PIECE = 1 << 15  # bytes of a program at a time
-PROGRAMS = 64
+PIECE = 1 << 14  # bytes of a program at a time
+PROGRAMS = 128
 CALL = 1 << 28  # bytes between two chances to stop
 _WORDS = {16: (tl.int64, 8, 16), 8: (tl.int64, 8, 8), 4: (tl.int32, 4, 4), 2: (tl.int16, 2, 2), 1: (tl.int8, 1, 1)}
 
@@ -46,6 +46,6 @@ def copy_runs(runs: Runs, src: Mapping[int, int], dst: Mapping[int, int], device
         word, size, aligned = _WORDS[np.gcd(common, 16)]
         table[:, 2] //= size
         _copy[(min(PROGRAMS, len(table)),)](
-            torch.from_numpy(table).to(device), len(table), word, aligned, PIECE // size, num_warps=8
+            torch.from_numpy(table).to(device), len(table), word, aligned, PIECE // size, num_warps=4
         )
         yield
