@@ -98,7 +98,8 @@ def in_order(
     if threads == 1:
         yield map(load, parts)
         return
-    begin = partial(torch.cuda.set_device, device) if torch.device(device).type == "cuda" else None
+    home = torch.device(device).index  # else a thread pins its memory by another device
+    begin = partial(torch.cuda.set_device, home) if home is not None else None
     pool = ThreadPoolExecutor(threads, "tessera-load", begin)
     try:
         yield pool.map(load, parts)
