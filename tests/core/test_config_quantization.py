@@ -96,6 +96,19 @@ def test_ranks_that_cut_a_group_of_activations_are_refused_and_those_that_cut_bl
     assert config_of(fp8(intermediate_size=1536), two, tp=2).mesh.tp == 2
 
 
+def test_other_groups_of_the_same_ranks_are_named_where_they_do() -> None:
+    """Experts of 1408 whole, and a dense layer of 10944 too."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1408, "norm_topk_prob": True}
+    spec = fp8(architectures=["Qwen3MoeForCausalLM"], intermediate_size=10944, mlp_only_layers=[0], **moe)
+    two = replace(CUDA, count=2)
+    text = refusals(spec, two, tp=2)
+    assert len(text) == 2
+    assert all(t.endswith("Or, with 2 ranks, --ep-size 2 and --moe-dense-tp-size 1.") for t in text)
+    assert config_of(spec, two, tp=2, ep=2, moe_dense_tp_size=1).mesh.tp == 2
+    (text,) = refusals(spec, two, tp=2, ep=2)
+    assert text.endswith("Or, with 2 ranks, --moe-dense-tp-size 1.")
+
+
 def test_kernels_that_read_the_host_do_not_run_as_graphs() -> None:
     assert config_of(fp8(), CUDA).kernels.graphs[0]
     assert config_of(fp8(), CUDA, fp8_gemm_backend="torch").kernels.graphs == ((), (), ())

@@ -8,6 +8,7 @@ them (attention TP = tp / dp); without, `--dp-size` counts replicas of the whole
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from tessera.core.config.ask import Asked
@@ -251,7 +252,22 @@ def _ranks(values: Asked, mesh: MeshConfig, model: Cut) -> str:
     """The numbers of ranks that go with the other sizes."""
     dense = values.whole("moe_dense_tp_size")
     allowed = [n for n in range(1, MOST_RANKS + 1) if model.fits(replace(mesh, tp=n, dense_tp=dense or n))]
-    return _use("--tp-size", allowed) if allowed else "Change the size of the groups: no --tp-size goes with it."
+    if allowed != [1]:
+        return _use("--tp-size", allowed) if allowed else f"No --tp-size goes with it.{_regrouped(mesh, model)}"
+    return f"Use --tp-size 1.{_regrouped(mesh, model)}"
+
+
+def _regrouped(mesh: MeshConfig, model: Cut) -> str:
+    """Other groups of as many ranks that the model can be cut for, by the fewest flags; empty when there are none."""
+    flags = {"ep": "--ep-size {}", "dense_tp": "--moe-dense-tp-size {}", "all_to_all": "--moe-a2a-backend all_to_all"}
+    sizes = product(divisors(mesh.tp), divisors(mesh.tp), (mesh.all_to_all, True))
+    found: list[list[str]] = []
+    for ep, dense_tp, all_to_all in sizes:
+        changed = replace(mesh, ep=ep, dense_tp=dense_tp, all_to_all=all_to_all and ep > 1)
+        if model.fits(changed):
+            now = {name: getattr(changed, name) for name in flags}
+            found.append([flags[name].format(size) for name, size in now.items() if size != getattr(mesh, name)])
+    return f" Or, with {mesh.tp} ranks, {' and '.join(min(found, key=len))}." if found else ""
 
 
 def _kinds(spec: ModelSpec, quantization: Quantization | None) -> ModelSpec:
