@@ -267,7 +267,7 @@ def _regrouped(mesh: MeshConfig, model: Cut) -> str:
         if model.fits(changed):
             now = {name: getattr(changed, name) for name in flags}
             found.append([flags[name].format(size) for name, size in now.items() if size != getattr(mesh, name)])
-    return f" Or, with {mesh.tp} ranks, {' and '.join(min(found, key=len))}." if found else ""
+    return f" Or, with {mesh.tp} ranks, {' and '.join(sorted(found, key=len)[0])}." if found else ""
 
 
 def _kinds(spec: ModelSpec, quantization: Quantization | None) -> ModelSpec:
