@@ -48,20 +48,65 @@ def column(y_ptr, window_ptr, at, channel, valid, stride_y, KERNEL: tl.constexpr
 
 
 @triton.jit
-def _convolved(
-    y_ptr, window_ptr, w_ptr, t, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr, AXIS: tl.constexpr
+def _taps(w_ptr, channel, valid, KERNEL: tl.constexpr, TAPS: tl.constexpr, AXIS: tl.constexpr):
+    """What the convolution multiplies by. AXIS: where the taps lie; see `_inputs`."""
+    nth = tl.expand_dims(tl.arange(0, TAPS), 1 - AXIS)
+    channel, valid = tl.expand_dims(channel, AXIS), tl.expand_dims(valid, AXIS) & (nth < KERNEL)
+    return tl.load(w_ptr + channel * KERNEL + nth, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inputs(
+    y_ptr, window_ptr, t, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr, AXIS: tl.constexpr
 ):
-    """silu of the convolution at token t.
+    """What the convolution at token t reads.
 
     AXIS: where the taps lie. It is the one along which the result is not spread over the state afterwards; otherwise
     the compiler would turn the whole state to these few numbers' layout instead of them to its own.
     """
     nth = tl.expand_dims(tl.arange(0, TAPS), 1 - AXIS)
     channel, valid = tl.expand_dims(channel, AXIS), tl.expand_dims(valid, AXIS) & (nth < KERNEL)
-    x = column(y_ptr, window_ptr, t - KERNEL + 1 + nth, channel, valid, stride_y, KERNEL)
-    w = tl.load(w_ptr + channel * KERNEL + nth, mask=valid, other=0.0).to(tl.float32)
-    total = tl.sum(x * w, AXIS)
+    return column(y_ptr, window_ptr, t - KERNEL + 1 + nth, channel, valid, stride_y, KERNEL)
+
+
+@triton.jit
+def _convolved(x, taps, AXIS: tl.constexpr):
+    """silu of the convolution."""
+    total = tl.sum(x * taps, AXIS)
     return total / (1 + tl.exp(-total))
+
+
+@triton.jit
+def _read(
+    y_ptr, window_ptr, w_ptr, t, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr, AXIS: tl.constexpr
+):
+    """What the convolution gives at token t."""
+    x = _inputs(y_ptr, window_ptr, t, channel, valid, stride_y, KERNEL, TAPS, AXIS)
+    return _convolved(x, _taps(w_ptr, channel, valid, KERNEL, TAPS, AXIS), AXIS)
+
+
+@triton.jit
+def _token(
+    y_ptr, window_ptr, conv_ptr, row, t, head, q_at, k_at, v_at, key, shown, j, q_taps, k_taps, v_taps, stride_y,
+    Z: tl.constexpr, B: tl.constexpr, A: tl.constexpr, DV: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """(q, k, v, a, b, z) of a head and token. AT_ONCE: all, with z, is read before any sum, since a sum waits for all
+    warps, and loads would wait with it; else one after the other: registers are short, other heads hide the time."""
+    if AT_ONCE:
+        q = _inputs(y_ptr, window_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0)
+        k = _inputs(y_ptr, window_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0)
+        v = _inputs(y_ptr, window_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
+        a, b = tl.load(row + A + head), tl.load(row + B + head)
+        z = tl.load(row + Z + head * DV + j, mask=shown, other=0.0)
+        q, k, v = _convolved(q, q_taps, 0), _convolved(k, k_taps, 0), _convolved(v, v_taps, 1)
+    else:
+        q = _read(y_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0)
+        k = _read(y_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0)
+        v = _read(y_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
+        a, b = tl.load(row + A + head), tl.load(row + B + head)
+        z = 0.0
+    return _l2norm(q), _l2norm(k), v, a, b, z
 
 
 @triton.jit
@@ -81,6 +126,18 @@ def put_window(window_ptr, window, channel, valid, KERNEL: tl.constexpr, TAPS: t
 
 
 @triton.jit
+def _put_last(
+    reader, window_ptr, q_window, k_window, q_at, k_at, valid,
+    GROUP: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """Writes the windows of a key head, if all others of the GROUP that read them have."""
+    if tl.atomic_add(reader, 1) == GROUP - 1:
+        put_window(window_ptr, q_window, q_at, valid, KERNEL, TAPS)
+        put_window(window_ptr, k_window, k_at, valid, KERNEL, TAPS)
+        tl.store(reader, 0)
+
+
+@triton.jit
 def move_window(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr):
     """Both; only this program reads the old window, and all of it has."""
     window = shifted(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL, TAPS)
@@ -89,9 +146,11 @@ def move_window(y_ptr, window_ptr, length, channel, valid, stride_y, KERNEL: tl.
 
 
 @triton.jit
-def _normed(o, z_ptr, weight, shown, eps, DV: tl.constexpr):
+def _normed(o, z, z_ptr, weight, shown, eps, DV: tl.constexpr, LOADED: tl.constexpr):
     """weight * rmsnorm(o) * silu(z)."""
-    z = tl.load(z_ptr, mask=shown, other=0.0).to(tl.float32)
+    if not LOADED:
+        z = tl.load(z_ptr, mask=shown, other=0.0)
+    z = z.to(tl.float32)
     return o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * weight * z / (1 + tl.exp(-z))
 
 
@@ -105,24 +164,27 @@ def _step(
 ):  # fmt: skip
     """MIXED, Z, B, A: first columns of the sections of y; KEY, VALUE: first channels of k and v. With a program a value
     head, `readers` [S, Hk] counts those that have read their key head's windows; the last one writes them, and a 0."""
-    follow()
     part, s = tl.program_id(0), tl.program_id(1)
-    first = tl.load(cu_ptr + s)
-    length = tl.load(cu_ptr + s + 1) - first
-    if (length > limit) | (length == 0):
-        return
-    slot = tl.load(slots_ptr + s).to(tl.int64)
-    y_ptr += first.to(tl.int64) * stride_y
-    out_ptr += first.to(tl.int64) * (HEADS * DV)
-    mixed_ptr, window_ptr = y_ptr + MIXED, window_ptr + slot * stride_window
     i, j = tl.arange(0, DK_PADDED), tl.arange(0, DV_PADDED)
     key, shown = i < DK, j < DV
     key_head = part * TAKEN // GROUP
     q_at, k_at = key_head * DK + i, KEY + key_head * DK + i
-    if TAKEN == 1:  # nothing else hides the time that these loads take; with more heads they cost registers
+    weight = tl.load(norm_ptr + j, mask=shown, other=0.0).to(tl.float32)
+    q_taps, k_taps, v_taps = 0, 0, 0
+    if TAKEN == 1:
+        q_taps, k_taps = _taps(conv_ptr, q_at, key, KERNEL, TAPS, 0), _taps(conv_ptr, k_at, key, KERNEL, TAPS, 0)
+        v_taps = _taps(conv_ptr, VALUE + part * DV + j, shown, KERNEL, TAPS, 1)
+    follow()
+    first, slot = tl.load(cu_ptr + s), tl.load(slots_ptr + s).to(tl.int64)
+    length = tl.load(cu_ptr + s + 1) - first
+    if (length > limit) | (length == 0):
+        return
+    y_ptr += first.to(tl.int64) * stride_y
+    out_ptr += first.to(tl.int64) * (HEADS * DV)
+    mixed_ptr, window_ptr = y_ptr + MIXED, window_ptr + slot * stride_window
+    if TAKEN == 1:
         q_window = shifted(mixed_ptr, window_ptr, length, q_at, key, stride_y, KERNEL, TAPS)
         k_window = shifted(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
-    weight = tl.load(norm_ptr + j, mask=shown, other=0.0).to(tl.float32)
     for n in range(TAKEN):
         head = part * TAKEN + n
         memory_at = state_ptr + slot * stride_state + head * (DK * DV) + i[:, None] * DV + j[None, :]
@@ -133,12 +195,13 @@ def _step(
         decay, dt_bias = tl.load(decay_ptr + head), tl.load(dt_bias_ptr + head)
         for t in range(length):
             row = y_ptr + t * stride_y
-            q = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0))
-            k = _l2norm(_convolved(mixed_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0))
-            v = _convolved(mixed_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
-            g, beta = gates(tl.load(row + A + head), tl.load(row + B + head), decay, dt_bias)
+            q, k, v, a, b, z = _token(
+                mixed_ptr, window_ptr, conv_ptr, row, t, head, q_at, k_at, v_at, key, shown, j, q_taps, k_taps, v_taps,
+                stride_y, Z, B, A, DV, KERNEL, TAPS, TAKEN == 1,
+            )  # fmt: skip
+            g, beta = gates(a, b, decay, dt_bias)
             memory, o = _advanced(memory, q * q_scale, k, v, g, beta)
-            o = _normed(o, row + Z + head * DV + j, weight, shown, eps, DV)
+            o = _normed(o, z, row + Z + head * DV + j, weight, shown, eps, DV, TAKEN == 1)
             tl.store(out_ptr + (t * HEADS + head) * DV + j, o.to(out_ptr.dtype.element_ty), mask=shown)
         tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
         if TAKEN > 1:
@@ -151,10 +214,7 @@ def _step(
         move_window(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
     else:
         reader = readers_ptr + s * (HEADS // GROUP) + key_head
-        if tl.atomic_add(reader, 1) == GROUP - 1:
-            put_window(window_ptr, q_window, q_at, key, KERNEL, TAPS)
-            put_window(window_ptr, k_window, k_at, key, KERNEL, TAPS)
-            tl.store(reader, 0)
+        _put_last(reader, window_ptr, q_window, k_window, q_at, k_at, key, GROUP, KERNEL, TAPS)
 
 
 def step(

@@ -21,17 +21,17 @@ def _rmsnorm_kernel(
     x, added, weight, out, total, x_stride, added_stride, columns, eps,
     ADDS: tl.constexpr, ZERO_CENTRED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    follow()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < columns
+    w = tl.load(weight + at, inside, 0.0).to(tl.float32)
+    follow()
     v = tl.load(x + row * x_stride + at, inside, 0.0)
     if ADDS:
         v = (v.to(tl.float32) + tl.load(added + row * added_stride + at, inside, 0.0).to(tl.float32)).to(v.dtype)
         tl.store(total + row * columns + at, v, inside)
     wide = v.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / columns + eps)
-    w = tl.load(weight + at, inside, 0.0).to(tl.float32)
     if ZERO_CENTRED:
         w += 1.0
     tl.store(out + row * columns + at, (wide * scale * w).to(out.dtype.element_ty), inside)

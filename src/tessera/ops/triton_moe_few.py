@@ -79,37 +79,24 @@ def _gate_up(
 
 
 @triton.jit
-def _shares(
-    weights_ptr, x, gate_ptr, token, nth,
-    HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """What a token's experts are multiplied by: the router's weights, then the gate of the shared one."""
-    weight = tl.load(weights_ptr + token * TOP_K + nth, mask=nth < TOP_K, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        share = 1.0
-        if GATED:
-            at = tl.arange(0, HIDDEN_PADDED)
-            products = tl.load(x + at, mask=at < HIDDEN, other=0.0).to(tl.float32)
-            products *= tl.load(gate_ptr + at, mask=at < HIDDEN, other=0.0).to(tl.float32)
-            share = 1.0 / (1.0 + tl.exp(-tl.sum(products, 0)))
-        weight = tl.where((nth >= TOP_K) & (nth < TOP_K + PARTS), share, weight)
-    return weight
-
-
-@triton.jit
 def _down(
     h_ptr, w_ptr, shared_ptr, ids_ptr, weights_ptr, x_ptr, gate_ptr, out_ptr, stride_x, num_rows,
     HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr,
     GATED: tl.constexpr, K_PADDED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out [T, H]: N columns of all k experts of a token and of the shared one's parts side by side, then their sum."""
-    follow()
     token = tl.program_id(1).to(tl.int64)
-    nth = tl.arange(0, K_PADDED)
+    nth, at = tl.arange(0, K_PADDED), tl.arange(0, HIDDEN_PADDED)
+    if GATED:
+        gate = tl.load(gate_ptr + at, mask=at < HIDDEN, other=0.0)
+    follow()
     expert = tl.load(ids_ptr + token * TOP_K + nth, mask=nth < TOP_K, other=-1).to(tl.int64)
+    weight = tl.load(weights_ptr + token * TOP_K + nth, mask=nth < TOP_K, other=0.0).to(tl.float32)
+    if GATED:
+        x = tl.load(x_ptr + token * stride_x + at, mask=at < HIDDEN, other=0.0)
     column, inner = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, K)
-    held, at, row = expert >= 0, expert * (HIDDEN * INNER), token * TOP_K + nth
-    w = w_ptr + at[:, None, None] + column[None, :, None] * INNER
+    held, row = expert >= 0, token * TOP_K + nth
+    w = w_ptr + (expert * (HIDDEN * INNER))[:, None, None] + column[None, :, None] * INNER
     if PARTS > 0:
         own = nth - TOP_K
         row = tl.where(own < 0, row, num_rows + token * PARTS + own)
@@ -124,8 +111,11 @@ def _down(
         w2 = tl.load(w + k, mask=shown & inside[None, None, :], other=0.0)
         a = tl.load(h + k, mask=held[:, None] & inside[None, :], other=0.0).to(tl.float32)
         y += tl.sum(w2.to(tl.float32) * a[:, None, :], 2)
-    x = x_ptr + token * stride_x
-    weight = _shares(weights_ptr, x, gate_ptr, token, nth, HIDDEN, HIDDEN_PADDED, TOP_K, PARTS, GATED)
+    if PARTS > 0:
+        share = 1.0
+        if GATED:
+            share = 1.0 / (1.0 + tl.exp(-tl.sum(x.to(tl.float32) * gate.to(tl.float32), 0)))
+        weight = tl.where((own >= 0) & (own < PARTS), share, weight)
     rounded = y.to(h_ptr.dtype.element_ty).to(tl.float32)  # as where there are more rows
     out = tl.sum(tl.where((nth < TOP_K)[:, None], rounded, y) * weight[:, None], 0)
     tl.store(out_ptr + token * HIDDEN + column, out.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)
