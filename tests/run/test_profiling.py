@@ -79,7 +79,10 @@ THREADS = {"tp": 2, "collectives": "threads"}
 
 
 @pytest.mark.parametrize(
-    ("asking", "name"), [({}, "p-TP-0"), (THREADS, "p-TP-0-1")], indirect=["asking"], ids=["one rank", "threads"]
+    ("asking", "name"),
+    [({}, "p-TP-0"), (THREADS, "p-TP-0-1"), ({"dp": 2}, "p-DP-0-TP-0")],
+    indirect=["asking"],
+    ids=["one rank", "threads", "replica"],
 )
 def test_from_a_start_to_a_stop(asking: Asking, name: str, tmp_path: Path) -> None:
     asking.run("before")
