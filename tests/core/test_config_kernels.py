@@ -140,6 +140,7 @@ def test_flashinfer_has_our_kernels_around_it_and_says_which_steps_it_serves() -
         "torch",
     )
     assert told["attention of steps that run as CUDA graphs"].value == "triton"
+    assert "minutes at the first start" in told["kernels of FlashInfer"].why
     whole = resolved(WIDE, EQUIPPED, attention_backend="flashinfer", disable_cuda_graph=True)
     assert not any("steps that run as CUDA graphs" in decision.what for decision in whole.decisions)
 

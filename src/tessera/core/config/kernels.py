@@ -222,6 +222,9 @@ def _flashinfer(values: Asked, spec: ModelSpec, dtype: str, graphs: bool, notes:
     if kv not in (same if latent else (*same, *FP8)):
         reason = f"it reads {'latents' if latent else 'keys'} in the dtype of queries, {dtype}"
         notes.refuse((flag, f"--kv-cache-dtype {kv}"), f"{reason}{'' if latent else ', or in fp8'}", "Use auto.")
+    notes.decide(
+        "kernels of FlashInfer", "built before the weights are read", "minutes at the first start, then cached"
+    )
     if graphs:
         what, why = "attention of steps that run as CUDA graphs", "FlashInfer plans each step on the host"
         notes.decide(what, "triton", f"{why}: it serves the larger steps, or all with --disable-cuda-graph")
