@@ -58,6 +58,13 @@ def test_what_was_met_goes_first_then_the_largest_then_upwards() -> None:
     assert [recordings.rest() for _ in range(3)] == [DECODES[1], DECODES[2], DECODES[0]]
 
 
+def test_a_server_that_decodes_nothing_records_only_what_it_met() -> None:
+    recordings = Recordings(SIZES, decodes=False)
+    assert (recordings.num_left, recordings.rest()) == (0, None)
+    recordings.due(step(0, decode(2)))
+    assert recordings.rest() == DECODES[1]
+
+
 def test_nothing_is_recorded_while_it_is_held() -> None:
     recordings = Recordings(SIZES)
     recordings.held = True

@@ -65,7 +65,8 @@ class EngineCore:
         in_flight = resolved.config.scheduling.max_in_flight
         report = Reporter(self.planner)
         replica = f"-DP-{resolved.config.mesh.replica}" if resolved.config.mesh.replicas > 1 else ""
-        self.recordings = Recordings(Sizes(*resolved.config.kernels.graphs))
+        decodes = resolved.config.handover.role != "prefill"
+        self.recordings = Recordings(Sizes(*resolved.config.kernels.graphs), decodes)
         planner = self.planner if self._events is None else Recorder(self.planner, self._events.write)
         self._loop = StepLoop(
             planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover, self.recordings, replica

@@ -19,15 +19,15 @@ MEETINGS = 2  # as it is: for kernels and handles, and for a prompt that nothing
 class Recordings:
     """Counts the sizes of steps and says which one is to be recorded. Who asks records what is answered.
 
-    `held`: nothing is to be recorded now.
+    `held`: nothing is to be recorded now. `decodes`: steps of decode will come.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, decodes: bool = True) -> None:
         self._sizes, self.held = sizes, False
         self._met: Counter[Size] = Counter()  # of those that are not recorded
         self._recorded: set[Size] = set()
-        decodes = [Size(rows, rows, one_each=True) for rows in sizes.rows]
-        self._ahead = decodes[:-1][::-1] + decodes[-1:]  # from its end: the largest, whose memory serves all, then up
+        coming = [Size(rows, rows, one_each=True) for rows in sizes.rows if decodes]
+        self._ahead = coming[:-1][::-1] + coming[-1:]  # from its end: the largest, whose memory serves all, then up
 
     @property
     def num_left(self) -> int:
