@@ -39,11 +39,16 @@ def _columns(half, P: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _rotated(a, b, cos, sin, position, half, P: tl.constexpr):
-    """Pairs [B, P] turned by the angles of a position."""
+def _angles(cos, sin, position, half, P: tl.constexpr):
+    """[P] cos and sin of a position. Loaded before any sum, like all else: loads behind one would wait for it."""
     i = tl.arange(0, P)
     c = tl.load(cos + position * half + i, mask=i < half, other=1.0)
-    s = tl.load(sin + position * half + i, mask=i < half, other=0.0)
+    return c, tl.load(sin + position * half + i, mask=i < half, other=0.0)
+
+
+@triton.jit
+def _rotated(a, b, c, s):
+    """Pairs [B, P] turned by angles [P]."""
     return a * c - b * s, b * c + a * s
 
 
@@ -67,6 +72,10 @@ def _normed_rotated(
     inside, at = live & (i < HALF), head[:, None] * D
     a = tl.load(x + at + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + at + second, mask=inside, other=0.0).to(tl.float32)
+    c, s = _angles(cos, sin, position, HALF, P)
+    if NORM:
+        w_first = _weight(norm, first, i < HALF, ZERO_CENTRED)
+        w_second = _weight(norm, second, i < HALF, ZERO_CENTRED)
     squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
     if 2 * HALF < D:  # whole rows, although of some of it only the squares are used: wide loads
         dims = tl.arange(0, DP)
@@ -78,9 +87,9 @@ def _normed_rotated(
         tl.store(to + head[:, None] * to_head + dims, narrowed(rest, to), mask=live & outside)
     if NORM:
         factor = tl.rsqrt(squares / D + eps)[:, None]
-        a *= factor * _weight(norm, first, i < HALF, ZERO_CENTRED)
-        b *= factor * _weight(norm, second, i < HALF, ZERO_CENTRED)
-    a, b = _rotated(a, b, cos, sin, position, HALF, P)
+        a *= factor * w_first
+        b *= factor * w_second
+    a, b = _rotated(a, b, c, s)
     at = head[:, None] * to_head
     tl.store(to + at + first, narrowed(a, to), mask=inside)
     tl.store(to + at + second, narrowed(b, to), mask=inside)
@@ -155,9 +164,11 @@ def _cache_latent(
     r, one = tl.arange(0, RP), tl.arange(0, 1)
     latent = tl.load(x + r, mask=r < R, other=0.0).to(tl.float32)
     a, b = _load_pairs(x + R, one, one == 0, half, P, INTERLEAVED)
-    latent *= tl.rsqrt(tl.sum(latent * latent, 0) / R + eps) * _weight(norm, r, r < R, False)
+    weight = _weight(norm, r, r < R, False)
+    c, s = _angles(cos, sin, position, half, P)
+    latent *= tl.rsqrt(tl.sum(latent * latent, 0) / R + eps) * weight
     tl.store(to + r, narrowed(latent, to), mask=r < R)
-    a, b = _rotated(a, b, cos, sin, position, half, P)
+    a, b = _rotated(a, b, c, s)
     _store_pairs(to + R, one, a, b, one == 0, half, P, INTERLEAVED)
 
 
@@ -177,7 +188,8 @@ def _write_latents(
         return
     head = (block - 1) * B + tl.arange(0, B)
     a, b = _load_pairs(q, t * q_row + head * q_head, head < H, half, P, INTERLEAVED)
-    a, b = _rotated(a, b, cos, sin, position, half, P)
+    c, s = _angles(cos, sin, position, half, P)
+    a, b = _rotated(a, b, c, s)
     _store_pairs(q_out, (t * H + head) * (2 * half), a, b, head < H, half, P, INTERLEAVED)
 
 
