@@ -74,36 +74,54 @@ def _products(
 
 
 @triton.jit
+def _add(
+    total, weights, x, x_row, ws, column, live, k, M: tl.constexpr, MP: tl.constexpr, G: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """total [N, MP] + what columns k .. of a weight give with M rows of x."""
+    nth = tl.arange(0, MP)[None, :]
+    for m in tl.static_range(M):
+        values, scales = _rounded(x + m * x_row, True, k, G, GROUP, COLUMNS, LARGEST, SMALLEST)
+        part = _products(weights, ws, column, live, k, values, scales, G, COLUMNS, BLOCK_N, GROUP)
+        total += tl.where(nth == m, part[:, None], 0.0)
+    return total
+
+
+@triton.jit
 def _linear(
     x, w, ws, y, x_row, out, COLUMNS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """y [M, out] = x w; GATED: silu of that times the product with the `out` rows of w that follow."""
-    column, nth = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, MP)[None, :]
+    column = tl.program_id(0) * N + tl.arange(0, N)
     live, row = column < out, column.to(tl.int64)
     weights = _weights(w, row, live, 0, G, GROUP, COLUMNS)
-    ups = weights
     if GATED:
         ups = _weights(w, out + row, live, 0, G, GROUP, COLUMNS)
     follow()
-    total, up = tl.zeros([N, MP], tl.float32), tl.zeros([N, MP], tl.float32)
-    for k in range(0, COLUMNS, G * GROUP):
-        following = _weights(w, row, live, k + G * GROUP, G, GROUP, COLUMNS)
-        following_ups = following
-        if GATED:
-            following_ups = _weights(w, out + row, live, k + G * GROUP, G, GROUP, COLUMNS)
-        for m in tl.static_range(M):
-            values, scales = _rounded(x + m * x_row, True, k, G, GROUP, COLUMNS, LARGEST, SMALLEST)
-            part = _products(weights, ws, column, live, k, values, scales, G, COLUMNS, BLOCK_N, GROUP)
-            total += tl.where(nth == m, part[:, None], 0.0)
-            if GATED:
-                part = _products(ups, ws, out + column, live, k, values, scales, G, COLUMNS, BLOCK_N, GROUP)
-                up += tl.where(nth == m, part[:, None], 0.0)
-        weights, ups = following, following_ups
+    first, second = tl.zeros([N, MP], tl.float32), tl.zeros([N, MP], tl.float32)
+    first = _add(
+        first, weights, x, x_row, ws, column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+    )  # fmt: skip
     if GATED:
-        total = total / (1 + tl.exp(-total)) * up
-    tl.store(y + nth * out + column[:, None], total.to(y.dtype.element_ty), mask=live[:, None] & (nth < M))
+        second = _add(
+            second, ups, x, x_row, ws, out + column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+        )  # fmt: skip
+    for k in range(G * GROUP, COLUMNS, G * GROUP):  # other programs' loads are on their way meanwhile
+        weights = _weights(w, row, live, k, G, GROUP, COLUMNS)
+        first = _add(
+            first, weights, x, x_row, ws, column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+        )  # fmt: skip
+        if GATED:
+            ups = _weights(w, out + row, live, k, G, GROUP, COLUMNS)
+            second = _add(
+                second, ups, x, x_row, ws, out + column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+            )  # fmt: skip
+    if GATED:
+        first = first / (1 + tl.exp(-first)) * second
+    nth = tl.arange(0, MP)[None, :]
+    tl.store(y + nth * out + column[:, None], first.to(y.dtype.element_ty), mask=live[:, None] & (nth < M))
 
 
 @triton.jit
