@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tessera.core.families import read_spec
 from tessera.core.messages import SamplingParams, Submit
@@ -17,6 +18,7 @@ from tessera.core.weights import weight_table
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
 from tessera.run import recordings
+from tessera.run.graphs import CudaGraphs
 from test_invariance import LAYOUTS, PLAIN, prompts, requests
 from tiny import TINY, Run, TinyModel, resolved, serve
 
@@ -114,3 +116,16 @@ def drawn_logprobs(name: str, **flags: Any) -> np.ndarray:
     ]
     run = serve(model(name), asked, **flags)
     return np.array([run.answers[key].logprobs[0].top_logprobs[0] for key in sorted(run.answers)])
+
+
+def test_sizes_share_the_memory_of_their_logits() -> None:
+    x = torch.randn(4096, 1000, device="cuda", dtype=torch.bfloat16)
+    record = CudaGraphs()
+    made = {rows: record(lambda rows=rows: (x[:rows].argmax(-1), (x[:rows] * 2)[:, :999])) for rows in (4096, 64)}
+    before = torch.cuda.memory_allocated()
+    made |= {rows: record(lambda rows=rows: (x[:rows].argmax(-1), (x[:rows] * 2)[:, :999])) for rows in (2048, 1024)}
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+    for rows, ((tokens, logits), run) in made.items():
+        run()
+        assert torch.equal(logits, 2 * x[:rows, :999])
+        assert torch.equal(tokens, x[:rows].argmax(-1))

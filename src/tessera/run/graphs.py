@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -134,7 +135,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records with CUDA graphs, which share one pool of memory: they run one after the other."""
+    """Records with CUDA graphs, which share one pool of memory, their logits too: they run one after the other."""
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
@@ -148,9 +149,23 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            found = stage()
+            tokens, logits = stage()
         self._pool = graph.pool()
-        return found, graph.replay
+        return (tokens, lent(logits)), graph.replay
+
+
+def lent(tensor: Tensor) -> Tensor:
+    """The same memory, not kept: graphs that are recorded later may use it too.
+
+    What reads a graph's logits is launched right after it, before any other graph runs. Kept, those of all sizes would
+    take gigabytes with a large vocabulary.
+    """
+    size = tensor.element_size()
+    interface = {
+        "shape": tuple(tensor.shape), "strides": tuple(size * stride for stride in tensor.stride()),
+        "typestr": f"<i{size}", "data": (tensor.data_ptr(), False), "version": 3,
+    }  # fmt: skip
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=tensor.device).view(tensor.dtype)
 
 
 class Graphs:
