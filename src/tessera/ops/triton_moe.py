@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tessera.ops import moe
 from tessera.ops.fused import Shared
 from tessera.ops.moe import Mixture
-from tessera.ops.triton_common import dot
+from tessera.ops.triton_common import chained, dot, follow
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import gated_product
 from tessera.ops.triton_moe_few import few_experts, joins, pays
@@ -68,7 +68,8 @@ def tiles_of(num_rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
 
 @triton.jit
 def work_of(blocks_ptr, num_blocks, num_columns, GROUP: tl.constexpr):
-    """(expert, first row, end, tile of columns) of this program."""
+    """(expert, first row, end, tile of columns) of this program, once what it reads is there."""
+    follow()
     pid = tl.program_id(0)
     first = pid // (GROUP * num_columns) * GROUP
     size = tl.minimum(num_blocks - first, GROUP)
@@ -144,6 +145,7 @@ def _combine(
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """out [T, H]: a token's rows times their weights, added in fp32 in the order of its experts."""
+    follow()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * N + tl.arange(0, N)
     shown = column < HIDDEN
@@ -193,6 +195,7 @@ def _launch(w: Tensor, tile: Tile) -> dict[str, object]:
     return {
         "w": TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.n, tile.k]) if boxed else w, "BOXED": boxed,
         "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "STAGES": tile.stages, "num_warps": tile.warps,
+        **chained(w.device),
     }  # fmt: skip
 
 
@@ -219,6 +222,7 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = Non
     out = y.new_empty(num_tokens, hidden)
     width = min(triton.next_power_of_2(hidden), 1024)
     _combine[num_tokens, triton.cdiv(hidden, width)](
-        y, ids, weights, places, out, HIDDEN=hidden, TOP_K=top_k, N=width, PLACED=places is not None, num_warps=4
-    )
+        y, ids, weights, places, out, HIDDEN=hidden, TOP_K=top_k, N=width, PLACED=places is not None, num_warps=4,
+        **chained(y.device),
+    )  # fmt: skip
     return out
