@@ -45,11 +45,11 @@ FLASH = {
 }
 LATENTS = [
     replace(triton_latent.TILES[2], short=Tile(16, *short))
-    for short in ((16, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (64, 4, 2))
+    for short in ((16, 4, 3), (32, 4, 2), (32, 4, 3), (32, 4, 4), (64, 8, 3), (64, 4, 3))
 ]
 MIXED = [
     replace(triton_latent.TILES[2], short=Tile(16, *short))
-    for short in ((64, 4, 2), (32, 4, 3), (32, 4, 2), (64, 2, 2))
+    for short in ((64, 4, 3), (32, 4, 3), (32, 4, 2), (64, 2, 2))
 ] + [replace(triton_latent.TILES[2], long=Tile(64, 32, 8, 3))]
 JOINS = [Tile(16, 32, 4, 3), Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)]
 MLA_OWN = [

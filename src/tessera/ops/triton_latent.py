@@ -54,7 +54,7 @@ class LatentTiles:
 PARTS = {torch.bfloat16: torch.float16}
 
 # By element size, from one H100; `bench/kernels.py attention --sweep` tries others.
-TILES = {2: LatentTiles(Tile(16, 64, 4, 3), Tile(64, 64, 8, 2), Tile(16, 32, 8, 3))}
+TILES = {2: LatentTiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(16, 32, 8, 3))}
 WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))  # fp32, on the plain units
 
 
