@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tessera.ops import fp8, triton_fp8
 
-LINEARS = {"4096 x 4096": (4096, 4096), "24576 x 4096": (24576, 4096)}
+LINEARS = {"4096 x 4096": (4096, 4096), "24576 x 4096": (24576, 4096), "4096 x 12288": (4096, 12288)}
 EXPERTS = {"dsv2lite": (64, 2048, 1408, 6), "qwen3next": (512, 2048, 512, 10)}
-TOKENS = (1, 64, 512, 8192)
+TOKENS = (1, 4, 64, 512, 8192)
 
 
 def cases() -> dict[str, Callable[[str], Case]]:
