@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, LARGEST, SMALLEST, Block, Fp8Weight
-from tessera.ops.triton_common import dot, num_processors
+from tessera.ops.triton_common import chained, dot, follow, num_processors
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_moe import combine, work_of
 from tessera.ops.triton_sort import sort_rows
@@ -62,6 +62,7 @@ def _quantize(
     GROUP: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """PADDED groups of one row."""
+    follow()
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * PADDED + tl.arange(0, PADDED)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -83,6 +84,7 @@ def quantize(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
         _quantize[rows, triton.cdiv(groups, padded)](
             x, values, scales, x.stride(0), COLUMNS=columns, GROUPS=groups, PADDED=padded,
             GROUP=group, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4,
+            **chained(x.device),
         )  # fmt: skip
     return values, scales
 
@@ -117,6 +119,7 @@ def _linear(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [T, OUT] = x w."""
+    follow()
     row, first = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N
     column = first + tl.arange(0, N)
     held, shown = row < num_rows, column < OUT
@@ -137,6 +140,7 @@ def _grouped(
 ):  # fmt: skip
     """y [R, OUT]: row r times its expert's weight, from row r / FOLD of x; GATED: silu of a first OUT columns times a
     second OUT columns of the weight."""
+    follow()
     expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, 1)
     if expert < 0:
         return
@@ -179,7 +183,13 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GRO
     if len(x):
         tile = spread(tile_of(len(x)), len(x), len(weight), num_processors(x.device))
         _linear[triton.cdiv(len(weight), tile.n), triton.cdiv(len(x), tile.m)](
-            *quantize(x, block[1]), weight, scales, y, len(x), **_sizes(tile, tile.n, block, x.shape[1], len(weight))
+            *quantize(x, block[1]),
+            weight,
+            scales,
+            y,
+            len(x),
+            **_sizes(tile, tile.n, block, x.shape[1], len(weight)),
+            **chained(x.device),
         )
     return y
 
@@ -209,6 +219,6 @@ def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tens
         _grouped[len(by_expert.blocks) * columns,](
             *quantize(source, w.block[1]), w.values, w.scales, target, by_expert.rows, by_expert.blocks,
             len(by_expert.blocks), columns, FOLD=fold, GATED=source is x,
-            **_sizes(tile, n, w.block, source.shape[1], target.shape[1]),
+            **_sizes(tile, n, w.block, source.shape[1], target.shape[1]), **chained(x.device),
         )  # fmt: skip
     return combine(y, ids, weights)
