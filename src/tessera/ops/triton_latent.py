@@ -37,7 +37,6 @@ from tessera.ops.triton_tiles import Tile, splits_of
 
 SHORT = 8  # tokens of the longest range that has tiles of few rows; a range's own length decides, whatever the others
 FEW = 8  # tokens whose splits are joined one by one
-LED = 64  # tokens whose queries a kernel of ours leads into latent space, with weights read ahead of them
 WAVES = 2  # parts of short ranges per multiprocessor that the splits aim at
 
 
@@ -56,22 +55,6 @@ PARTS = {torch.bfloat16: torch.float16}
 # By element size, from one H100; `bench/kernels.py attention --sweep` tries others.
 TILES = {2: LatentTiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(16, 32, 8, 3))}
 WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))  # fp32, on the plain units
-
-
-@triton.jit
-def _lead(
-    q, kv_b, out, num_tokens, q_token, q_head, weight_head, weight_row,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Program (B tokens, head, N latent dims): q [T, H, D] by the keys' weights, the first D rows of `kv_b` [H, D + V,
-    R], to out [T, H, R]."""
-    t, h, r = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1), tl.program_id(2) * N + tl.arange(0, N)
-    d, inside = tl.arange(0, DP), t < num_tokens
-    weight = tl.load(kv_b + h * weight_head + d[:, None] * weight_row + r, mask=(d < D)[:, None] & (r < R), other=0.0)
-    follow()
-    x = load_rows(q, t.to(tl.int64) * q_token + h * q_head, inside, D, DP, True)
-    y = dot(x, weight, None).to(out.dtype.element_ty)
-    tl.store(out + (t.to(tl.int64) * H + h)[:, None] * R + r, y, mask=inside[:, None] & (r < R))
 
 
 @triton.jit
@@ -323,19 +306,6 @@ def attend_latents(
     splits = {"Q": queries, "SHORT_SPLITS": short_splits, "LONG_SPLITS": long_splits if long else 0}
     _launch_join(partial, lse, kv_b, out, sums, segments, short_rows, shape | splits, t)
     return out, sums
-
-
-def _led(q_nope: Tensor, kv_b: Tensor) -> Tensor:
-    """[T, H, R]: queries in latent space."""
-    (num_tokens, heads, nope), rank = q_nope.shape, kv_b.shape[-1]
-    if num_tokens > LED:
-        return torch.einsum("thn,hnr->thr", q_nope, kv_b[:, :nope])
-    out = q_nope.new_empty(num_tokens, heads, rank)
-    _lead[(triton.cdiv(num_tokens, 16), heads, triton.cdiv(rank, 64))](
-        q_nope, kv_b, out, num_tokens, *q_nope.stride()[:2], *kv_b.stride()[:2], H=heads, D=nope, DP=padded(nope),
-        R=rank, B=16, N=64, num_warps=4, **chained(q_nope.device),
-    )  # fmt: skip
-    return out
 
 
 def _launch_join(
