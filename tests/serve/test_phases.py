@@ -153,6 +153,8 @@ async def test_router_prefill_and_decode_tell_their_phases_in_one_trace() -> Non
         assert [span.name for span in found] == names
         for one, following in pairwise(found):
             assert abs(one.end_time - following.start_time) < 1_000_000, "a gap"
+    took = {span.name: span.end_time - span.start_time for span in spans["prefill"]}
+    assert took["prefill"] > 1_000_000, "three chunks, of which two are planned at once"
     moved = {span.name: dict(span.attributes or {}) for found in spans.values() for span in found}
     assert moved["transfer"][BYTES] == moved["transfer wait"][BYTES] > 1000
     assert moved["transfer"][SECONDS] > 0

@@ -121,7 +121,7 @@ class HandoverTimes(msgspec.Struct, frozen=True):
     (of `time.monotonic` of this host).
 
     At prefill `meeting` is until decode asked for the prompt, `queue` until the first chunk was planned, `prefill`
-    until the last one was, `transfer` until the last byte was written; `num_bytes` moved in `writing` s. At decode
+    until the last was computed, `transfer` until the last byte was written; `num_bytes` moved in `writing` s. At decode
     `meeting` is until prefill was met, `queue` until memory was set aside, `waiting` until the prompt was there; the
     others are what prefill says.
     """

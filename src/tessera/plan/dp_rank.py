@@ -41,6 +41,7 @@ class DpRank:
         self.config = config
         self.state = RankState(config, dp_rank)
         self._tickets = tickets
+        self.computed: list[int] = []  # hand-overs whose prompt is, since the planner looked last
         self._rows = NO_INTS
         self._draws = np.zeros(0, np.bool_)
         self._slack = 0
@@ -288,6 +289,7 @@ class DpRank:
             return False
         self.state.detach(sequence)
         self.state.away[sequence] = None
+        self.computed.append(sequence.key)
         self._dirty = True
         return True
 

@@ -234,7 +234,13 @@ class Ticketed(msgspec.Struct, frozen=True):
     num_cached: int = 0
 
 
-Inner = Opened | Refused | Cancelled | Leased | Ticketed | Noted | Clock  # what comes from the planner
+class Computed(msgspec.Struct, frozen=True):
+    """At prefill: the step that computed the last of a prompt is done."""
+
+    key: int
+
+
+Inner = Opened | Refused | Cancelled | Leased | Ticketed | Computed | Noted | Clock  # what comes from the planner
 
 
 # -- actions -----------------------------------------------------------------------------------------------------------

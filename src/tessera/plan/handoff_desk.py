@@ -20,6 +20,7 @@ from tessera.plan.handoff import (
     Action,
     Arrive,
     Cancelled,
+    Computed,
     End,
     Errand,
     Fence,
@@ -138,6 +139,11 @@ class Desk:
         """A step was planned that writes."""
         for send in sends:
             self.hear(Ticketed(send.key, send.ticket, send.last, self.cases[send.key].leader.num_cached))
+
+    def computed(self, keys: Seq[int]) -> None:
+        """Steps are done that computed the last of these prompts."""
+        for key in keys:
+            self.hear(Computed(key))
 
     def cancel(self, sequence: Sequence) -> bool:
         """One choice of a request ends. True: it was the last, or the request has only one here, and it ends."""

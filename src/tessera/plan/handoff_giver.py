@@ -12,6 +12,7 @@ from tessera.plan.handoff import (
     Action,
     Cancelled,
     Closed,
+    Computed,
     End,
     Free,
     Gone,
@@ -39,7 +40,7 @@ from tessera.plan.step import Clock
 # that has not come and that decode wants no more.
 EXPECTED, OFFERED, REFUSED, UNWANTED = "expected", "offered", "refused", "unwanted"
 SENDING, STOPPING, TOLD = "sending", "stopping", "told"  # STOPPING: it has failed, and writes are under way
-NUM_BEFORE = 2  # marks of a room of which nothing is planned yet
+NUM_BEFORE, NUM_MARKS = 2, 5  # marks of a room of which nothing is planned yet, and of one that is written
 
 
 @dataclass(slots=True)
@@ -61,17 +62,17 @@ class Giving:
     slowest: float = 0.0  # rank of a ticket, so far
     why: Why = ABORTED
     scores: list[TokenLogprobs] | None = None
-    marks: list[float] = field(default_factory=list)  # when it came, was asked for, begun, all planned, and written
+    marks: list[float] = field(default_factory=list)  # when it came, was asked for, begun, computed, and written
 
 
 def times_of(room: Giving) -> HandoverTimes:
     """What it took, once it is written."""
-    came, asked, begun, planned, written = room.marks
+    came, asked, begun, computed, written = room.marks
     return HandoverTimes(
         asked - came,
         begun - asked,
-        planned - begun,
-        written - planned,
+        computed - begun,
+        written - computed,
         writing=room.writing,
         num_bytes=room.num_bytes,
         ended=written,
@@ -114,6 +115,8 @@ class Giver:
                 return list(self._over(peer, over))
             case Ticketed(key):
                 self._ticketed(self.keys[key], event)
+            case Computed(key) if key in self.keys:
+                self._computed(self.keys[key])
             case Noted(key, scores) if key in self.keys:
                 self.keys[key].scores = scores
             case Written():
@@ -223,8 +226,14 @@ class Giver:
         assert room.stage == SENDING
         room.tickets[planned.ticket] = set()
         room.last, room.num_cached = planned.last, planned.num_cached
-        room.marks += [self.now] * ((len(room.marks) == NUM_BEFORE) + planned.last)
+        if len(room.marks) == NUM_BEFORE:
+            room.marks.append(self.now)
         self.tickets[planned.ticket] = room
+
+    def _computed(self, room: Giving) -> None:
+        """Ranks may have told before that all of it is written: then it took no time."""
+        if room.stage == SENDING and len(room.marks) == NUM_BEFORE + 1:
+            room.marks.append(self.now)
 
     def _written(self, written: Written) -> Iterator[Action]:
         room = self.tickets.get(written.ticket)
@@ -249,7 +258,7 @@ class Giver:
             room.stage = TOLD
             self._wait(room, self.config.reply_s)
             yield Free(room.key)
-            room.marks.append(self.now)
+            room.marks += [self.now] * (NUM_MARKS - len(room.marks))
             record = Sent(generation, room.reserve.prompt, times_of(room), room.scores, room.num_cached)
             yield Tell(room.peer, record)
 

@@ -245,4 +245,7 @@ class Planner:
                     self._forget(sequence)
                 else:
                     outputs.append(self._ended(sequence, "length"))
+            if self.desk is not None and rank.computed:
+                self.desk.computed(rank.computed)
+                rank.computed = []
         return outputs

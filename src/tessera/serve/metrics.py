@@ -33,8 +33,8 @@ HANDOVER = {
     "meeting": "Until decode asks for the prompt; at decode until prefill is met.",
     "queue": "From then until its first chunk is planned; at decode until memory is set aside for it.",
     "waiting": "At decode: from asking for a prompt until it is there.",
-    "prefill": "At prefill: from the first chunk until the last one is planned.",
-    "transfer": "From the last chunk until the last byte is written.",
+    "prefill": "At prefill: from when the first chunk is planned until the last one is computed.",
+    "transfer": "From then until the last byte is written.",
 }
 HIT_RATE = "Share of all prompt tokens so far that came from the prefix cache."
 COUNTERS = {
