@@ -51,10 +51,14 @@ def _tiles(segments: Segments, group: int, m: int, above: int) -> Tensor:
 
 
 def splits_of(segments: Segments, programs: int, n: int, waves: int) -> int:
-    """Splits of a sequence's keys, from static sizes: `programs` without splits, tiles of n keys."""
+    """Splits of a sequence's keys, from static sizes: `programs` without splits, tiles of n keys. A power of two.
+
+    Kernels are compiled for their number: steps that run without a graph are of any size, and would stall for seconds
+    at each number that comes for the first time.
+    """
     wanted = waves * num_processors(segments.device) // max(programs, 1)
     most = triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)
-    return max(1, min(wanted, most, MAX_SPLITS))
+    return 1 << (max(1, min(wanted, most, MAX_SPLITS)).bit_length() - 1)
 
 
 def result(segments: Segments, like: Tensor, *shape: int) -> Tensor:
