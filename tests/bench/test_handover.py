@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "bench" / "handover.py"
+WAIT = SCRIPT.with_name("handover_wait.py")
 
 
-def lines(*arguments: str) -> list[dict[str, Any]]:
+def lines(*arguments: str, script: Path = SCRIPT) -> list[dict[str, Any]]:
     """What it writes as JSON."""
-    command = [sys.executable, str(SCRIPT), *arguments, "--json"]
+    command = [sys.executable, str(script), *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -34,3 +35,9 @@ def test_it_measures_the_engine_of_one_host_against_a_copy() -> None:
     for length in ("16 KiB", "256 KiB", "16 MiB"):
         ours, plain = local[length].split(" / ")
         assert min(float(ours), float(plain)) > 0
+
+
+def test_it_measures_from_the_last_copy_to_the_first_token() -> None:
+    found = lines("--rounds", "2", "--tokens", "40", "--chunk", "64", script=WAIT)
+    assert [line["prefill"] for line in found] == ["quiet", "busy"] * 2
+    assert all(0 < line["told, median"] <= line["first token, median"] for line in found), found
