@@ -55,7 +55,9 @@ def test_every_size_is_recorded_once_and_never_before_it_ran(met: list[list[tupl
 def test_what_was_met_goes_first_then_the_largest_then_upwards() -> None:
     recordings = Recordings(SIZES)
     recordings.due(step(0, decode(2)))
+    assert not recordings.under_way
     assert [recordings.rest() for _ in range(3)] == [DECODES[1], DECODES[2], DECODES[0]]
+    assert recordings.under_way
 
 
 def test_a_server_that_decodes_nothing_records_only_what_it_met() -> None:
@@ -96,6 +98,7 @@ def test_the_loop_records_while_nothing_runs_and_first_tokens_do_not_wait() -> N
             assert not waited.wait(0.01)
     assert set(recorded) == {*DECODES, Size(2, 64)}
     assert len(recorded) == 4
+    assert not engine.core.recordings.under_way
 
 
 def test_without_memory_for_more_the_engine_goes_on_and_tells(caplog: pytest.LogCaptureFixture) -> None:

@@ -63,7 +63,8 @@ class Ours:
     def settle(self) -> None:
         """Waits until all sizes of steps are recorded that were met or will be."""
         until = time.monotonic() + PATIENCE_S
-        while self.core.recordings.num_left and not self._error and time.monotonic() < until:
+        recordings = self.core.recordings
+        while (recordings.num_left or recordings.under_way) and not self._error and time.monotonic() < until:
             time.sleep(0.01)
 
     def _take(self, message: Outbound) -> None:

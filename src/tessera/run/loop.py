@@ -245,6 +245,8 @@ class StepLoop(Generic[TicketT]):
                 size.num_tokens,
                 str(error).split(". ")[0],
             )
+        finally:
+            self._recordings.under_way = False
 
     def _apply(self, events: list[Event]) -> None:
         self._settle(self.planner.apply(events))

@@ -24,6 +24,7 @@ class Recordings:
 
     def __init__(self, sizes: Sizes, decodes: bool = True) -> None:
         self._sizes, self.held = sizes, False
+        self.under_way = False  # a size was told and is not recorded yet; who records it says when it is
         self._met: Counter[Size] = Counter()  # of those that are not recorded
         self._recorded: set[Size] = set()
         coming = [Size(rows, rows, one_each=True) for rows in sizes.rows if decodes]
@@ -51,6 +52,7 @@ class Recordings:
         return self._note(self._ahead[-1]) if self._ahead else None
 
     def _note(self, size: Size) -> Size:
+        self.under_way = True
         self._recorded.add(size)
         self._met.pop(size, None)
         if size in self._ahead:
