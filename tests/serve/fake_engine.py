@@ -18,12 +18,15 @@ import msgspec
 
 from tessera.core.messages import (
     Abort,
+    EndProfile,
     Fatal,
     Fault,
     Inbound,
     Outbound,
     Output,
     Outputs,
+    Profile,
+    Profiled,
     Ready,
     StepReport,
     Stop,
@@ -62,6 +65,7 @@ class FakeEngine:
     seen: list[Inbound] = field(default_factory=list)
     steps: int = 0
     hung: bool = False
+    profiled: bool = False
 
     def __post_init__(self) -> None:
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
@@ -97,6 +101,10 @@ class FakeEngine:
             return [Output(r.submit.request_id, r.choice, [], finish=message.reason) for r in ended]
         elif isinstance(message, Stop):
             self.stopping = True
+        elif isinstance(message, Profile | EndProfile):
+            starts = isinstance(message, Profile)
+            self.sink(Profiled(message.id, error="already so" if starts == self.profiled else None))
+            self.profiled = starts
         return []
 
     def step(self) -> None:
