@@ -94,19 +94,25 @@ def check_runs(runs: Runs, own: dict[int, int], theirs: dict[int, int]) -> None:
     if runs.ndim != 2 or runs.shape[1] != 5:
         raise ValueError(f"runs have shape {runs.shape}, expected [n, 5]")
     for side, regions, region, offset in (("source", own, 0, 1), ("destination", theirs, 2, 3)):
-        sizes = by_region(runs[:, region], regions, -1)
-        if (sizes < 0).any():
-            number = int(runs[np.argmin(sizes), region])
-            raise ValueError(f"{side} region {number} is not registered; registered: {sorted(regions)}")
-        wrong = (runs[:, offset] < 0) | (runs[:, 4] < 0) | (runs[:, offset] + runs[:, 4] > sizes)
+        try:
+            sizes = by_region(runs[:, region], regions)
+        except KeyError as error:
+            known = sorted(regions)
+            raise ValueError(f"{side} region {error.args[0]} is not registered; registered: {known}") from None
+        first, length = runs[:, offset], runs[:, 4]
+        wrong = (first < 0) | (length < 0) | (length > sizes - first)  # their sum may be more than a number holds
         if wrong.any():
             at = int(np.argmax(wrong))
-            number, first, end = int(runs[at, region]), int(runs[at, offset]), int(runs[at, offset] + runs[at, 4])
-            raise ValueError(f"{side} region {number} has {sizes[at]} bytes; a run reaches from {first} to {end}")
+            reach = f"{length[at]} bytes from {first[at]} on"
+            raise ValueError(f"{side} region {runs[at, region]} has {sizes[at]} bytes; a run is {reach}")
 
 
-def by_region(regions: NDArray[np.int64], values: Mapping[int, int], missing: int = 0) -> NDArray[np.int64]:
-    """The value of each region's number; `missing` for one that has none."""
-    table = np.full(max(values, default=-1) + 2, missing, np.int64)
-    table[list(values)] = list(values.values())
-    return table[np.where((regions >= 0) & (regions < len(table)), regions, -1)]
+def by_region(regions: NDArray[np.int64], values: Mapping[int, int]) -> NDArray[np.int64]:
+    """The value of each region's number. Raises `KeyError` with a number that has none."""
+    table, known = np.zeros(max(values, default=-1) + 2, np.int64), list(values)
+    held = np.zeros(len(table), np.bool_)
+    table[known], held[known] = list(values.values()), True
+    at = np.where((regions >= 0) & (regions < len(table)), regions, -1)
+    if not held[at].all():
+        raise KeyError(int(regions[np.argmin(held[at])]))
+    return table[at]

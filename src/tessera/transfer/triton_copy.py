@@ -1,7 +1,7 @@
 """Copies many runs between memories that one GPU reaches, its own or a peer's, in one launch.
 
-Runs are cut into pieces on the host; a few programs take them in turn. A peer's memory answers after about two
-microseconds, so what counts is bytes under way: `PROGRAMS` pieces saturate a link and leave the other processors alone.
+Runs are cut into pieces on the host; programs of few warps take them in turn, and leave room for a model's beside them.
+A peer's memory answers after about two microseconds, so what counts is bytes under way: a piece for each of `PROGRAMS`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def copy_runs(runs: Runs, src: Mapping[int, int], dst: Mapping[int, int], device
     runs = runs[runs[:, 4] > 0]
     for part in calls(runs[:, 4].astype(np.uint64), len(runs), CALL):
         table = np.stack(addressed(runs[part], src, dst, PIECE), 1).astype(np.int64)
-        common = int(np.gcd.reduce(table, axis=None)) if len(table) else 1
-        word, size, aligned = _WORDS[np.gcd(common, 16)]
+        word, size, aligned = _WORDS[np.gcd(np.gcd.reduce(table, axis=None), 16)]
         table[:, 2] //= size
         _copy[(min(PROGRAMS, len(table)),)](
             torch.from_numpy(table).to(device), len(table), word, aligned, PIECE // size, num_warps=4
