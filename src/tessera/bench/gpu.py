@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
-from tessera.bench.limits import Card, experts_touched, measure_card, work_of
+from tessera.bench.limits import Card, measure_card, work_of
 from tessera.bench.ours import Ours
+from tessera.bench.touched import experts_touched
 from tessera.bench.trace import traced
 from tessera.core.messages import StepReport
 
 SHAPES = Path("bench/shapes")
 PROFILED = 12  # tokens of a profiled run
+WATCHED = 16  # tokens of a watched prompt: those of all requests fit in a step or two, so that all are decoded together
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ VLLM = {
 @dataclass(frozen=True, slots=True)
 class Row:
     """One workload. `tokens_per_s`: output, for "prefill" all. `step_ms`: median of decode steps. `experts`: touched a
-    layer and step. `limit`: the least time that the card needs over the time taken, of the decode steps or the
-    prompts. `top`: kernels by microseconds a step.
+    layer and step, in the steps with the most tokens, `rows`. `limit`: the least time that the card needs over the time
+    taken, of the decode steps or the prompts. `top`: kernels by microseconds a step.
     """
 
     shape: str
@@ -72,6 +74,7 @@ class Row:
     times_vllm: float | None
     step_ms: float
     experts: float
+    rows: int
     limit: float
     launches: float
     busy: float
@@ -101,13 +104,15 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
         if turn and count / seconds > best:
             best, steps = count / seconds, ours.steps
     short = Workload(workload.name, workload.requests, min(workload.prompt, 256), PROFILED)
-    with experts_touched(ours) as touched:
-        ours(prompts(short, vocab, 77), 4)
-    experts = touched()
+    decoding = workload.new > 1
+    watched = Workload(workload.name, workload.requests, WATCHED, 4) if decoding else workload
+    with experts_touched(ours, decoding) as touched:
+        ours(prompts(watched, vocab, 77), watched.new)
+    experts = touched.experts
     decodes = sorted(s.seconds for s in steps if without_prompts(s)) or [0.0]
     step_s = decodes[len(decodes) // 2]
     work = work_of(spec, ours.core.resolved.config, experts)
-    if workload.new == 1:
+    if not decoding:
         limit = card.seconds_of_prompts(work, workload.requests, workload.prompt) * best / count
         profile = traced(lambda: ours(prompts(workload, vocab, 99), 1), ours, bool)
     else:
@@ -123,6 +128,7 @@ def run(ours: Ours, shape: str, workload: Workload, card: Card, rounds: int) -> 
         best / peer if peer else None,
         step_s * 1e3,
         experts,
+        touched.rows,
         limit,
         profile.launches,
         profile.busy,
@@ -171,7 +177,7 @@ def line(row: Row) -> str:
     times = f"{row.times_vllm:.2f}x vLLM" if row.times_vllm else ""
     return (
         f"{row.shape:12} {row.workload:8} {row.tokens_per_s:10.1f} tokens/s {times:12} step {row.step_ms:7.2f} ms, "
-        f"{row.limit:4.0%} of the limit, {row.experts:5.1f} experts, {row.launches:6.0f} launches, "
+        f"{row.limit:4.0%} of the limit, {row.experts:5.1f} experts by {row.rows} rows, {row.launches:6.0f} launches, "
         f"busy {row.busy:4.0%}, gaps {row.gap_ms:6.2f} ms a step"
     )
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tessera.bench.ours import Ours
 from tessera.core.config.types import Config
 from tessera.core.scales import tile_bytes
 from tessera.core.spec import AttentionSpec, DeltaSpec, MLASpec, ModelSpec, MoESpec
 from tessera.core.tensors import wide_dtype
 from tessera.core.weights import weight_table
-from tessera.models.experts import MoE
 
 COPIED = 1 << 31
 SIDE = 8192
@@ -112,39 +108,3 @@ def _pair(mixer: object) -> float:
         return 2.0 * mixer.num_heads * (mixer.query_dim + mixer.value_dim)
     assert isinstance(mixer, DeltaSpec)
     return 0.0
-
-
-@contextmanager
-def experts_touched(ours: Ours) -> Iterator[Callable[[], float]]:
-    """While it is open steps run without graphs and are watched: the mean number of experts that a layer's step chose,
-    over steps of one token a sequence."""
-    runner: Any = ours.core.runner
-    ours.settle()
-    ours.core.recordings.held = True
-    ours([[1]], 1)  # whatever was being recorded is by now
-    graphs, runner.graphs = runner.graphs, None
-    moes = [layer.mlp for layer in runner.model.decoder.layers if isinstance(layer.mlp, MoE)]
-    seen: list[Tensor] = []
-    plain = [moe.route for moe in moes]
-
-    def watched(route: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        def wrapped(x: Tensor) -> tuple[Tensor, Tensor]:
-            ids, scores = route(x)
-            seen.append(ids.clone())
-            return ids, scores
-
-        return wrapped
-
-    for moe in moes:
-        moe.route = watched(moe.route)  # type: ignore[method-assign]
-    try:
-        yield lambda: _mean_of_last(seen, len(moes))
-    finally:
-        runner.graphs, ours.core.recordings.held = graphs, False
-        for moe, route in zip(moes, plain, strict=True):
-            moe.route = route  # type: ignore[method-assign]
-
-
-def _mean_of_last(seen: list[Tensor], layers: int) -> float:
-    last = seen[-layers:] if layers else []
-    return sum(len(ids.unique()) for ids in last) / len(last) if last else 0.0
