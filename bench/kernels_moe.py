@@ -26,6 +26,7 @@ from tessera.ops.triton_linear import gated_product, pack
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
 from tessera.ops.triton_moe_few import few_experts
 from tessera.ops.triton_route import SCORING, route, score_and_route
+from tessera.ops.triton_scores import MANY, ScoreTile, scores
 
 HIDDEN = 2048
 
@@ -67,6 +68,8 @@ def cases() -> dict[str, Callable[[str], Case]]:
     for name, router in ROUTERS.items():
         for tokens in (1, 2, 4, 8, 16):
             made[f"scores and route {name} {tokens}"] = partial(_scores, router, tokens)
+        for tokens in (16, 64, 512, 2048, 8192) if router[1] else ():
+            made[f"scores {name} {tokens}"] = partial(_many_scores, router[0], tokens)
     for name, shared in SHARED.items():
         for tokens in (1, 2, 4):
             made[f"with shared {name} {tokens}"] = partial(_mixture, SHAPES[name], shared, tokens)
@@ -133,6 +136,28 @@ def _scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) ->
     tiles = [RowTile(n * 2048, 2048, warps) for warps in (1, 2, 4) for n in (1, 2, 4)]
     variants: list[dict[str, Any]] = [{"apart": True}, *({"tile": tile} for tile in tiles)]
     return Case(name, num_bytes, 0, num_bytes, make, run, check, variants)
+
+
+def _many_scores(num: int, tokens: int, name: str) -> Case:
+    def make() -> tuple[Tensor, Tensor]:
+        return random(tokens, HIDDEN), random(num, HIDDEN).float() * HIDDEN**-0.5
+
+    def run(inputs: tuple[Tensor, Tensor], tile: ScoreTile | None = None, library: str = "") -> Tensor:
+        x, weight = inputs
+        if library == "fp32":  # as it was
+            return linear(x.float(), weight)
+        if library == "bf16":  # for weights that are numbers of bfloat16
+            return torch.mm(x, weight.bfloat16().T, out_dtype=torch.float32)
+        return scores(x, weight, tile) if tile or tokens >= MANY else linear(x.float(), weight)
+
+    def check(inputs: tuple[Tensor, Tensor], found: Tensor) -> float:
+        return distance(found, inputs[0].double() @ inputs[1].double().T)
+
+    sizes = ((64, 16, 128, 3), (64, 32, 128, 3), (64, 64, 64, 4), (64, 64, 128, 3), (64, 128, 64, 3))
+    variants: list[dict[str, Any]] = [{"library": "fp32"}, {"library": "bf16"}]
+    variants += [{"tile": ScoreTile(0, n, m, k, 4, stages)} for n, m, k, stages in sizes]
+    num_bytes = 2 * tokens * HIDDEN + 4 * num * (HIDDEN + tokens)
+    return Case(name, num_bytes, 2 * tokens * num * HIDDEN, 2 * tokens * HIDDEN, make, run, check, variants)
 
 
 def _mixture(shape: tuple[int, int, int, int], shared: tuple[int, bool], tokens: int, name: str) -> Case:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.ops import triton_scores
 from tessera.ops.linear import linear
 from tessera.ops.moe import Router
 from tessera.ops.precision import wide
@@ -204,9 +205,17 @@ def choose(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See `moe.choose`. Few tokens take one launch, in which each program counts itself in `router.arrived`."""
     weight, most = router.weight.weight, min(TOKENS, len(router.arrived))
     if not 0 < len(x) <= most or x.dtype == torch.float64 or router.weight.bias is not None or weight.is_mkldnn:
-        logits = linear(x.to(wide(x.dtype)) if router.wide else x, router.weight)
-        return route(logits, **router.rules)
+        return route(_scored(x, router), **router.rules)
     return score_and_route(x, router)
+
+
+def _scored(x: Tensor, router: Router) -> Tensor:
+    """[T, E]: the product that scores experts."""
+    if not router.wide:
+        return linear(x, router.weight)
+    if router.weight.bias is None and triton_scores.pays(x, router.weight.weight):
+        return triton_scores.scores(x, router.weight.weight)
+    return linear(x.to(wide(x.dtype)), router.weight)
 
 
 def score_and_route(x: Tensor, router: Router, tile: Tile = SCORING) -> tuple[Tensor, Tensor]:
