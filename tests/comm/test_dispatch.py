@@ -37,8 +37,8 @@ class Toy:
             part += torch.where(mine[:, None], torch.tanh(x * (ids[:, k, None] + 1)) * scores[:, k, None], 0)
         return part
 
-    def whole(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-        return self.joined(self.part(x, ids, scores), self.shared(x), x)
+    def whole(self, x: Tensor) -> Tensor:
+        return self.joined(self.part(x, *self.route(x)), self.shared(x), x)
 
     def shared(self, x: Tensor) -> Tensor | None:
         return x * (2.0 / self.shares)

@@ -80,9 +80,9 @@ def other_rows(good: Good, places: Places) -> Tensor:
     return rows.flip(0)
 
 
-def shared_everywhere(good: Good, self: MoE, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+def shared_everywhere(good: Good, self: MoE, x: Tensor) -> Tensor:
     """Shared experts that are whole on every rank, added to every part of a sum."""
-    return self.joined(good(self, x, ids, scores), self.shared(x), x)
+    return self.joined(good(self, x), self.shared(x), x)
 
 
 FAULTS: list[tuple[Any, str, Good, str, Layout]] = [

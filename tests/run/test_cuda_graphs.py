@@ -15,6 +15,7 @@ import torch
 from tessera.core.families import read_spec
 from tessera.core.messages import SamplingParams, Submit
 from tessera.core.weights import weight_table
+from tessera.models import experts
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
 from tessera.run import recordings
@@ -80,6 +81,14 @@ def test_the_device_runs_our_kernels_as_graphs() -> None:
 @pytest.mark.parametrize("name", WIDE)
 def test_greedy_tokens_are_those_of_the_cpu(name: str, layout: str, graphs: bool) -> None:
     flags = {"dtype": "float32", "device": "cuda", "disable_cuda_graph": not graphs, **LAYOUTS[layout]}
+    assert serve(model(name), requests("greedy"), **flags).ends() == alone(name, "greedy").ends()
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("name", ["hybrid", "mla"])
+def test_shared_experts_on_a_second_stream(name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "BESIDE", (1, 4096))
+    flags = {"dtype": "float32", "device": "cuda", "disable_cuda_graph": not graphs, **LAYOUTS["mixed"]}
     assert serve(model(name), requests("greedy"), **flags).ends() == alone(name, "greedy").ends()
 
 

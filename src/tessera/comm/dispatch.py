@@ -30,8 +30,8 @@ class Experts(Protocol):
         """This rank's share of the weighted sum [R, hidden] of the chosen experts; those held elsewhere add nothing."""
         ...
 
-    def whole(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-        """`part`, with this rank's share of what every token visits."""
+    def whole(self, x: Tensor) -> Tensor:
+        """`part` of the experts that `route` chooses, with this rank's share of what every token visits."""
         ...
 
     def shared(self, x: Tensor) -> Tensor | None:
@@ -89,7 +89,7 @@ class Everywhere:
     def __call__(self, x: Tensor, counts: Sequence[int], experts: Experts) -> Waits[Tensor]:
         """See `Dispatch`."""
         x = yield from self.together.bring(x, counts)
-        return (yield from self.together.home(experts.whole(x, *experts.route(x)), counts))
+        return (yield from self.together.home(experts.whole(x), counts))
 
 
 class Padded:

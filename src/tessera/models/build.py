@@ -10,6 +10,7 @@ from tessera.core.spec import DeltaSpec, ModelSpec
 from tessera.core.weights import weight_table
 from tessera.models.decoder import Decoder
 from tessera.models.parts import Tile, Tools, Weights
+from tessera.ops.aside import Aside
 from tessera.ops.backend import TORCH, Backend
 from tessera.ops.rope import rope_tables
 from tessera.ops.tied import Ends, plain_rows
@@ -38,6 +39,6 @@ def build_model(
         rope: rope_tables(rope.dim, positions, rope.theta, rope.scaling, embed.dtype, embed.device)
         for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
     }
-    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, padded_up_to)
+    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, Aside(embed.device), padded_up_to)
     ends = backend.tie(embed) if spec.tied else Ends(plain_rows(embed), weights.linear("head"))
     return Decoder(spec, weights, tools, ends)

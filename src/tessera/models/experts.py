@@ -16,6 +16,7 @@ from tessera.ops.fused import Shared
 from tessera.ops.linear import linear
 from tessera.ops.moe import Router
 
+BESIDE = (16, 2048)  # tokens between which the shared expert runs beside the choice of the routed ones
 ARRIVING = 64  # tokens that a kernel may choose experts for while it counts its programs
 
 
@@ -47,9 +48,16 @@ class MoE:
         """See `Experts`."""
         return self.experts(x, self.w_in, self.w_out, self._held(ids), scores)
 
-    def whole(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         """See `Experts`."""
-        return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp)
+        if self.shared_mlp is None or not BESIDE[0] <= len(x) <= BESIDE[1]:
+            ids, scores = self.route(x)
+            return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp)
+        with self.tools.aside.begun():
+            shared = self.shared(x)
+        part = self.part(x, *self.route(x))
+        self.tools.aside.join()
+        return self.joined(part, shared, x)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""

@@ -13,6 +13,7 @@ from tessera.core.mesh import Mesh
 from tessera.core.spec import RopeSpec
 from tessera.core.tensors import TensorSpec
 from tessera.models.forms import Forms
+from tessera.ops.aside import Aside
 from tessera.ops.backend import Backend
 from tessera.ops.fp8 import Fp8Weight
 from tessera.ops.linear import PackedLinear
@@ -88,6 +89,7 @@ class Tools:
     ropes: Mapping[RopeSpec, RopeTables]
     eps: float
     zero_centred: bool
+    aside: Aside
     padded_up_to: int = 0
 
     def added_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
