@@ -4,6 +4,7 @@ cuts a float32 off where it makes a bfloat16 of it: twice the tolerance there.""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 SMALL = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 16, 16, 4, 2, 2))
 BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 2, True), Tile(16, 16, 16, 4, 2, 1, True))
 PLAIN = mixture_of(experts_reference, gated_product, add_gated)
+ONE_LAUNCH = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 32, 8, 4, 2), True)
+ONE_LAUNCH_BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 1, True), Tile(16, 16, 16, 4, 2, 1, True), True)
 CHOICES = ["any", "some held", "one expert", "none held"]
 
 
@@ -84,10 +87,18 @@ def _boxed(*inputs: torch.Tensor) -> torch.Tensor:
     return grouped_experts(*inputs, BOXES)
 
 
+def _one_launch(*inputs: torch.Tensor) -> torch.Tensor:
+    return grouped_experts(*inputs, ONE_LAUNCH)
+
+
+def _one_launch_boxed(*inputs: torch.Tensor) -> torch.Tensor:
+    return grouped_experts(*inputs, ONE_LAUNCH_BOXES)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("form", [few_experts, _grouped, _boxed])
+@pytest.mark.parametrize("form", [few_experts, _grouped, _boxed, _one_launch, _one_launch_boxed])
 def test_kernels_are_plain(form, choice, dtype):
     _check(form, 20, 6, 40, 24, 3, dtype, choice)
 
@@ -292,7 +303,7 @@ def test_real_sizes(shape, num_tokens):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("tiles", TILES, ids=lambda t: f"{t.up.m} rows")
+@pytest.mark.parametrize("tiles", [*TILES, replace(TILES[2], joined=True)], ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_real_tiles(choice, tiles):
     _check(lambda *inputs: grouped_experts(*inputs, tiles), 300, *REAL["a quarter"], torch.bfloat16, choice)

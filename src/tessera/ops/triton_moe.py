@@ -43,11 +43,13 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Those of the two products, for up to `rows` rows of an expert on average. Their `m` is the same."""
+    """Those of the two products, for up to `rows` rows of an expert on average. Their `m` is the same. `joined`: both
+    are one launch, so that the second begins while the first ends; their warps are the same then."""
 
     rows: float
     up: Tile
     down: Tile
+    joined: bool = False
 
 
 TILES = (
@@ -88,16 +90,13 @@ def _weights(w, row, first, column, limit, k, inner, WIDTH: tl.constexpr, BOXED:
         return tl.load(at, mask=(column < limit)[None, :] & (k + inner < WIDTH)[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def _gate_up(
-    x_ptr, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
+@triton.jit
+def _up_tile(
+    x_ptr, w, h_ptr, rows_ptr, expert, first, end, tile, stride_x,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h [R, I] = silu(x w1) * (x w3), w [E, 2I, H]: a program computes N columns of both and their product."""
-    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
-    if expert < 0:
-        return
+    """N columns of h [R, I] = silu(x w1) * (x w3), w [E, 2I, H], for at most M rows of an expert."""
     at = first + tl.arange(0, M)
     held = at < end
     row = tl.load(rows_ptr + at, mask=held, other=0)
@@ -115,16 +114,13 @@ def _gate_up(
     tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (column < INNER)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def _down(
-    h_ptr, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
+@triton.jit
+def _down_tile(
+    h_ptr, w, y_ptr, rows_ptr, expert, first, end, tile,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [R, H] = h w2, w [E, H, I]."""
-    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
-    if expert < 0:
-        return
+    """N columns of y [R, H] = h w2, w [E, H, I], for at most M rows of an expert."""
     at = first + tl.arange(0, M)
     held = at < end
     row = tl.load(rows_ptr + at, mask=held, other=0).to(tl.int64)
@@ -137,6 +133,67 @@ def _down(
         y = dot(a, w2, y)
     y_at = y_ptr + row[:, None] * HIDDEN + column[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (column < HIDDEN)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _gate_up(
+    x_ptr, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """h [R, I], a tile a program."""
+    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
+    if expert >= 0:
+        _up_tile(
+            x_ptr, w, h_ptr, rows_ptr, expert, first, end, tile, stride_x, HIDDEN, INNER, TOP_K, BOXED, M, N, K, STAGES
+        )
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _down(
+    h_ptr, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [R, H], a tile a program."""
+    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
+    if expert >= 0:
+        _down_tile(h_ptr, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, M, N, K, STAGES)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _joined(
+    x_ptr, w13, h_ptr, w2, y_ptr, rows_ptr, blocks_ptr, done_ptr, num_blocks, up_columns, down_columns, stride_x,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, M: tl.constexpr,
+    UP_BOXED: tl.constexpr, UP_N: tl.constexpr, UP_K: tl.constexpr, UP_STAGES: tl.constexpr,
+    DOWN_BOXED: tl.constexpr, DOWN_N: tl.constexpr, DOWN_K: tl.constexpr, DOWN_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Both products: programs of the second wait until all of the first are through with their block of rows.
+
+    Programs start in the order of their numbers, and those of the first product wait for nobody.
+    """
+    pid = tl.program_id(0)
+    is_up = pid < num_blocks * up_columns
+    number, columns = tl.where(is_up, pid, pid - num_blocks * up_columns), tl.where(is_up, up_columns, down_columns)
+    block, tile = number // columns, number % columns
+    at = blocks_ptr + block * 3
+    expert, first, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    if expert >= 0:
+        if is_up:
+            _up_tile(
+                x_ptr, w13, h_ptr, rows_ptr, expert, first, end, tile, stride_x,
+                HIDDEN, INNER, TOP_K, UP_BOXED, M, UP_N, UP_K, UP_STAGES,
+            )  # fmt: skip
+            tl.debug_barrier()  # all that the program wrote before it says so
+            tl.atomic_add(done_ptr + block, 1, sem="release")
+        else:
+            while tl.atomic_add(done_ptr + block, 0, sem="acquire") < up_columns:
+                pass
+            tl.debug_barrier()
+            _down_tile(
+                h_ptr, w2, y_ptr, rows_ptr, expert, first, end, tile,
+                HIDDEN, INNER, DOWN_BOXED, M, DOWN_N, DOWN_K, DOWN_STAGES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -201,6 +258,8 @@ def _launch(w: Tensor, tile: Tile) -> dict[str, object]:
 
 def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
     """See `moe.experts_reference`: sort, two grouped products, sum."""
+    if tiles.joined:
+        return joined_experts(x, w13, w2, ids, weights, tiles)
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     by_expert = sort_rows(ids, num_experts, tiles.up.m)
@@ -213,6 +272,24 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     )
     columns = triton.cdiv(hidden, tiles.down.n)
     _down[num_blocks * columns,](h_ptr=h, y_ptr=y, num_columns=columns, **sizes, **_launch(w2, tiles.down))
+    return combine(y, ids, weights)
+
+
+def joined_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
+    """See `grouped_experts`, with one launch for both products."""
+    (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    by_expert = sort_rows(ids, num_experts, tiles.up.m)
+    num_blocks, up, down = len(by_expert.blocks), _launch(w13, tiles.up), _launch(w2, tiles.down)
+    h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
+    up_columns, down_columns = triton.cdiv(inner, tiles.up.n), triton.cdiv(hidden, tiles.down.n)
+    _joined[num_blocks * (up_columns + down_columns),](
+        x, up["w"], h, down["w"], y, by_expert.rows, by_expert.blocks, by_expert.done, num_blocks,
+        up_columns, down_columns, x.stride(0), HIDDEN=hidden, INNER=inner, TOP_K=top_k, M=tiles.up.m,
+        UP_BOXED=up["BOXED"], UP_N=tiles.up.n, UP_K=tiles.up.k, UP_STAGES=tiles.up.stages,
+        DOWN_BOXED=down["BOXED"], DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
+        num_warps=tiles.up.warps,
+    )  # fmt: skip
     return combine(y, ids, weights)
 
 

@@ -25,11 +25,12 @@ class Sorted:
     """`rows` [R] int32: routed rows, those of an expert together; rows of -1 are left out and the end is not written.
 
     `blocks` [B, 3] int32: expert (-1: none), first and end in `rows` of at most M rows of one expert; all of an
-    expert's blocks are neighbours. B is the most that there can be.
+    expert's blocks are neighbours. B is the most that there can be. `done` [B] int32, zeros: for who counts blocks.
     """
 
     rows: Tensor
     blocks: Tensor
+    done: Tensor
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -58,7 +59,9 @@ def _totals(counts_ptr, chunk, num_chunks, BINS: tl.constexpr):
 
 
 @triton.jit
-def _list_blocks(blocks_ptr, which, total, num_blocks, BINS: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr):
+def _list_blocks(
+    blocks_ptr, done_ptr, which, total, num_blocks, BINS: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr
+):
     """Blocks `which * LISTED ..`: the expert of a block is the number of experts whose blocks end at or before it."""
     bins = tl.arange(0, BINS)
     count = (total + M - 1) // M
@@ -75,11 +78,12 @@ def _list_blocks(blocks_ptr, which, total, num_blocks, BINS: tl.constexpr, M: tl
     tl.store(at, tl.where(expert < BINS, expert, -1), mask=valid)
     tl.store(at + 1, first, mask=valid)
     tl.store(at + 2, tl.minimum(first + M, end), mask=valid)
+    tl.store(done_ptr + block, tl.zeros([LISTED], tl.int32), mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_chunks", "num_blocks"])
 def _place(
-    ids_ptr, counts_ptr, taken_ptr, rows_ptr, blocks_ptr, num_rows, num_chunks, num_blocks,
+    ids_ptr, counts_ptr, taken_ptr, rows_ptr, blocks_ptr, done_ptr, num_rows, num_chunks, num_blocks,
     BINS: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Programs `0 .. num_chunks - 1` write the rows of their chunk, the others the list of blocks."""
@@ -93,7 +97,7 @@ def _place(
     else:
         total, before = _totals(counts_ptr, chunk, num_chunks, BINS)
     if chunk >= num_chunks:
-        _list_blocks(blocks_ptr, chunk - num_chunks, total, num_blocks, BINS, M, LISTED)
+        _list_blocks(blocks_ptr, done_ptr, chunk - num_chunks, total, num_blocks, BINS, M, LISTED)
     else:
         taken = taken_ptr + chunk * BINS
         if ALONE:
@@ -120,11 +124,11 @@ def sort_rows(ids: Tensor, num_experts: int, block: int) -> Sorted:
     num_chunks, num_blocks = triton.cdiv(num_rows, chunk), most_blocks(num_rows, num_experts, block)
     ints = {"dtype": torch.int32, "device": ids.device}
     counts, taken = torch.empty(2, num_chunks, bins, **ints)
-    result = Sorted(torch.empty(num_rows, **ints), torch.empty(num_blocks, 3, **ints))
+    result = Sorted(*(torch.empty(*shape, **ints) for shape in ((num_rows,), (num_blocks, 3), (num_blocks,))))
     if not alone:
         _count[num_chunks,](ids, counts, taken, num_rows, BINS=bins, CHUNK=chunk, num_warps=8, **chained(ids.device))
     _place[num_chunks + triton.cdiv(num_blocks, LISTED),](
-        ids, counts, taken, result.rows, result.blocks, num_rows, num_chunks, num_blocks,
+        ids, counts, taken, result.rows, result.blocks, result.done, num_rows, num_chunks, num_blocks,
         BINS=bins, CHUNK=chunk, ALONE=alone, M=block, LISTED=LISTED, num_warps=8, **chained(ids.device),
     )  # fmt: skip
     return result
