@@ -57,6 +57,9 @@ class Peers:
     def __init__(self, memory: Memory, at: int, world: int, deadline_s: float) -> None:
         self.memory, self.at, self.world = memory, at, world
         self._limit = int(deadline_s * 1e9)
+        device = memory.counters.device
+        able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._chained = {"launch_pdl": True} if able else {}
         self._begun = 0
         self._waiting: list[int] = []
 
@@ -91,7 +94,7 @@ class Peers:
             "memory_ptr": self.memory.addresses[0], "flags_ptr": self.memory.addresses[1], "num": num, "chunk": chunk,
             "counters_ptr": self.memory.counters, "RANK": self.at, "WORLD": self.world, "SCATTERS": scatters,
             "SLOTS": SLOTS, "REGION": REGION // size, "BLOCK": BLOCK // size,
-            "num_warps": 8,
+            "num_warps": 8, **self._chained,
         }  # fmt: skip
         send[CHANNELS,](x_ptr=x, **shared)
         self._begun += 1

@@ -15,9 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.language.extra.cuda import globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def _follow():
+    """Waits until what was launched before has been done, and lets what comes next start (from Hopper on)."""
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -33,6 +42,7 @@ def send(
     SLOTS: tl.constexpr, REGION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x [n] goes to all peers, or (SCATTERS) row p of x [W, n] to peer p. A region holds REGION elements."""
+    _follow()
     channel, channels = tl.program_id(0), tl.num_programs(0)
     use = tl.load(counters_ptr + channel) + 1
     slot = (use & (SLOTS - 1)) * WORLD + RANK
@@ -72,6 +82,7 @@ def receive(
     SLOTS: tl.constexpr, REGION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [W, n], or (SUMS) [n], of what was sent `later` uses before the last. x as in `send`."""
+    _follow()
     channel, channels = tl.program_id(0), tl.num_programs(0)
     use = tl.load(counters_ptr + channel) - later
     for peer in tl.static_range(WORLD):
