@@ -236,6 +236,21 @@ def test_chunks() -> None:
     assert config_of(chunked_prefill_size=20000).scheduling.max_prefill_tokens == 20000
     assert config_of(chunked_prefill_size=3).scheduling.chunk_size == 3
     assert config_of(max_prefill_tokens=100).scheduling.chunk_size == 100
+    assert config_of(hardware=CUDA, chunked_prefill_size=256).scheduling.alone_size == 256
+
+
+def test_chunks_are_longer_while_nobody_decodes_and_where_experts_see_few_tokens() -> None:
+    def sizes(**asked: object) -> tuple[int, int, int]:
+        found = config_of(spec_of(HYBRID), CUDA, **asked).scheduling
+        return found.chunk_size, found.alone_size, found.max_prefill_tokens
+
+    many = {**HYBRID, "num_experts": 512, "num_experts_per_tok": 10}
+    found = config_of(spec_of(many), CUDA).scheduling
+    assert (found.chunk_size, found.alone_size, found.max_prefill_tokens) == (16384, 32768, 32768)
+    assert sizes() == (8192, 16384, 16384)
+    assert sizes(max_prefill_tokens=9000) == (8192, 9000, 9000)
+    assert sizes(chunked_prefill_size=9000) == (9000, 9000, 16384)
+    assert config_of().scheduling.alone_size == 512
     assert "--max-prefill-tokens 8" in refusals(chunked_prefill_size=9, max_prefill_tokens=8)[0]
 
 

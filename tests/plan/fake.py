@@ -206,6 +206,7 @@ class World:
                 self.ends[key] = out
 
     def launch(self) -> bool:
+        alone = not any(rank.decodes for rank in self.planner.ranks)
         step = self.driver.next_step()
         self.planner.check()
         if step is None:
@@ -213,7 +214,7 @@ class World:
         assert step.num_tokens
         self.steps.append(step)
         for part in step.parts:
-            self.check_budget(part)
+            self.check_budget(part, alone)
         halves = [half.parts for half in step.halves]
         self.running.append(
             (step, [self.run(r, p) for r, p in zip(self.ranks, zip(*halves, strict=True), strict=True)])
@@ -224,12 +225,12 @@ class World:
         """A rank's part of a step, or the halves of it one after the other."""
         return [drawn for part in parts for drawn in rank.launch(part)]
 
-    def check_budget(self, part: Part) -> None:
+    def check_budget(self, part: Part, alone: bool) -> None:
         config, lengths = self.config, part.lengths
         ones = lengths == 1
         assert (np.diff(ones.astype(int)) >= 0).all(), "ranges of one token come last"
         if config.chunk_size > 0 and not ones.all():
-            assert lengths.sum() <= config.chunk_size
+            assert lengths.sum() <= (max(config.alone_size, config.chunk_size) if alone else config.chunk_size)
         if config.max_prefill_tokens > 0 and config.chunk_size > 0:
             assert lengths[~ones].sum() <= config.max_prefill_tokens
 

@@ -102,6 +102,23 @@ def turns() -> World:
     return world
 
 
+def long_while_alone() -> World:
+    """Prompts are cut longer while nobody decodes on any rank, and only then."""
+    world = World(PlannerConfig(2, 50, 4, 40, chunk_size=3, alone_size=5, num_dp=2))
+    world.submit(request("first", LONG[:11], 1))
+    world.turn()
+    world.turn()
+    world.submit(request("second", [1], 6, ignore_eos=True))
+    world.finish()
+    world.submit(request("third", LONG[:11], 6, ignore_eos=True))
+    world.submit(request("fourth", [1], 6, ignore_eos=True))
+    world.finish()
+    sizes = [[part.num_tokens for part in step.parts] for step in world.steps if (step.parts[0].lengths > 1).any()]
+    assert sizes[:2] == [[5, 0], [5, 0]], sizes
+    assert [a for a, _ in sizes[-3:]] == [5, 3, 3], sizes
+    return world
+
+
 def turns_together() -> World:
     """Ranks compute prompts in the same steps, though these came one after the other: no step is long for one alone."""
     world = World(PlannerConfig(2, 50, 4, 40, chunk_size=3, num_dp=2))

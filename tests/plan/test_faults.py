@@ -30,6 +30,7 @@ ALL: list[Scenario] = [
     scenarios.growing,
     scenarios.riding,
     scenarios.turns,
+    scenarios.long_while_alone,
     scenarios.turns_together,
     scenarios.full_chunks,
     scenarios.aborted_in_flight,
@@ -120,23 +121,27 @@ def a_row_in_flight_is_preempted(patch: Patch) -> None:
 
 
 def decodes_that_ride_are_not_counted(patch: Patch) -> None:
-    def prefill(real: Any, self: DpRank, ranges: Any, index: int) -> None:
+    def prefill(real: Any, self: DpRank, ranges: Any, index: int, alone: bool) -> None:
         rows, ranges.rows = ranges.rows, NO_INTS
-        real(self, ranges, index)
+        real(self, ranges, index, alone)
         ranges.rows = rows
 
     around(patch, DpRank, "_prefill", prefill)
 
 
+def a_rank_looks_only_at_itself(patch: Patch) -> None:
+    around(patch, DpRank, "plan", lambda real, self, index, turn, _: real(self, index, turn, not self.decodes))
+
+
 def prompts_always_go_first(patch: Patch) -> None:
-    around(patch, DpRank, "plan", lambda real, self, index, prompts_first: real(self, index, True))
+    around(patch, DpRank, "plan", lambda real, self, index, prompts_first, alone: real(self, index, True, alone))
 
 
 def each_rank_takes_turns_by_itself(patch: Patch) -> None:
     turns: dict[int, bool] = {}
 
-    def plan(real: Any, self: DpRank, index: int, prompts_first: bool) -> Any:
-        part, record = real(self, index, turns.get(id(self), True))
+    def plan(real: Any, self: DpRank, index: int, prompts_first: bool, alone: bool) -> Any:
+        part, record = real(self, index, turns.get(id(self), True), alone)
         turns[id(self)] = not record.prefilled
         return part, record
 
@@ -212,6 +217,7 @@ FAULTS: list[tuple[Callable[[Patch], None], Scenario]] = [
     (decodes_that_ride_are_not_counted, scenarios.riding),
     (prompts_always_go_first, scenarios.turns),
     (each_rank_takes_turns_by_itself, scenarios.turns_together),
+    (a_rank_looks_only_at_itself, scenarios.long_while_alone),
     (decodes_ride_though_they_fill_the_chunk, scenarios.full_chunks),
     (results_go_to_whoever_sits_in_the_row_now, scenarios.aborted_in_flight),
     (a_fork_copies_no_page, scenarios.forked),

@@ -27,6 +27,7 @@ def configs(draw: st.DrawFn) -> PlannerConfig:
         num_slots=draw(st.integers(2, rows + 2)) if recurrent else 0,
         num_dp=draw(st.sampled_from([1, 1, 2, 3, 4])),
         chunk_size=draw(st.sampled_from([0, 1, 2, 3, 5, 8, 64])),
+        alone_size=draw(st.sampled_from([0, 0, 4, 12])),
         max_prefill_tokens=draw(st.sampled_from([0, 0, 4, 16])),
         mixed=draw(st.booleans()),
         max_in_flight=draw(st.sampled_from([1, 2, 2, 3])),

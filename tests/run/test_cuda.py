@@ -16,8 +16,10 @@ import torch
 import tessera
 from run.test_loop import Engine
 from tessera.core.messages import Fatal, Outbound, SamplingParams, Stop, Submit
-from tessera.plan.step import Step
+from tessera.core.tensors import cache_dtypes, cache_table
+from tessera.plan.step import Change, Step
 from tessera.run.core import EngineCore
+from tessera.run.pools import Pools
 from test_engine import FLAGS as ENGINE_FLAGS
 from test_engine import GREEDY as SHORT
 from test_engine import fill
@@ -131,3 +133,22 @@ def test_a_failure_on_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     with engine:
         assert {output.finish for output in engine.ended().values()} == {"error"}
         assert (engine.fatal() or Fatal("")).kind == "OutOfMemoryError"
+
+
+def test_a_change_waits_for_nothing() -> None:
+    """Copies and zeroed slots: a number that came from the host by itself was waited for, once a pool."""
+    spec = model("hybrid").spec
+    specs = cache_table(spec, 4, cache_dtypes(spec, "float32"))
+    pools = Pools(specs, 8, 8, "cuda")
+    slotted = [spec.name for spec in specs if spec.kind == "slot"]
+    for tensor in pools.tensors.values():
+        tensor.view(torch.uint8).fill_(1)
+    pairs = np.array([[1, 2]], np.int32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pools.apply(Change(page_copies=pairs, slot_copies=pairs + 3, zero_slots=np.array([1, 7], np.int32)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert slotted
+    for name in slotted:
+        assert [bool(row.any()) for row in pools.tensors[name]] == [True, False, True, True, True, True, True, False]

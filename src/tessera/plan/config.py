@@ -16,9 +16,11 @@ class PlannerConfig:
 
     `max_running`: rows. `num_pages`, `num_slots`: sizes of the pools with scratch page 0 and scratch slot 0 (no slots:
     0). `chunk_size`: most tokens of a step that holds a range longer than one, the decodes that ride along included;
-    decodes claim theirs first, and a step of decodes alone holds all of them. `max_prefill_tokens`: most tokens of the
-    prefill ranges of a step. Both: <= 0 is no limit; without `chunk_size` no prompt is cut, and one longer than
-    `max_prefill_tokens` goes alone. `mixed`: decodes ride along with prefill ranges; else the two take turns.
+    decodes claim theirs first, and a step of decodes alone holds all of them. `alone_size`: the same for a step when no
+    sequence of any rank could decode instead, so that nobody's next token waits for it (less than `chunk_size` counts
+    as that). `max_prefill_tokens`: most tokens of the prefill ranges of a step. Chunk and prompts: <= 0 is no limit;
+    without `chunk_size` no prompt is cut, and one longer than `max_prefill_tokens` goes alone. `mixed`: decodes ride
+    along with prefill ranges; else the two take turns.
     `max_context`: most tokens of a sequence, prompt and answer. `max_in_flight`: steps planned and not yet done.
     `max_queued`: most requests waiting (<= 0: no limit).
     `split_from`: a step whose largest part has at least this many tokens is run as two halves, on all ranks (0: none
@@ -33,6 +35,7 @@ class PlannerConfig:
     num_slots: int = 0
     num_dp: int = 1
     chunk_size: int = 0
+    alone_size: int = 0
     max_prefill_tokens: int = 0
     mixed: bool = False
     max_in_flight: int = 1

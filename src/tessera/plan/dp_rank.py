@@ -50,23 +50,29 @@ class DpRank:
 
     # -- planning --------------------------------------------------------------------------------------------------
 
-    def plan(self, index: int, prompts_first: bool) -> tuple[Part, InFlight]:
+    @property
+    def decodes(self) -> bool:
+        """A sequence has one token to compute, or one that was handed over is about to."""
+        return bool(self.state.arrived) or len(self._ready()) > 0
+
+    def plan(self, index: int, prompts_first: bool, alone: bool = False) -> tuple[Part, InFlight]:
         """The part of step `index`. Its change is what happened since the last part that had ranges.
 
         Where decodes do not ride along, `prompts_first` says whose turn it is; the others run if those have nothing.
+        `alone`: no rank has a sequence that could decode.
         """
         ranges = _Ranges()
         if self.state.arrived and self.state.seat_arrived(index):
             self._dirty = True
         if self._rides():
             if self._decode(ranges, index):
-                self._prefill(ranges, index)
+                self._prefill(ranges, index, alone)
         elif prompts_first:
-            self._prefill(ranges, index)
+            self._prefill(ranges, index, alone)
             if not ranges.prefill:
                 self._decode(ranges, index)
         elif self._decode(ranges, index) and not len(ranges.rows):
-            self._prefill(ranges, index)
+            self._prefill(ranges, index, alone)
         return self._part(ranges, index)
 
     def _rides(self) -> bool:
@@ -210,12 +216,13 @@ class DpRank:
         going[order[needy[order]][state.pages.available :]] = False
         return rows[going[rows]], False
 
-    def _prefill(self, ranges: _Ranges, index: int) -> None:
+    def _prefill(self, ranges: _Ranges, index: int, alone: bool) -> None:
         """Prompts go on in the order in which they were admitted, then others are admitted while budget is left."""
         config, state = self.config, self.state
         budget = config.max_prefill_tokens if config.max_prefill_tokens > 0 else UNLIMITED
         if config.chunk_size > 0:
-            budget = min(budget, config.chunk_size - len(ranges.rows))
+            size = max(config.alone_size, config.chunk_size) if alone else config.chunk_size
+            budget = min(budget, size - len(ranges.rows))
         for under_way in list(state.prefilling):
             budget -= self._advance(ranges, under_way, budget)
         if budget > 0 and state.queue.num_waiting and state.table.free:

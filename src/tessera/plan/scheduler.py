@@ -105,7 +105,8 @@ class Planner:
         """The next step; None when `max_in_flight` steps are, or nothing can be computed now."""
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
-        planned = [rank.plan(self._index, self._prompts_first) for rank in self.ranks]
+        alone = not any(rank.decodes for rank in self.ranks)
+        planned = [rank.plan(self._index, self._prompts_first, alone) for rank in self.ranks]
         self._prompts_first = not any(record.prefilled for _, record in planned)  # all ranks wait for the longest part
         if not any(len(part.rows) for part, _ in planned):
             return None

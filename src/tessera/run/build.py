@@ -77,6 +77,7 @@ def planner_config(config: Config) -> PlannerConfig:
         num_slots=memory.num_slots,
         num_dp=config.mesh.dp,
         chunk_size=scheduling.chunk_size,
+        alone_size=scheduling.alone_size,
         max_prefill_tokens=scheduling.max_prefill_tokens,
         mixed=scheduling.mixed,
         max_in_flight=scheduling.max_in_flight,

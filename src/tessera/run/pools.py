@@ -46,13 +46,16 @@ class Pools:
             return
         columns = (*change.page_copies.T, *change.slot_copies.T, change.zero_slots)
         page_src, page_dst, slot_src, slot_dst, zeros = upload_columns(columns, self.device)
+        zeros = zeros.long()
         if len(page_src):
             for pool in self._paged:
                 pool[page_dst] = pool[page_src]
         for pool in self._slotted:
-            held = pool[slot_src]
-            pool[zeros] = 0
-            pool[slot_dst] = held
+            held = pool[slot_src] if len(slot_src) else None
+            if len(zeros):
+                pool.index_fill_(0, zeros, 0)  # `pool[zeros] = 0` brings the number from the host, and waits for that
+            if held is not None:
+                pool[slot_dst] = held
 
 
 class SlotWatch:

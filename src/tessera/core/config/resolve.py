@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from tessera.core.config.ask import Asked, read
 from tessera.core.config.handover import handover_phase
@@ -29,10 +30,12 @@ from tessera.core.config.types import (
 )
 from tessera.core.errors import ConfigError
 from tessera.core.mesh import share
-from tessera.core.spec import ModelSpec
+from tessera.core.spec import ModelSpec, MoESpec
 
 SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 CHUNK = {"cpu": 512, "cuda": 8192}
+ALONE = {"cpu": 1, "cuda": 2}  # times a chunk, where nobody decodes meanwhile
+EXPERT_ROWS = 512  # of an expert in a step below which reading its weights takes about as long as multiplying by them
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
 SPLIT_FROM = {"cpu": 64, "cuda": 32768}  # CUDA: no smaller step gained on two H100s (bench/results/gpu2.md)
@@ -49,17 +52,17 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
     dtype = _dtype(values, spec, hardware, notes)
     quantization, fp8 = quantization_phase(values, spec, hardware, dtype, notes)
     mesh, fits = mesh_phase(values, spec, quantization, hardware, notes)
-    chunk, most = _chunk(values, device, notes)
+    limits = _limits(values, spec, mesh, device, notes)
     rows = _max_running(values, device)
     each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
     held = mesh.mesh if fits else None
     model = (spec, quantization)
-    memory, context, max_running = memory_phase(values, model, each, held, dtype, chunk or most, rows, notes)
+    memory, context, max_running = memory_phase(values, model, each, held, dtype, limits.most, rows, notes)
     config = Config(
         model=replace(_model(values, dtype, context, notes), quantization=quantization),
         mesh=mesh,
         memory=memory,
-        scheduling=_scheduling(values, spec, mesh, (chunk, most), max_running, notes),
+        scheduling=_scheduling(values, spec, mesh, limits, max_running, notes),
         kernels=kernels_phase(values, spec, hardware, dtype, fp8, max_running, notes),
         serving=_serving(values, mesh, notes),
         logging=LoggingConfig(
@@ -102,20 +105,47 @@ def _dtype(values: Asked, spec: ModelSpec, hardware: Hardware, notes: Notes) -> 
     return spec.dtype
 
 
-def _chunk(values: Asked, device: str, notes: Notes) -> tuple[int, int]:
-    """Most tokens of a step that holds prompts (0: prompts are not cut), and most prompt tokens of a step."""
+class Limits(NamedTuple):
+    """Most tokens of a step that holds prompts (0: prompts are not cut), the same where nobody could decode instead,
+    and most prompt tokens of a step."""
+
+    chunk: int
+    alone: int
+    prompts: int
+
+    @property
+    def most(self) -> int:
+        """Most tokens of any step."""
+        return max(self.chunk, self.alone) or self.prompts
+
+
+def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes: Notes) -> Limits:
     most, asked = values.number("max_prefill_tokens"), values.whole("chunked_prefill_size")
     if asked is None:
-        size = min(CHUNK[device], most)
-        notes.decide("chunked-prefill-size", size, f"default on {device}")
-        return size, most
+        chunk, why = CHUNK[device], f"default on {device}"
+        rows = _expert_rows(spec, chunk * mesh.dp)
+        if device == "cuda" and rows < EXPERT_ROWS:
+            chunk, why = 2 * chunk, f"twice the default on cuda: {CHUNK[device]} tokens are {rows:.0f} for each expert"
+        alone = chunk * ALONE[device]
+        if values.gave("max_prefill_tokens"):
+            chunk, alone = min(chunk, most), min(alone, most)
+        if alone > chunk:
+            why = f"{why}; {alone} while nobody decodes"
+        notes.decide("chunked-prefill-size", chunk, why)
+        return Limits(chunk, alone, max(alone, most))
     if asked > most and values.gave("max_prefill_tokens"):
         notes.refuse(
             (f"--chunked-prefill-size {asked}", f"--max-prefill-tokens {most}"),
             "a chunk would exceed the prompt tokens of a step",
             f"Raise --max-prefill-tokens to {asked}, or leave it out.",
         )
-    return (0, most) if asked == -1 else (asked, max(asked, most))
+    return Limits(0, 0, most) if asked == -1 else Limits(asked, asked, max(asked, most))
+
+
+def _expert_rows(spec: ModelSpec, tokens: int) -> float:
+    """How many of a step's tokens an expert computes on average, where it computes fewest."""
+    routers = [layer.mlp.router for layer in spec.layers if isinstance(layer.mlp, MoESpec)]
+    return min((tokens * r.top_k / r.num_experts for r in routers), default=float("inf"))
 
 
 def _max_running(values: Asked, device: str) -> int:
@@ -148,7 +178,7 @@ def _model(values: Asked, dtype: str, context: int, notes: Notes) -> ModelConfig
 
 
 def _scheduling(
-    values: Asked, spec: ModelSpec, mesh: MeshConfig, limits: tuple[int, int], max_running: int, notes: Notes
+    values: Asked, spec: ModelSpec, mesh: MeshConfig, limits: Limits, max_running: int, notes: Notes
 ) -> SchedulingConfig:
     prefix = not values.on("disable_radix_cache") and not spec.recurrent
     if spec.recurrent and not values.on("disable_radix_cache"):
@@ -171,8 +201,9 @@ def _scheduling(
     return SchedulingConfig(
         max_running=max_running,
         max_queued=queued,
-        chunk_size=limits[0],
-        max_prefill_tokens=limits[1],
+        chunk_size=limits.chunk,
+        alone_size=limits.alone,
+        max_prefill_tokens=limits.prompts,
         mixed=values.on("enable_mixed_chunk"),
         policy=policy,
         prefix_cache=prefix,

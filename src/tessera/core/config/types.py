@@ -160,15 +160,16 @@ class SchedulingConfig:
     """How steps are planned; see `plan/config.py`.
 
     `max_running`: rows of the row table. `max_queued`: most requests waiting. `chunk_size`: most tokens of a step that
-    holds prompts (0: prompts are not cut). `max_prefill_tokens`: most prompt tokens of a step. `mixed`: decodes ride
-    with prompts. `max_in_flight`: steps launched and not yet collected (2: overlap schedule). `split_from`: steps whose
-    largest part has so many tokens run as two halves, interleaved (0: none); where `split_share` of the tokens cannot
-    be had by cutting between sequences, one is cut.
+    holds prompts (0: prompts are not cut), `alone_size` the same while nobody decodes. `max_prefill_tokens`: most
+    prompt tokens of a step. `mixed`: decodes ride with prompts. `max_in_flight`: steps launched and not yet collected
+    (2: overlap schedule). `split_from`: steps whose largest part has so many tokens run as two halves, interleaved (0:
+    none); where `split_share` of the tokens cannot be had by cutting between sequences, one is cut.
     """
 
     max_running: int
     max_queued: int
     chunk_size: int
+    alone_size: int
     max_prefill_tokens: int
     mixed: bool
     policy: str
