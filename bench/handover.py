@@ -2,32 +2,31 @@
 
 `speed`: GB/s of each transfer engine between two processes of this host, against a plain copy inside one process, for
 long and for short runs. `plans`: copy descriptors (runs) of one request for pairs of layouts, and what making the plan
-and the runs takes. `device`: the same as `speed` between two GPUs of this host (or on one), with the pages and slots of
-a model, against the link's own peer copy.
+and the runs takes. `device`: hand-overs of a model's pages and slots between two GPUs of this host (or on one; without
+any, in memory of the host), against the link's own peer copy: one alone, its legs, and several at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
+from link import Link
 
 from tessera.core.errors import ConfigError
 from tessera.core.families import read_spec
 from tessera.core.mesh import instance_mesh
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import cache_dtypes, cache_table
-from tessera.transfer.base import Engine, Runs
+from tessera.transfer.base import Runs
 from tessera.transfer.copies import CopyPlan
-from tessera.transfer.engines import MOVERS, make_engine
+from tessera.transfer.engines import MOVERS
 from tessera.transfer.manifest import Manifest, Member, Region
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +37,6 @@ MODELS = {
     "qwen3-8b": ROOT / "bench" / "shapes" / "qwen3-8b",
 }
 PAIRS = (((1, 1), (1, 1)), ((2, 1), (2, 1)), ((4, 1), (4, 2)), ((4, 1), (2, 2)), ((2, 1), (4, 1)), ((4, 1), (1, 4)))
-DEADLINE_S = 120.0
 PAGE_SIZE = 64
 
 
@@ -97,53 +95,6 @@ def plans(names: list[str], tokens: int) -> Iterator[dict[str, object]]:
             }
 
 
-def _reader(pipe: Connection, kind: str, device: str, sizes: list[int]) -> None:
-    torch.set_num_threads(1)
-    engine = make_engine(kind)
-    for region, size in enumerate(sizes):
-        engine.register(region, torch.zeros(size, dtype=torch.uint8, device=device))
-    pipe.send(engine.endpoint())
-    pipe.recv()
-    engine.close()
-
-
-class Link:
-    """A writer in this process and its reader in another."""
-
-    def __init__(self, kind: str, devices: tuple[str, str], sizes: list[int]) -> None:
-        self._engine: Engine = make_engine(kind)
-        for region, size in enumerate(sizes):
-            memory = torch.zeros(size, dtype=torch.uint8, device=devices[0]).fill_(1)
-            self._engine.register(region, memory)
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_reader, args=(theirs, kind, devices[1], sizes))
-        self._process.start()
-        self._peer = self._engine.connect(self._pipe.recv(), DEADLINE_S)
-
-    def seconds(self, runs: Runs, rounds: int) -> float:
-        """The best of several rounds, from the post to the acknowledgement."""
-        return min(self._once(runs) for _ in range(rounds))
-
-    def _once(self, runs: Runs) -> float:
-        began = time.perf_counter()
-        ticket = self._engine.write(self._peer, runs)
-        while not (done := self._engine.poll()):
-            if time.perf_counter() - began > DEADLINE_S:
-                raise TimeoutError(f"{len(runs)} runs took more than {DEADLINE_S} s")
-            time.sleep(20e-6)
-        took = time.perf_counter() - began
-        if done[0].ticket != ticket or done[0].error is not None:
-            raise RuntimeError(f"the copy failed: {done[0].error}")
-        return took
-
-    def close(self) -> None:
-        """Ends both sides."""
-        self._pipe.send(None)
-        self._process.join()
-        self._engine.close()
-
-
 def even(total: int, length: int) -> Runs:
     """Runs of one length that fill a region, the destination in reverse order, so that nothing joins."""
     at = np.arange(0, total, length)
@@ -181,44 +132,58 @@ def speed(kinds: list[str], total: int, rounds: int) -> Iterator[dict[str, objec
         yield line
 
 
-def peer_copy(devices: tuple[str, str], rounds: int) -> float:
+def peer_copy(devices: tuple[str, str], total: int, rounds: int) -> float:
     """GB/s of one large copy between two devices, or inside one: the limit of what follows."""
-    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device=name) for name in devices)
+    source, target = (torch.zeros(total, dtype=torch.uint8, device=name) for name in devices)
 
     def once() -> None:
         target.copy_(source)
-        for name in devices:
+        for name in {name for name in devices if name != "cpu"}:
             torch.cuda.synchronize(name)
 
     once()
     return source.nbytes / 1e9 / best(once, rounds)
 
 
-def device(name: str, tokens: int, rounds: int) -> Iterator[dict[str, object]]:
-    """Peer copy of the link, then hand-overs of a request between two servers of one rank, and to one of two ranks."""
-    devices = ("cuda:0", f"cuda:{min(1, torch.cuda.device_count() - 1)}")
-    limit = peer_copy(devices, rounds)
-    yield {
-        "what": f"peer copy {devices[0]} to {devices[1]} of {torch.cuda.get_device_name(0)}",
-        "GB/s": round(limit, 1),
-    }
-    spec, pages = load(name), -(-tokens // PAGE_SIZE)
-    near, far = np.arange(1, pages + 1), np.random.default_rng(0).permutation(np.arange(1, pages + 1))
+def two_devices() -> tuple[str, tuple[str, str], str]:
+    """The engine between two GPUs, or on one, or in memory of the host; both devices; what they are."""
+    if not torch.cuda.is_available():
+        return "local", ("cpu", "cpu"), "the host's memory"
+    return "cuda_ipc", ("cuda:0", f"cuda:{min(1, torch.cuda.device_count() - 1)}"), torch.cuda.get_device_name(0)
+
+
+def device(name: str, tokens: int, requests: int, total: int, rounds: int) -> Iterator[dict[str, object]]:
+    """Peer copy of the link, then hand-overs of a request between two servers of one rank, and to one of two ranks:
+    alone, where the time of that goes, and so many of them under way at once."""
+    kind, devices, what = two_devices()
+    limit = peer_copy(devices, total, rounds)
+    yield {"what": f"peer copy {devices[0]} to {devices[1]} of {what}", "GB/s": round(limit, 1)}
+    spec, each = load(name), -(-tokens // PAGE_SIZE)
+    pages = 1 + np.arange(requests * each).reshape(requests, each)
+    scattered = np.random.default_rng(0).permutation(pages.reshape(-1)).reshape(pages.shape)
     for attn in (1, 2):
-        source, destination = manifest(spec, 1, 1, pages + 1, 3), manifest(spec, attn, 1, pages + 1, 3)
+        source, destination = (manifest(spec, n, 1, requests * each + 1, requests + 1) for n in (1, attn))
         plan = CopyPlan(source, destination)
         sizes = [region.num_bytes for region in source.members[0].regions]  # enough for either side
-        link = Link("cuda_ipc", devices, sizes)
-        for what, to in (("pages in order", near), ("pages scattered", far)):
-            runs = np.concatenate([plan.paged(0, 0, near, to), plan.slots(0, 0, 1, 2)])
-            took, moved = link.seconds(runs, rounds), int(runs[:, 4].sum())
+        link = Link(kind, devices, sizes)
+        for order, to in (("pages in order", pages), ("pages scattered", scattered)):
+            batches = [
+                np.concatenate([plan.paged(0, 0, pages[i], to[i]), plan.slots(0, 0, i + 1, i + 1)])
+                for i in range(requests)
+            ]
+            link.seconds(batches[0], 2)  # kernels and buffers
+            one, moved = link.seconds(batches[0], rounds), int(batches[0][:, 4].sum())
+            many = link.sustained(batches, requests * rounds)
             yield {
-                "what": f"{name}, {tokens} tokens, TP 1 to rank 0 of TP {attn}, {what}",
-                "runs": len(runs),
+                "what": f"{name}, {tokens} tokens, TP 1 to rank 0 of TP {attn}, {order}",
+                "runs": len(batches[0]),
                 "MB": round(moved / 1e6, 1),
-                "ms": round(1e3 * took, 2),
-                "GB/s": round(moved / 1e9 / took, 1),
-                "of the peer copy": f"{moved / 1e9 / took / limit:.0%}",
+                **{f"{leg}, us": round(1e6 * took) for leg, took in link.legs(batches[0], 4 * rounds).items()},
+                "ms": round(1e3 * one, 2),
+                "GB/s": round(moved / 1e9 / one, 1),
+                "of the peer copy": f"{moved / 1e9 / one / limit:.0%}",
+                f"GB/s of {requests} at once": round(moved / 1e9 / many, 1),
+                "of it": f"{moved / 1e9 / many / limit:.0%}",
             }
         link.close()
 
@@ -242,7 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     ask.add_argument("--engines", nargs="+", default=[kind for kind in MOVERS if kind != "cuda_ipc"], choices=MOVERS)
     ask.add_argument("--models", nargs="+", default=["abacus-hybrid", "qwen3next16", "dsv2lite"], choices=MODELS)
     ask.add_argument("--tokens", type=int, default=4096, help="tokens of the request")
-    ask.add_argument("--mib", type=int, default=256, help="MiB that `speed` moves")
+    ask.add_argument("--mib", type=int, default=256, help="MiB of `speed`, and of the peer copy")
+    ask.add_argument("--requests", type=int, default=8, help="requests that `device` has under way at once")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--json", action="store_true")
     asked = ask.parse_args(arguments)
@@ -253,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         report(speed(asked.engines, asked.mib << 20, asked.rounds), asked.json)
     else:
         for name in asked.models:
-            report(device(name, asked.tokens, asked.rounds), asked.json)
+            report(device(name, asked.tokens, asked.requests, asked.mib << 20, asked.rounds), asked.json)
     return 0
 
 

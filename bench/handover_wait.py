@@ -22,7 +22,7 @@ import torch
 from tessera.core.messages import Fatal, Outbound, Output, Outputs, SamplingParams, Stop, Submit
 from tessera.run.core import EngineCore, prepared_core
 from tessera.run.startup import prepare
-from tessera.transfer import pull
+from tessera.transfer.host import HostSource
 
 WAIT_S = 120.0
 BOTH: dict[str, Any] = {
@@ -104,16 +104,15 @@ class Busy:
 def measured(prefill: Server, decode: Server, rounds: int, tokens: int) -> dict[str, float]:
     """Milliseconds after the last copy, over hand-overs one after the other."""
     landed: list[float] = []
-    copy = pull._Writer._copy
+    copy = HostSource.copy
 
-    def watched(self: Any, *args: Any) -> str | None:
-        error = copy(self, *args)
+    def watched(self: HostSource, *args: Any) -> None:
+        copy(self, *args)
         landed.append(time.perf_counter())
-        return error
 
     told, drawn = [], []
     assert prefill.core.handover is not None
-    with mock.patch.object(pull._Writer, "_copy", watched):
+    with mock.patch.object(HostSource, "copy", watched):
         for _ in range(rounds + 1):  # the first meets the server
             room = len(decode.said) + 1
             name = f"asked {room}"

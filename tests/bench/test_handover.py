@@ -37,6 +37,18 @@ def test_it_measures_the_engine_of_one_host_against_a_copy() -> None:
         assert min(float(ours), float(plain)) > 0
 
 
+def test_it_says_where_the_time_of_a_hand_over_goes() -> None:
+    """Between devices where there are any: here in memory of the host."""
+    arguments = ("--models", "abacus-hybrid", "--tokens", "128", "--requests", "3", "--mib", "1", "--rounds", "2")
+    limit, *found = lines("device", *arguments)
+    assert limit["GB/s"] > 0
+    assert [line["runs"] for line in found] == sorted(line["runs"] for line in found)
+    for line in found:
+        legs = sum(line[f"{leg}, us"] for leg in ("posted", "heard", "launched", "copied", "acknowledged"))
+        assert 0 < line["ms"] < 10 * legs / 1e3, line
+        assert line["GB/s of 3 at once"] > 0
+
+
 def test_it_measures_from_the_last_copy_to_the_first_token() -> None:
     found = lines("--rounds", "2", "--tokens", "40", "--chunk", "64", script=WAIT)
     assert [line["prefill"] for line in found] == ["quiet", "busy"] * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -15,57 +15,17 @@ import torch
 
 from tessera.core.errors import ConfigError, DeadlineError, PeerError
 from tessera.transfer import engines as engine_table
-from tessera.transfer import pull, wire
-from tessera.transfer.base import Runs
+from tessera.transfer import readers, wire
+from tessera.transfer.base import ByRegion, Runs
 from tessera.transfer.engines import make_engine
 from tessera.transfer.host import HostMover, HostSource
 from tessera.transfer.mover import Regions, addressed, calls
 from tessera.transfer.pull import PullEngine
-from tessera.transfer.wire import Batch, Endpoint, Hello, Parting, Welcome, dial, messages, pack
+from tessera.transfer.wire import Batch, Endpoint, Heard, Hello, Parting, Welcome, dial, pack
 from transfer.conformance import DEADLINE_S, Conformance, finish, runs
+from transfer.movers import Gate, Make, making
 
-
-class Gate(HostMover):
-    """Copies when it is let; `begun` tells that a copy waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.begun, self.let = threading.Event(), threading.Event()
-        self.closed = 0
-
-    def open(self, exported: bytes, own: Regions) -> HostSource:
-        gate, source = self, super().open(exported, own)
-        copy = source.copy
-
-        def gated(batch: Runs, stop: threading.Event) -> None:
-            gate.begun.set()
-            assert gate.let.wait(DEADLINE_S)
-            copy(batch, threading.Event())  # as a library whose calls cannot be broken off
-
-        def close() -> None:
-            gate.closed += 1
-
-        source.copy, source.close = gated, close  # type: ignore[method-assign]
-        return source
-
-
-@pytest.fixture
-def engines() -> Iterator[Callable[[HostMover], PullEngine]]:
-    """Makes engines, and closes them."""
-    made: list[PullEngine] = []
-
-    def make(mover: HostMover) -> PullEngine:
-        made.append(PullEngine(mover))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        if isinstance(engine._mover, Gate):
-            engine._mover.let.set()
-        engine.close()
-
-
-Make = Callable[[HostMover], PullEngine]
+engines = pytest.fixture(making)
 
 
 def started(engines: Make) -> tuple[PullEngine, PullEngine, Gate, torch.Tensor, int]:
@@ -95,7 +55,7 @@ def test_a_fence_waits_for_the_copy_under_way(engines: Make) -> None:
 
 def test_mutant_a_fence_that_only_says_no(engines: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """It refuses what comes later, and does not wait for what is under way: someone else's bytes are overwritten."""
-    monkeypatch.setattr(pull._Writer, "retire", lambda self, deadline_s: self.stop.set() or True)
+    monkeypatch.setattr(readers.Writer, "retire", lambda self, deadline_s: self.stop.set() or True)
     writer, reader, gate, target, ticket = started(engines)
     reader.fence(writer.name, DEADLINE_S)
     target.fill_(9)
@@ -170,41 +130,13 @@ def test_a_copy_that_fails_is_told_with_its_reason(engines: Make, monkeypatch: p
     assert all("the cable is cut" in str(d.error) for d in done.values())
 
 
-def test_a_storm_of_fences(engines: Make) -> None:
-    """Writers connect, post and are fenced at any moment; what was given to somebody else is never written."""
-    rng = np.random.default_rng(0)
-    size = 1 << 20
-    reader, target = engines(HostMover()), torch.zeros(2 * size, dtype=torch.uint8)
-    reader.register(0, target)
-    writers = [engines(HostMover()) for _ in range(2)]
-    peers = ["", ""]
-    for i, writer in enumerate(writers):
-        writer.register(0, torch.full((size,), i + 1, dtype=torch.uint8))
-    fenced, landed = 0, 0
-    for _ in range(60):
-        i = int(rng.integers(2))
-        writer, own = writers[i], target[i * size : (i + 1) * size]
-        peers[i] = writer.connect(reader.endpoint(), DEADLINE_S)
-        at = np.arange(0, size, 1 << 12)
-        batch = np.stack([0 * at, at, 0 * at, i * size + at, 0 * at + (1 << 12)], 1)
-        tickets = {writer.write(peers[i], batch) for _ in range(int(rng.integers(1, 8)))}
-        time.sleep(float(rng.choice([0, 1e-4, 1e-3])))
-        reader.fence(writer.name, DEADLINE_S)
-        own.fill_(9)
-        done = finish(writer, tickets)
-        fenced += sum(d.error is not None for d in done.values())
-        landed += sum(d.error is None for d in done.values())
-        assert (own == 9).all(), "a write landed after the fence"
-    assert min(fenced, landed) > 0, "the storm was none"
-
-
 def hello(reader: PullEngine, **fields: object) -> wire.Message | None:
     """What the reader answers to a first word that differs in some fields; None when it just closes."""
     there = msgspec.msgpack.decode(reader.endpoint(), type=Endpoint)
     said = {"protocol": 1, "kind": "local", "name": "me", "to": there.name, "sizes": {}, "exported": b""}
     with dial(there.address, DEADLINE_S) as sock:
         sock.sendall(pack(Hello(**{**said, **fields})))  # type: ignore[arg-type]
-        return next(messages(sock), None)
+        return Heard(sock).next()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +162,7 @@ def test_what_is_no_greeting_is_answered_with_a_refusal(engines: Make, first: by
     with dial(there.address, DEADLINE_S) as sock:
         sock.sendall(first)
         sock.shutdown(socket.SHUT_WR)
-        answer = next(messages(sock))
+        answer = Heard(sock).next()
     assert isinstance(answer, Welcome)
     assert answer.error
 
@@ -242,7 +174,7 @@ def test_a_batch_that_leaves_its_regions_is_refused_by_the_reader_too(engines: M
     reader.register(0, torch.zeros(8, dtype=torch.uint8))
     peer = writer.connect(reader.endpoint(), DEADLINE_S)
     lying = writer._peers[peer]
-    lying.endpoint = msgspec.structs.replace(lying.endpoint, sizes={0: 64})
+    lying.sizes = ByRegion({0: 64})
     ticket = writer.write(peer, runs((0, 0, 0, 0, 64)))
     assert "has 8 bytes" in str(finish(writer, {ticket})[ticket].error)
 
@@ -266,7 +198,7 @@ def test_a_reader_that_says_nothing_has_a_deadline(engines: Make) -> None:
 
 
 def test_a_visitor_that_says_nothing_is_sent_away(engines: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull, "HELLO_S", 0.05)
+    monkeypatch.setattr(readers, "HELLO_S", 0.05)
     there = msgspec.msgpack.decode(engines(HostMover()).endpoint(), type=Endpoint)
     with dial(there.address, DEADLINE_S) as sock:
         assert sock.recv(1) == b""
@@ -295,7 +227,7 @@ def test_a_message_may_come_in_any_pieces() -> None:
 
 def test_long_runs_are_cut_and_calls_are_bounded() -> None:
     batch = runs((1, 10, 2, 20, 25), (3, 0, 2, 100, 7), (1, 5, 2, 200, 0))
-    src, dst, lengths = addressed(batch, {1: 1000, 3: 5000}, {2: 9000}, 10)
+    src, dst, lengths = addressed(batch, ByRegion({1: 1000, 3: 5000}), ByRegion({2: 9000}), 10)
     assert src.tolist() == [1010, 1020, 1030, 5000, 1005]
     assert dst.tolist() == [9020, 9030, 9040, 9100, 9200]
     assert lengths.tolist() == [10, 10, 5, 7, 0]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.transfer.base import by_region, check_runs
+from tessera.transfer.base import ByRegion, check_runs
 
 OWN, THEIRS = {0: 100, 7: 64}, {2: 80}
 LARGEST = 2**63 - 1
@@ -26,10 +26,10 @@ def test_a_run_outside_of_a_region_is_refused(runs: list[tuple[int, ...]]) -> No
     )  # fmt: skip
     table = np.array(runs, np.int64).reshape(-1, 5)
     if inside:
-        check_runs(table, OWN, THEIRS)
+        check_runs(table, ByRegion(OWN), ByRegion(THEIRS))
     else:
         with pytest.raises(ValueError, match="region"):
-            check_runs(table, OWN, THEIRS)
+            check_runs(table, ByRegion(OWN), ByRegion(THEIRS))
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def test_a_run_outside_of_a_region_is_refused(runs: list[tuple[int, ...]]) -> No
 )
 def test_it_says_which(run: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_runs(np.array([run]), OWN, THEIRS)
+        check_runs(np.array([run]), ByRegion(OWN), ByRegion(THEIRS))
 
 
 def test_no_region_has_an_address_by_default() -> None:
-    assert by_region(np.array([7, 0, 7]), OWN).tolist() == [64, 100, 64]
+    assert ByRegion(OWN)(np.array([7, 0, 7])).tolist() == [64, 100, 64]
     for missing in (1, 8, 9, -1, -2):
         with pytest.raises(KeyError, match=str(missing)):
-            by_region(np.array([0, missing]), OWN)
-    assert by_region(np.zeros(0, np.int64), {}).tolist() == []
+            ByRegion(OWN)(np.array([0, missing]))
+    assert ByRegion({})(np.zeros(0, np.int64)).tolist() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -11,11 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.transfer import triton_copy
-from tessera.transfer.mover import starts
-from tessera.transfer.triton_copy import copy_runs
+from tessera.transfer.base import ByRegion
+from tessera.transfer.mover import Regions, addressed, starts
 
 SIZE = 5000
 CPU = torch.device("cpu")
+
+
+def copied(batch: np.ndarray, src: Regions, dst: Regions) -> Iterator[None]:
+    """Copies, call by call."""
+    runs = addressed(batch, ByRegion(starts(src)), ByRegion(starts(dst)))
+    return triton_copy.copy_runs(runs, CPU)
 
 
 @st.composite
@@ -43,7 +50,7 @@ def test_it_copies_what_a_loop_copies(batch: np.ndarray, piece: int, programs: i
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("PIECE", piece), ("PROGRAMS", programs), ("CALL", call)):
             patch.setattr(triton_copy, name, value)
-        for _ in copy_runs(batch, starts(src), starts(dst), CPU):
+        for _ in copied(batch, src, dst):
             pass
     assert all(torch.equal(dst[n], wanted[n]) for n in dst)
 
@@ -52,7 +59,7 @@ def test_it_gives_chances_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_copy, "CALL", 250)
     batch = np.array([[0, 100 * i, 0, 100 * i, 100] for i in range(10)], np.int64)
     src, dst = {0: torch.ones(1000, dtype=torch.uint8)}, {0: torch.zeros(1000, dtype=torch.uint8)}
-    done = [int(dst[0].sum()) for _ in copy_runs(batch, starts(src), starts(dst), CPU)]
+    done = [int(dst[0].sum()) for _ in copied(batch, src, dst)]
     assert done == [200, 400, 600, 800, 1000]
 
 
@@ -60,6 +67,10 @@ def test_memory_at_an_odd_place_is_copied_in_narrow_words() -> None:
     memory = torch.arange(101, dtype=torch.uint8)[1:]
     target = torch.zeros(100, dtype=torch.uint8)
     batch = np.array([[0, 16, 0, 32, 16], [0, 0, 0, 64, 16]], np.int64)
-    list(copy_runs(batch, starts({0: memory}), starts({0: target}), CPU))
+    list(copied(batch, {0: memory}, {0: target}))
     assert target[32:48].tolist() == memory[16:32].tolist()
     assert target[64:80].tolist() == memory[:16].tolist()
+
+
+def test_it_is_made_ready_without_copying() -> None:
+    triton_copy.prepare(CPU)

@@ -89,30 +89,38 @@ class Engine(Protocol):
         ...
 
 
-def check_runs(runs: Runs, own: dict[int, int], theirs: dict[int, int]) -> None:
+class ByRegion:
+    """A number (bytes, address; not negative) of each region, for the regions of many runs at a time."""
+
+    def __init__(self, values: Mapping[int, int]) -> None:
+        self.known = sorted(values)
+        self._table = np.full(max(values, default=-1) + 2, -1, np.int64)  # the last is of regions that are too large
+        self._table[self.known] = [values[number] for number in self.known]
+        self._last = np.uint64(len(self._table) - 1)
+
+    def __call__(self, regions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of each. Raises `KeyError` with a region that has none."""
+        at = np.minimum(regions.view(np.uint64), self._last)  # what is negative is too large as well
+        found = self._table[at.view(np.int64)]
+        if len(found) and found.min() < 0:
+            raise KeyError(int(regions[np.argmin(found)]))
+        return found
+
+
+def check_runs(runs: Runs, own: ByRegion, theirs: ByRegion) -> None:
     """Raises `ValueError` when a run lies outside a region. `own`, `theirs`: bytes of each region."""
     if runs.ndim != 2 or runs.shape[1] != 5:
         raise ValueError(f"runs have shape {runs.shape}, expected [n, 5]")
+    length = runs[:, 4]
     for side, regions, region, offset in (("source", own, 0, 1), ("destination", theirs, 2, 3)):
         try:
-            sizes = by_region(runs[:, region], regions)
+            sizes = regions(runs[:, region])
         except KeyError as error:
-            known = sorted(regions)
-            raise ValueError(f"{side} region {error.args[0]} is not registered; registered: {known}") from None
-        first, length = runs[:, offset], runs[:, 4]
-        wrong = (first < 0) | (length < 0) | (length > sizes - first)  # their sum may be more than a number holds
+            reason = f"region {error.args[0]} is not registered; registered: {regions.known}"
+            raise ValueError(f"{side} {reason}") from None
+        first = runs[:, offset]
+        wrong = (first > sizes - length) | ((first | length) < 0)  # `first + length` may be more than a number holds
         if wrong.any():
             at = int(np.argmax(wrong))
             reach = f"{length[at]} bytes from {first[at]} on"
             raise ValueError(f"{side} region {runs[at, region]} has {sizes[at]} bytes; a run is {reach}")
-
-
-def by_region(regions: NDArray[np.int64], values: Mapping[int, int]) -> NDArray[np.int64]:
-    """The value of each region's number. Raises `KeyError` with a number that has none."""
-    table, known = np.zeros(max(values, default=-1) + 2, np.int64), list(values)
-    held = np.zeros(len(table), np.bool_)
-    table[known], held[known] = list(values.values()), True
-    at = np.where((regions >= 0) & (regions < len(table)), regions, -1)
-    if not held[at].all():
-        raise KeyError(int(regions[np.argmin(held[at])]))
-    return table[at]

@@ -8,22 +8,20 @@ beside the model's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
 from tessera.core.errors import ConfigError, Conflict, PeerError
-from tessera.transfer.base import Runs
-from tessera.transfer.mover import Regions, starts
+from tessera.transfer.base import ByRegion, Runs
+from tessera.transfer.mover import Regions, Wait, addressed, starts
 from tessera.transfer.optional import library
 
 # Of a storage, as `torch.UntypedStorage` tells and takes it: device, handle, bytes, offset, the counter of its readers
 # and its offset there, an event, whether that must be waited for.
 Storage = tuple[int, bytes, int, int, bytes, int, bytes, bool]
-
-CopyRuns = Callable[[Runs, Mapping[int, int], Mapping[int, int], torch.device], Iterator[None]]
 
 
 class Shared(msgspec.Struct, frozen=True):
@@ -41,7 +39,7 @@ class CudaIpcMover:
     host = None
 
     def __init__(self) -> None:
-        self._copy_runs: CopyRuns = library(self.kind, ("tessera.transfer.triton_copy",), "Install triton.").copy_runs
+        self._copies = library(self.kind, ("tessera.transfer.triton_copy",), "Install triton.")
 
     def export(self, regions: Regions) -> bytes:
         """See `Mover.export`. Each call counts a reader, until which memory of the writer is not given back."""
@@ -60,7 +58,7 @@ class CudaIpcMover:
         if len(devices) != 1:
             raise PeerError(f"the reader has regions on {len(devices)} devices, one is expected")
         shared = msgspec.msgpack.decode(exported, type=dict[int, Shared])
-        return CudaIpcSource(shared, own, devices.pop(), self._copy_runs)
+        return CudaIpcSource(shared, own, devices.pop(), self._copies)
 
     def close(self) -> None:
         """Readers let go of the memory themselves."""
@@ -75,32 +73,51 @@ def _check(number: int, memory: Tensor) -> None:
 class CudaIpcSource:
     """See `Source`."""
 
-    def __init__(self, shared: dict[int, Shared], own: Regions, device: torch.device, copy_runs: CopyRuns) -> None:
-        self._own, self._device, self._copy_runs = starts(own), device, copy_runs
+    def __init__(self, shared: dict[int, Shared], own: Regions, device: torch.device, copies: Any) -> None:
+        self._own, self._device, self._copies = own, device, copies
         try:
             self._theirs = {number: _mapped(region, device) for number, region in shared.items()}
         except RuntimeError as error:
             remedy = "do both processes see GPUs of one host, and can these reach each other?"
             raise PeerError(f"the writer's GPU memory cannot be mapped on {device} ({error}): {remedy}") from error
+        self._places = ByRegion(starts(self._theirs)), ByRegion(starts(own))
         self._stream = torch.cuda.Stream(device)
-        self._event = torch.cuda.Event(blocking=True)
+        with torch.cuda.device(device), torch.cuda.stream(self._stream):
+            copies.prepare(device)
 
-    def copy(self, runs: Runs, stop: threading.Event) -> None:
-        """See `Source.copy`."""
+    def copy(self, runs: Runs, stop: threading.Event) -> Wait | None:
+        """See `Source.copy`. Of a batch of several calls the last is under way when it returns."""
+        wait = None
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                for _ in self._copy_runs(runs, starts(self._theirs), self._own, self._device):
-                    self._event.record(self._stream)
-                    self._event.synchronize()
+                for _ in self._copies.copy_runs(addressed(runs, *self._places), self._device):
+                    if wait is not None:
+                        wait()
                     if stop.is_set():
-                        return
+                        return None
+                    wait = _Under(self._stream)
         except RuntimeError as error:
             raise PeerError(f"a copy from the writer's GPU failed: {error}") from error
+        return wait
 
     def close(self) -> None:
         """See `Source.close`. What had begun when a copy failed is over first."""
         self._stream.synchronize()
         self._theirs = {}
+
+
+class _Under:
+    """Waits for what `stream` was given until now. The host looks all the time: to be woken costs a tenth of a copy."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def __call__(self) -> None:
+        try:
+            self._event.synchronize()
+        except RuntimeError as error:
+            raise PeerError(f"a copy from the writer's GPU failed: {error}") from error
 
 
 def _mapped(region: Shared, device: torch.device) -> Tensor:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.transfer.base import Runs, by_region
+from tessera.transfer.base import ByRegion, Runs
 
 Addresses = NDArray[np.uint64]
+Wait = Callable[[], None]
 Regions = Mapping[int, Tensor]  # each a row of uint8
 
 
 class Source(Protocol):
     """The memory of one writer, as one thread of the reader sees it."""
 
-    def copy(self, runs: Runs, stop: threading.Event) -> None:
-        """Copies and returns when every byte has landed. May give up when `stop` is set. Raises `PeerError`."""
+    def copy(self, runs: Runs, stop: threading.Event) -> Wait | None:
+        """Copies. None: every byte has landed; else the copies are under way, and what it returns waits for that, and
+        is called before the memory is said to be written. Others may be begun meanwhile; they end in this order.
+
+        May give up when `stop` is set. Both raise `PeerError`.
+        """
         ...
 
     def close(self) -> None:
@@ -62,10 +67,10 @@ class Addressed(NamedTuple):
     lengths: Addresses
 
 
-def addressed(runs: Runs, theirs: Mapping[int, int], own: Mapping[int, int], most: int | None = None) -> Addressed:
+def addressed(runs: Runs, theirs: ByRegion, own: ByRegion, most: int | None = None) -> Addressed:
     """`theirs`, `own`: where each region begins. Runs of more than `most` bytes are cut into pieces."""
-    src = runs[:, 1] + by_region(runs[:, 0], theirs)
-    dst = runs[:, 3] + by_region(runs[:, 2], own)
+    src = runs[:, 1] + theirs(runs[:, 0])
+    dst = runs[:, 3] + own(runs[:, 2])
     lengths = runs[:, 4]
     if most is not None and len(runs) and lengths.max() > most:
         pieces = np.maximum(-(-lengths // most), 1)
@@ -73,7 +78,7 @@ def addressed(runs: Runs, theirs: Mapping[int, int], own: Mapping[int, int], mos
         offsets = (np.arange(pieces.sum()) - np.repeat(first, pieces)) * most
         src, dst = np.repeat(src, pieces) + offsets, np.repeat(dst, pieces) + offsets
         lengths = np.minimum(np.repeat(lengths, pieces) - offsets, most)
-    return Addressed(src.astype(np.uint64), dst.astype(np.uint64), lengths.astype(np.uint64))
+    return Addressed(src.view(np.uint64), dst.view(np.uint64), lengths.astype(np.uint64))
 
 
 def calls(lengths: Addresses, num_runs: int, num_bytes: int) -> Iterator[slice]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import struct
+from collections import deque
 from collections.abc import Iterator
 
 import msgspec
@@ -141,11 +143,31 @@ class Inbox:
                 raise PeerError(f"not a message of transfer protocol {PROTOCOL}: {error}") from error
 
 
-def messages(sock: socket.socket) -> Iterator[Message]:
-    """What comes, waiting as long as the socket's timeout says, until the other side closes."""
-    inbox = Inbox()
-    while data := sock.recv(_TAKEN):
-        yield from inbox.take(data)
+class Heard:
+    """What comes from a socket, message by message, until the other side closes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._inbox, self._found = Inbox(), deque[Message]()
+        self._ended = False
+
+    def next(self) -> Message | None:
+        """Waits as long as the socket's timeout says; None when the other side has closed."""
+        while not self._found and not self._ended:
+            self._take(0)
+        return self._found.popleft() if self._found else None
+
+    def ready(self) -> bool:
+        """Whether `next` would answer at once."""
+        with contextlib.suppress(BlockingIOError):
+            while not self._found and not self._ended:
+                self._take(socket.MSG_DONTWAIT)
+        return bool(self._found) or self._ended
+
+    def _take(self, flags: int) -> None:
+        data = self._sock.recv(_TAKEN, flags)
+        self._ended = not data
+        self._found.extend(self._inbox.take(data))
 
 
 class Channel:
