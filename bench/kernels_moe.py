@@ -36,7 +36,7 @@ SHAPES = {  # experts, hidden, intermediate, chosen
     "dsv2lite a quarter": (64, 2048, 352, 6),
     "qwen3next": (512, 2048, 512, 10),
 }
-TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192)
+TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192, 16384)
 RUNNERS = ["grouped_mm", *(["deep_gemm"] if importlib.util.find_spec("deep_gemm") else [])]
 ROUTERS = {  # experts, whether scored in fp32, rules
     "dsv2lite": (64, True, {"top_k": 6, "normalize": False}),
@@ -56,6 +56,18 @@ SWEPT_VECTORS: list[dict[str, Any]] = [
       for warps in (1, 2, 4, 8) if 1024 <= numbers // warps <= 8192),
 ]  # fmt: skip
 SWEPT_FEW, SWEPT_SMALL = 16, 512  # tokens up to which the vector products, and the tiles of few rows, are tried
+SWEPT_MANY = 8192  # tokens from which on these tiles are, by M: N, K, warps and stages of the two products
+SWEPT_TILES: dict[int, tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]] = {
+    64: (
+        [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3)],
+        [(128, 64, 4, 3), (128, 64, 4, 4), (256, 64, 4, 2), (256, 64, 4, 3)],
+    ),
+    128: (
+        [(128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 6), (64, 64, 4, 3), (64, 64, 8, 3)],
+        [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 3), (128, 64, 8, 3)],
+    ),
+    256: ([(64, 64, 8, 3), (64, 64, 8, 4)], [(128, 64, 8, 3), (128, 64, 8, 4)]),
+}
 
 
 def cases() -> dict[str, Callable[[str], Case]]:
@@ -196,13 +208,27 @@ def _run(inputs: tuple[Any, ...], tiles: Tiles | None = None, few: bool = False,
 
 
 def _variants(tokens: int) -> list[dict[str, Any]]:
-    tried = list(TILES[: 3 if tokens <= SWEPT_SMALL else 4][-3:])
+    tried = list(TILES[: 3 if tokens <= SWEPT_SMALL else 4][-3 if tokens < SWEPT_MANY else -1 :])
     tried += [
         Tiles(t.rows, replace(t.up, boxed=not t.up.boxed), replace(t.down, boxed=not t.down.boxed)) for t in tried
     ]
-    if tokens > SWEPT_SMALL:
-        up, down = Tile(128, 128, 64, 8, 4, 8, True), Tile(128, 256, 64, 8, 4, 8, True)
-        tried += [Tiles(0, up, down), Tiles(0, replace(up, group=1), replace(down, group=1))]
-        tried += [Tiles(0, replace(up, group=4, stages=3), replace(down, group=4, stages=3))]
+    if tokens >= SWEPT_MANY:
+        tried += _many_rows()
     few: list[dict[str, Any]] = [{"few": True}] if tokens <= SWEPT_FEW else []
     return few + [{"tiles": tiles} for tiles in tried] + [{"by": name} for name in RUNNERS]
+
+
+def _many_rows() -> list[Tiles]:
+    """Each tile of one product with the first of the other; the first two also in other orders, and not halved."""
+    found = []
+    for m, cuts in SWEPT_TILES.items():
+        ups, downs = ([Tile(m, *cut, boxed=True, halved=m > 64) for cut in each] for each in cuts)
+        up, down = ups[0], downs[0]
+        found += [
+            Tiles(0, up, down),
+            *(Tiles(0, one, down) for one in ups[1:]),
+            *(Tiles(0, up, one) for one in downs[1:]),
+        ]
+        found += [Tiles(0, replace(up, group=group), replace(down, group=group)) for group in (2, 8)]
+        found += [Tiles(0, replace(up, halved=False), replace(down, halved=False))] if up.halved else []
+    return found

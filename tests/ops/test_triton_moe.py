@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,9 +27,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 16, 16, 4, 2, 2))
 BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 2, True), Tile(16, 16, 16, 4, 2, 1, True))
-PLAIN = mixture_of(experts_reference, gated_product, add_gated)
+HALVES = Tiles(1, Tile(8, 16, 16, 4, 2, 2, False, True), Tile(8, 16, 16, 4, 2, 1, False, True))
+BOXED_HALVES = Tiles(1, Tile(8, 16, 16, 4, 2, 1, True, True), Tile(8, 16, 16, 4, 2, 2, True, True))
 ONE_LAUNCH = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 32, 8, 4, 2), True)
 ONE_LAUNCH_BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 1, True), Tile(16, 16, 16, 4, 2, 1, True), True)
+PLAIN = mixture_of(experts_reference, gated_product, add_gated)
 CHOICES = ["any", "some held", "one expert", "none held"]
 
 
@@ -79,26 +82,20 @@ def _reference(x, w13, w2, ids, weights) -> torch.Tensor:
     return out
 
 
-def _grouped(*inputs: torch.Tensor) -> torch.Tensor:
-    return grouped_experts(*inputs, SMALL)
+def _by(tiles: Tiles):
+    return partial(grouped_experts, tiles=tiles)
 
 
-def _boxed(*inputs: torch.Tensor) -> torch.Tensor:
-    return grouped_experts(*inputs, BOXES)
-
-
-def _one_launch(*inputs: torch.Tensor) -> torch.Tensor:
-    return grouped_experts(*inputs, ONE_LAUNCH)
-
-
-def _one_launch_boxed(*inputs: torch.Tensor) -> torch.Tensor:
-    return grouped_experts(*inputs, ONE_LAUNCH_BOXES)
+_grouped = _by(SMALL)
+FORMS = {"few": few_experts, "grouped": _grouped, "boxed": _by(BOXES), "halved": _by(HALVES)}
+FORMS |= {"boxed and halved": _by(BOXED_HALVES), "one launch": _by(ONE_LAUNCH)}
+FORMS |= {"one launch, boxed": _by(ONE_LAUNCH_BOXES)}
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("form", [few_experts, _grouped, _boxed, _one_launch, _one_launch_boxed])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_are_plain(form, choice, dtype):
     _check(form, 20, 6, 40, 24, 3, dtype, choice)
 
@@ -115,13 +112,15 @@ def test_any_number_of_tokens(num_tokens):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_other_rows_do_not_matter():
+@pytest.mark.parametrize("form", ["grouped", "halved", "boxed and halved"])
+def test_other_rows_do_not_matter(form):
     """To the bit: a token alone, first or last among others, and with more of its expert's rows beside it."""
+    run = FORMS[form]
     x, (w13, w2) = torch.randn(40, 32, device=DEVICE), _weights(4, 32, 16, torch.float32)
     ids, weights = _ids("any", 40, 4, 2).to(DEVICE), torch.rand(40, 2, device=DEVICE)
-    together = _grouped(x, w13, w2, ids, weights)
+    together = run(x, w13, w2, ids, weights)
     for part in (slice(0, 17), slice(39, 40), slice(3, 36)):
-        assert torch.equal(_grouped(x[part], w13, w2, ids[part], weights[part]), together[part])
+        assert torch.equal(run(x[part], w13, w2, ids[part], weights[part]), together[part])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -301,9 +300,13 @@ def test_real_sizes(shape, num_tokens):
     _check(experts, num_tokens, *shape, torch.bfloat16)
 
 
+def _halved(tiles: Tiles) -> Tiles:
+    return replace(tiles, up=replace(tiles.up, halved=True), down=replace(tiles.down, boxed=True, halved=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("tiles", [*TILES, replace(TILES[2], joined=True)], ids=str)
+@pytest.mark.parametrize("tiles", [*TILES, *map(_halved, TILES[2:]), replace(TILES[2], joined=True)], ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_real_tiles(choice, tiles):
     _check(lambda *inputs: grouped_experts(*inputs, tiles), 300, *REAL["a quarter"], torch.bfloat16, choice)

@@ -29,8 +29,9 @@ from tessera.ops.triton_sort import sort_rows
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a grouped product is cut: `group` blocks of rows go through all columns before the next ones. `boxed`: the
-    weights are fetched by the tensor memory accelerator, in boxes of N x K, where their rows are aligned for it."""
+    """How a grouped product is cut: `group` blocks of rows go through all columns before the next ones. `boxed`: what
+    lies in order is fetched by the tensor memory accelerator, in boxes, where its rows are aligned for it. `halved`: a
+    block of at most M / 2 rows is multiplied as such."""
 
     m: int
     n: int
@@ -39,6 +40,7 @@ class Tile:
     stages: int
     group: int = 1
     boxed: bool = False
+    halved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,84 +83,110 @@ def work_of(blocks_ptr, num_blocks, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _weights(w, row, first, column, limit, k, inner, WIDTH: tl.constexpr, BOXED: tl.constexpr):
-    """[K, N]: columns k + inner of rows `row + first ..` of all weights; those from `limit` on are not used."""
-    if BOXED:
-        return w.load([row + first, k]).T
-    else:
-        at = w + (row.to(tl.int64) + column[None, :]) * WIDTH + (k + inner)[:, None]
-        return tl.load(at, mask=(column < limit)[None, :] & (k + inner < WIDTH)[:, None], other=0.0)
+def _rows(x, row, stride, held, k, inner, WIDTH: tl.constexpr):
+    """[M, K]: columns k + inner of rows."""
+    at = x + row.to(tl.int64)[:, None] * stride + (k + inner)[None, :]
+    return tl.load(at, mask=held[:, None] & (k + inner < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _columns(w, first, column, shown, k, inner, WIDTH: tl.constexpr):
+    """[K, N]: numbers k + inner of rows `first + column` of all weights."""
+    at = w + (first.to(tl.int64) + column[None, :]) * WIDTH + (k + inner)[:, None]
+    return tl.load(at, mask=shown[None, :] & (k + inner < WIDTH)[:, None], other=0.0)
 
 
 @triton.jit
 def _up_tile(
-    x_ptr, w, h_ptr, rows_ptr, expert, first, end, tile, stride_x,
+    x, w, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """N columns of h [R, I] = silu(x w1) * (x w3), w [E, 2I, H], for at most M rows of an expert."""
+    """N columns of h [R, I] = silu(x w1) * (x w3), w [E, 2I, H], for at most M rows of an expert, in their order."""
     at = first + tl.arange(0, M)
     held = at < end
-    row = tl.load(rows_ptr + at, mask=held, other=0)
+    row = tl.load(rows_ptr + at, mask=held, other=0) // TOP_K
     column, inner = tile * N + tl.arange(0, N), tl.arange(0, K)
-    x = x_ptr + (row // TOP_K).to(tl.int64)[:, None] * stride_x + inner[None, :]
-    gate, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
-    for k in tl.range(0, HIDDEN, K, num_stages=STAGES):
-        a = tl.load(x + k, mask=held[:, None] & (k + inner < HIDDEN)[None, :], other=0.0)
-        w1 = _weights(w, expert * (2 * INNER), tile * N, column, INNER, k, inner, HIDDEN, BOXED)
-        gate = dot(a, w1, gate)
-        w3 = _weights(w, expert * (2 * INNER) + INNER, tile * N, column, INNER, k, inner, HIDDEN, BOXED)
-        up = dot(a, w3, up)
+    shown = column < INNER
+    if BOXED:
+        both = tl.zeros([M, 2 * N], tl.float32)
+        for k in tl.range(0, HIDDEN, K, num_stages=STAGES):
+            a = _rows(x, row, stride_x, held, k, inner, HIDDEN)
+            both = dot(a, w.load([2 * expert, tile * N, k]).reshape(2 * N, K).T, both)
+        gate, up = tl.split(both.reshape(M, 2, N).permute(0, 2, 1))
+    else:
+        gate, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
+        for k in tl.range(0, HIDDEN, K, num_stages=STAGES):
+            a = _rows(x, row, stride_x, held, k, inner, HIDDEN)
+            gate = dot(a, _columns(w, expert * (2 * INNER), column, shown, k, inner, HIDDEN), gate)
+            up = dot(a, _columns(w, expert * (2 * INNER) + INNER, column, shown, k, inner, HIDDEN), up)
     h = gate / (1 + tl.exp(-gate)) * up
-    h_at = h_ptr + row.to(tl.int64)[:, None] * INNER + column[None, :]
-    tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (column < INNER)[None, :])
-
-
-@triton.jit
-def _down_tile(
-    h_ptr, w, y_ptr, rows_ptr, expert, first, end, tile,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """N columns of y [R, H] = h w2, w [E, H, I], for at most M rows of an expert."""
-    at = first + tl.arange(0, M)
-    held = at < end
-    row = tl.load(rows_ptr + at, mask=held, other=0).to(tl.int64)
-    column, inner = tile * N + tl.arange(0, N), tl.arange(0, K)
-    h = h_ptr + row[:, None] * INNER + inner[None, :]
-    y = tl.zeros([M, N], tl.float32)
-    for k in tl.range(0, INNER, K, num_stages=STAGES):
-        a = tl.load(h + k, mask=held[:, None] & (k + inner < INNER)[None, :], other=0.0)
-        w2 = _weights(w, expert * HIDDEN, tile * N, column, HIDDEN, k, inner, INNER, BOXED)
-        y = dot(a, w2, y)
-    y_at = y_ptr + row[:, None] * HIDDEN + column[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (column < HIDDEN)[None, :])
+    h_at = h_ptr + at.to(tl.int64)[:, None] * INNER + column[None, :]
+    tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _gate_up(
-    x_ptr, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
+    x, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr, HALVED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h [R, I], a tile a program."""
+    """h [R, I] in the order of experts, a tile a program."""
     expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
-    if expert >= 0:
+    if expert < 0:
+        return
+    if HALVED and end - first <= M // 2:
         _up_tile(
-            x_ptr, w, h_ptr, rows_ptr, expert, first, end, tile, stride_x, HIDDEN, INNER, TOP_K, BOXED, M, N, K, STAGES
-        )
+            x, w, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
+            HIDDEN, INNER, TOP_K, BOXED, M // 2, N, K, STAGES,
+        )  # fmt: skip
+        return
+    _up_tile(x, w, h_ptr, rows_ptr, stride_x, expert, first, end, tile, HIDDEN, INNER, TOP_K, BOXED, M, N, K, STAGES)
+
+
+@triton.jit
+def _down_tile(
+    h, w, y_ptr, rows_ptr, expert, first, end, tile,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS_BOXED: tl.constexpr, BOXED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """N columns of y [R, H] = h w2, w [E, H, I], for at most M rows of an expert, each at its own place."""
+    at = first + tl.arange(0, M)
+    held = at < end
+    row = tl.load(rows_ptr + at, mask=held, other=0).to(tl.int64)
+    column, inner = tile * N + tl.arange(0, N), tl.arange(0, K)
+    shown = column < HIDDEN
+    y = tl.zeros([M, N], tl.float32)
+    for k in tl.range(0, INNER, K, num_stages=STAGES):
+        if ROWS_BOXED:  # those from `end` on are another expert's: nobody uses them
+            a = h.load([first, k])
+        else:
+            a = _rows(h, at, INNER, held, k, inner, INNER)
+        if BOXED:
+            w2 = w.load([expert * HIDDEN + tile * N, k]).T
+        else:
+            w2 = _columns(w, expert * HIDDEN, column, shown, k, inner, INNER)
+        y = dot(a, w2, y)
+    y_at = y_ptr + row[:, None] * HIDDEN + column[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _down(
-    h_ptr, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,
+    h, half, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr, HALVED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [R, H], a tile a program."""
+    """y [R, H], a tile a program; `half`: h in boxes of M / 2 rows."""
     expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
-    if expert >= 0:
-        _down_tile(h_ptr, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, M, N, K, STAGES)
+    if expert < 0:
+        return
+    if HALVED and end - first <= M // 2:
+        _down_tile(
+            half, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, BOXED, M // 2, N, K, STAGES
+        )
+        return
+    _down_tile(h, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, BOXED, M, N, K, STAGES)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -181,7 +209,7 @@ def _joined(
     if expert >= 0:
         if is_up:
             _up_tile(
-                x_ptr, w13, h_ptr, rows_ptr, expert, first, end, tile, stride_x,
+                x_ptr, w13, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
                 HIDDEN, INNER, TOP_K, UP_BOXED, M, UP_N, UP_K, UP_STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # all that the program wrote before it says so
@@ -192,7 +220,7 @@ def _joined(
             tl.debug_barrier()
             _down_tile(
                 h_ptr, w2, y_ptr, rows_ptr, expert, first, end, tile,
-                HIDDEN, INNER, DOWN_BOXED, M, DOWN_N, DOWN_K, DOWN_STAGES,
+                HIDDEN, INNER, False, DOWN_BOXED, M, DOWN_N, DOWN_K, DOWN_STAGES,
             )  # fmt: skip
 
 
@@ -246,13 +274,20 @@ def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
 mixture = mixture_of(experts)
 
 
-def _launch(w: Tensor, tile: Tile) -> dict[str, object]:
-    """What a grouped product is launched with: w [E, rows, columns], as it is or in boxes."""
-    boxed = tile.boxed and w.shape[-1] * w.element_size() % 16 == 0
+def _boxes(matrices: Tensor, tile: Tile, count: int = 1) -> tuple[Tensor | TensorDescriptor, bool]:
+    """Matrices [.., rows, columns] as a product takes them: in boxes of N x K of `count` matrices, or as they are."""
+    if not tile.boxed or matrices.shape[-1] * matrices.element_size() % 16:
+        return matrices, False
+    if count == 1:
+        return TensorDescriptor.from_tensor(matrices.flatten(0, -2), [tile.n, tile.k]), True
+    return TensorDescriptor.from_tensor(matrices.flatten(0, -3), [count, tile.n, tile.k]), True
+
+
+def _cut(tile: Tile, boxed: bool) -> dict[str, object]:
+    """What a grouped product is launched with."""
     return {
-        "w": TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.n, tile.k]) if boxed else w, "BOXED": boxed,
-        "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "STAGES": tile.stages, "num_warps": tile.warps,
-        **chained(w.device),
+        "BOXED": boxed, "HALVED": tile.halved, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group,
+        "STAGES": tile.stages, "num_warps": tile.warps,
     }  # fmt: skip
 
 
@@ -261,17 +296,19 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     if tiles.joined:
         return joined_experts(x, w13, w2, ids, weights, tiles)
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
-    x = x if x.stride(1) == 1 else x.contiguous()
-    by_expert = sort_rows(ids, num_experts, tiles.up.m)
+    x, up, down = x if x.stride(1) == 1 else x.contiguous(), tiles.up, tiles.down
+    by_expert = sort_rows(ids, num_experts, up.m)
     rows, blocks, num_blocks = by_expert.rows, by_expert.blocks, len(by_expert.blocks)
     h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
     sizes = {"rows_ptr": rows, "blocks_ptr": blocks, "num_blocks": num_blocks, "HIDDEN": hidden, "INNER": inner}
-    columns = triton.cdiv(inner, tiles.up.n)
+    sizes |= chained(x.device)
+    columns, (w, boxed) = triton.cdiv(inner, up.n), _boxes(w13.unflatten(1, (2, inner)), up, 2)
     _gate_up[num_blocks * columns,](
-        x_ptr=x, h_ptr=h, num_columns=columns, stride_x=x.stride(0), TOP_K=top_k, **sizes, **_launch(w13, tiles.up)
+        x=x, w=w, h_ptr=h, num_columns=columns, stride_x=x.stride(0), TOP_K=top_k, **sizes, **_cut(up, boxed)
     )
-    columns = triton.cdiv(hidden, tiles.down.n)
-    _down[num_blocks * columns,](h_ptr=h, y_ptr=y, num_columns=columns, **sizes, **_launch(w2, tiles.down))
+    columns, (w, boxed) = triton.cdiv(hidden, down.n), _boxes(w2, down)
+    whole, half = (TensorDescriptor.from_tensor(h, [m, down.k]) if boxed else h for m in (down.m, down.m // 2))
+    _down[num_blocks * columns,](h=whole, half=half, w=w, y_ptr=y, num_columns=columns, **sizes, **_cut(down, boxed))
     return combine(y, ids, weights)
 
 
@@ -280,14 +317,15 @@ def joined_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Ten
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     by_expert = sort_rows(ids, num_experts, tiles.up.m)
-    num_blocks, up, down = len(by_expert.blocks), _launch(w13, tiles.up), _launch(w2, tiles.down)
+    num_blocks, (up, up_boxed) = len(by_expert.blocks), _boxes(w13.unflatten(1, (2, inner)), tiles.up, 2)
+    down, down_boxed = _boxes(w2, tiles.down)
     h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
     up_columns, down_columns = triton.cdiv(inner, tiles.up.n), triton.cdiv(hidden, tiles.down.n)
     _joined[num_blocks * (up_columns + down_columns),](
-        x, up["w"], h, down["w"], y, by_expert.rows, by_expert.blocks, by_expert.done, num_blocks,
+        x, up, h, down, y, by_expert.rows, by_expert.blocks, by_expert.done, num_blocks,
         up_columns, down_columns, x.stride(0), HIDDEN=hidden, INNER=inner, TOP_K=top_k, M=tiles.up.m,
-        UP_BOXED=up["BOXED"], UP_N=tiles.up.n, UP_K=tiles.up.k, UP_STAGES=tiles.up.stages,
-        DOWN_BOXED=down["BOXED"], DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
+        UP_BOXED=up_boxed, UP_N=tiles.up.n, UP_K=tiles.up.k, UP_STAGES=tiles.up.stages,
+        DOWN_BOXED=down_boxed, DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
         num_warps=tiles.up.warps,
     )  # fmt: skip
     return combine(y, ids, weights)
