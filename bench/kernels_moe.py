@@ -36,7 +36,7 @@ SHAPES = {  # experts, hidden, intermediate, chosen
     "dsv2lite a quarter": (64, 2048, 352, 6),
     "qwen3next": (512, 2048, 512, 10),
 }
-TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192, 16384)
+TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192, 16384, 32768)
 RUNNERS = ["grouped_mm", *(["deep_gemm"] if importlib.util.find_spec("deep_gemm") else [])]
 ROUTERS = {  # experts, whether scored in fp32, rules
     "dsv2lite": (64, True, {"top_k": 6, "normalize": False}),
