@@ -5,6 +5,7 @@ The time is that of the op: activations are quantised in it. The operations coun
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -13,11 +14,26 @@ import torch
 from kernel_case import Case, distance, random
 from torch import Tensor
 
-from tessera.ops import fp8, triton_fp8
+from tessera.ops import fp8, triton_fp8, triton_fp8_rows
+from tessera.ops.backend import backend, expert_runner
+from tessera.ops.fused import silu_mul
+from tessera.ops.triton_fp8 import Tile, Tiles
 
 LINEARS = {"4096 x 4096": (4096, 4096), "24576 x 4096": (24576, 4096), "4096 x 12288": (4096, 12288)}
+LINEARS |= {"3648 x 2048": (3648, 2048), "5632 x 2048": (5632, 2048), "2048 x 2816": (2048, 2816)}  # dsv2lite's
 EXPERTS = {"dsv2lite": (64, 2048, 1408, 6), "qwen3next": (512, 2048, 512, 10)}
 TOKENS = (1, 4, 64, 512, 8192)
+SWEPT = 512  # tokens up to which the tiles of few rows are tried
+LIBRARIES = [{"by": name} for name in ("deep_gemm",) if importlib.util.find_spec(name)]
+WIDE = [
+    Tile(128, 128, 8, stages, group, boxed) for boxed in (False, True) for group in (1, 8) for stages in (3, 4)
+]  # fmt: skip
+WIDE += [Tile(64, 128, 4, 3, 8, True), Tile(64, 128, 4, 4, 8, True), Tile(64, 256, 8, 3, 8, True)]
+UPS = [  # of experts; those of 128 columns quantise what they give
+    Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 4), Tile(128, 64, 8, 3, 1, True), Tile(128, 64, 8, 3, 4, True),
+    Tile(128, 64, 8, 4, 4, True), Tile(128, 128, 8, 3, 4, True),
+]  # fmt: skip
+HALF_UPS = [Tile(64, 128, 8, 2, 4, True), Tile(64, 128, 8, 3, 4, True), Tile(64, 64, 4, 3, 4, True)]
 
 
 def cases() -> dict[str, Callable[[str], Case]]:
@@ -26,7 +42,27 @@ def cases() -> dict[str, Callable[[str], Case]]:
     for tokens in TOKENS:
         made |= {f"linear {name}, {tokens}": partial(_linear, size, tokens) for name, size in LINEARS.items()}
         made |= {f"experts {name}, {tokens}": partial(_experts, shape, tokens) for name, shape in EXPERTS.items()}
+    made["quantize 8192 x 2048"] = partial(_rows, 8192, 2048, False)
+    made["quantize gated 8192 x 2816"] = partial(_rows, 8192, 2816, True)
     return made
+
+
+@cache
+def library(name: str) -> Any:
+    """Products of fp8 weights by name."""
+    return expert_runner(name, backend("triton"))
+
+
+def _rows(tokens: int, columns: int, gated: bool, name: str) -> Case:
+    width = columns * (2 if gated else 1)
+
+    def check(x: Tensor, found: Tensor) -> float:
+        return distance(found, fp8.quantize(silu_mul(x) if gated else x)[1])
+
+    return Case(
+        name, tokens * (2 * width + columns), 0, 2 * tokens * width, make=lambda: random(tokens, width),
+        run=lambda x: triton_fp8_rows.quantize(x, gated=gated)[1], check=check,
+    )  # fmt: skip
 
 
 @cache
@@ -37,10 +73,15 @@ def _weight(*shape: int) -> tuple[Tensor, Tensor]:
 
 def _linear(size: tuple[int, int], tokens: int, name: str) -> Case:
     weight, scales = _weight(*size)
+
+    def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "") -> Tensor:
+        return library(by).fp8_linear(*made) if by else triton_fp8.linear(*made, tile=tile)
+
     return Case(
         name, weight.nbytes + 2 * tokens * sum(size), 2 * tokens * size[0] * size[1], weight.nbytes,
-        make=lambda: (random(tokens, size[1]), weight.clone(), scales), run=lambda made: triton_fp8.linear(*made),
+        make=lambda: (random(tokens, size[1]), weight.clone(), scales), run=run,
         check=lambda made, found: distance(found, fp8.linear_reference(*made)),
+        variants=[*LIBRARIES, *({"tile": tile} for tile in WIDE if tokens > SWEPT)],
     )  # fmt: skip
 
 
@@ -48,6 +89,10 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     num, hidden, inner, top_k = shape
     block = (fp8.GROUP, fp8.GROUP)
     weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
+
+    def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "") -> Tensor:
+        return library(by).fp8_experts(*made) if by else triton_fp8.experts(*made, tiles=tiles)
+
     touched = num * (1 - (1 - top_k / num) ** tokens)
 
     def make() -> tuple[Any, ...]:
@@ -57,9 +102,17 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     return Case(
         f"{name}, {touched:.0f} touched", touched * 3 * hidden * inner + 4 * tokens * hidden,
         6 * tokens * top_k * hidden * inner, round(touched * 3 * hidden * inner),
-        make=make, run=lambda made: triton_fp8.experts(*made),
+        make=make, run=run,
         check=lambda made, found: _apart(found, fp8.experts_reference(*made)),
+        variants=[*LIBRARIES, *({"tiles": tiles} for tiles in _tiles() if tokens > SWEPT)],
     )  # fmt: skip
+
+
+def _tiles() -> list[Tiles]:
+    """Of experts: each way up with one way down, then each way down with one way up."""
+    down, half = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3, 4, True)
+    found = [Tiles(0, down, up, down) for up in UPS] + [Tiles(0, half, up, half) for up in HALF_UPS]
+    return found + [Tiles(0, down, UPS[0], tile) for tile in WIDE if tile.m == UPS[0].m and tile != down]
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

@@ -114,7 +114,7 @@ def test_flashinfer_reads_keys_in_fp8_but_no_latents() -> None:
     assert "reads latents in the dtype of queries" in refusal
 
 
-def test_grouped_products_of_libraries_are_not_for_experts_in_fp8() -> None:
+def test_grouped_products_of_torch_are_not_for_experts_in_fp8() -> None:
     """They would be asked for and not run."""
     asked = {"moe_runner_backend": "grouped_mm", "quantization": "fp8"}
     (refusal,) = refusals(WIDE, EQUIPPED, **asked)

@@ -109,6 +109,55 @@ def test_other_groups_of_the_same_ranks_are_named_where_they_do() -> None:
     assert text.endswith("Or, with 2 ranks, --moe-dense-tp-size 1.")
 
 
+EQUIPPED = replace(CUDA, libraries=("deep_gemm",))
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+    "norm_topk_prob": True, "mlp_only_layers": [0],
+}  # fmt: skip
+
+
+def test_deep_gemm_multiplies_experts_too_unless_others_are_asked_for() -> None:
+    found = resolved(fp8(**MOE), EQUIPPED, fp8_gemm_backend="deep_gemm")
+    assert (found.config.kernels.fp8, found.config.kernels.moe) == ("deep_gemm", "deep_gemm")
+    assert decided(found, "moe-runner-backend").why == "with --fp8-gemm-backend deep_gemm"
+    assert found.config.kernels.graphs[0]
+    mixed = {"fp8_gemm_backend": "deep_gemm", "moe_runner_backend": "triton"}
+    assert config_of(fp8(**MOE), EQUIPPED, **mixed).kernels.moe == "triton"
+    alone = config_of(fp8(**MOE), EQUIPPED, moe_runner_backend="deep_gemm").kernels
+    assert (alone.fp8, alone.moe) == ("triton", "deep_gemm")
+
+
+def test_weights_that_deep_gemm_does_not_multiply_are_named() -> None:
+    """10944 rows are 85.5 blocks, so gate | up has scales every 64, as experts of 192 have. What comes down from these
+    would fit, but goes the way of what goes up."""
+    what = "triton's products instead of DeepGEMM's"
+    found = resolved(fp8(**MOE, intermediate_size=10944), EQUIPPED, fp8_gemm_backend="deep_gemm")
+    assert decided(found, what).value == "layers.*.mlp.in (1)"
+    assert decided(found, what).why == "it takes blocks of 128x128, found 64x128"
+    fits = resolved(fp8(**MOE), EQUIPPED, fp8_gemm_backend="deep_gemm")
+    assert what not in {d.what for d in fits.decisions}
+    narrow = fp8(**{**MOE, "moe_intermediate_size": 192})
+    (text,) = refusals(narrow, EQUIPPED, moe_runner_backend="deep_gemm")
+    assert "--moe-runner-backend deep_gemm with the weights in fp8: it takes blocks of 128x128, found 64x128" in text
+
+
+@pytest.mark.parametrize(
+    ("hardware", "asked", "why"),
+    [
+        (CUDA, {}, "pip install 'tessera-llm[deep-gemm]'"),
+        (replace(EQUIPPED, capability=(8, 9)), {}, "needs compute capability 9.0"),
+        (replace(EQUIPPED, capability=(10, 0)), {}, "powers of two"),
+        (EQUIPPED, {"dtype": "float16"}, "the model is in float16"),
+        (CPU, {}, "need a CUDA device"),
+    ],
+)
+def test_deep_gemm_is_refused_where_it_does_not_run(hardware: Hardware, asked: dict[str, Any], why: str) -> None:
+    (text,) = refusals(fp8(), hardware, fp8_gemm_backend="deep_gemm", **asked)
+    assert why in text
+    odd = fp8(quantization_config={**STORED, "weight_block_size": [64, 64]})
+    assert any("found 64x64" in text for text in refusals(odd, EQUIPPED, fp8_gemm_backend="deep_gemm"))
+
+
 def test_kernels_that_read_the_host_do_not_run_as_graphs() -> None:
     assert config_of(fp8(), CUDA).kernels.graphs[0]
     assert config_of(fp8(), CUDA, fp8_gemm_backend="torch").kernels.graphs == ((), (), ())

@@ -32,7 +32,7 @@ FORBIDDEN = {"core": HEAVY, "plan": HEAVY | CLOCK_AND_IO}
 # (file, function; * is any) -> the reason.
 LATE: dict[tuple[str, str], str] = {
     ("ops/backend.py", "backend"): "Triton and FlashInfer are not there on every machine",
-    ("ops/backend.py", "expert_runner"): "DeepGEMM is not there on every machine",
+    ("ops/backend.py", "deep_gemm_products"): "DeepGEMM is not there on every machine",
     ("comm/dist.py", "_mapped"): "Triton is not there on every machine",
 }
 

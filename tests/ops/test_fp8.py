@@ -14,6 +14,7 @@ import torch
 from ops.cases import TOLERANCE
 from tessera.ops import fp8, triton_fp8
 from tessera.ops.fused import silu_mul
+from tessera.ops.triton_fp8 import Tile, Tiles
 from tessera.ops.triton_linear import gated_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +114,29 @@ def test_experts_kernel(blocks: list[tuple[int, int]], num_tokens: int) -> None:
     for weight in experts:
         weight.scales[2] = float("nan")
     found = triton_fp8.experts(x, *experts, ids, weights)
+    _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 2, group=2), Tile(32, 32, 4, 3, group=3, boxed=True)], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
+def test_tiles_of_a_product(tile: Tile, block: tuple[int, int]) -> None:
+    """In any order of tiles, and where they come in boxes, all are there: 100 rows and 208 columns end inside one."""
+    x, (weight, scales) = _exact(100, 208), _weight(80, 208, block=block)
+    found = triton_fp8.linear(x, weight, scales, block, tile)
+    _close(found, fp8.linear_reference(x, weight, scales, block), SUMS)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("width", [32, 64], ids=["then quantised", "quantised"])
+@pytest.mark.parametrize("boxed", [False, True], ids=["loaded", "boxed"])
+def test_tiles_of_experts(width: int, boxed: bool) -> None:
+    """A tile of as many columns as a group has quantises what it gives, else another kernel does; 160 are 2.5 of it."""
+    x, experts = _exact(40, 192), _experts(5, 192, 160, (32, 64))
+    ids, weights = torch.rand(40, 5).topk(3, -1).indices.to(DEVICE), torch.rand(40, 3, device=DEVICE)
+    ids[ids == 2] = -1
+    up, down = Tile(16, width, 4, 2, 2, boxed), Tile(16, 32, 4, 2, 3, boxed)
+    found = triton_fp8.experts(x, *experts, ids, weights, Tiles(0, up, up, down))
     _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
 
 

@@ -8,10 +8,12 @@ routers, gates of a number a token or head, norms and convolutions are not, in e
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # kv_b_proj is not among them: absorbed MLA multiplies by its parts, in the model's dtype.
 PROJECTION = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down|out)_proj|kv_a_proj_with_mqa|in_proj_(qkv|z|qkvz))\.weight$")
+LIBRARY_BLOCK = (128, 128)  # that DeepGEMM's products take on compute capability 9
 PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", ""))
 
 
@@ -40,6 +42,15 @@ class Quantization:
             return False
         module = tensor.removesuffix(".weight")
         return not any(f".{module}.".startswith(f".{k}.") or f".{module}".endswith(f".{k}") for k in self.kept)
+
+
+def deep_gemm_misfit(block: tuple[int, int], shape: Sequence[int]) -> str:
+    """Why DeepGEMM has no product with a tile [..., N, K] in such blocks; empty where it has one."""
+    if block != LIBRARY_BLOCK:
+        return f"it takes blocks of {LIBRARY_BLOCK[0]}x{LIBRARY_BLOCK[1]}, found {block[0]}x{block[1]}"
+    if shape[-2] % 8 or shape[-1] % 16:
+        return f"it takes rows in eights and columns in sixteens, found {shape[-2]}x{shape[-1]}"
+    return ""
 
 
 def canonical(name: str) -> str:

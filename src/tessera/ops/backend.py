@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.config.types import KernelConfig
+from tessera.core.errors import ConfigError, Conflict
 from tessera.core.spec import ModelSpec
 from tessera.ops import attention, cpu_fused, delta, draw, fp8, fused, grouped, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
@@ -119,6 +120,7 @@ TORCH = Backend(
     travel=TRAVEL,
 )
 
+DEEP_GEMM_BUILD = "sgl-deep-gemm 0.1.5.post1 is one for torch 2.11"
 BACKENDS = {backend.name: backend for backend in (REFERENCE, TORCH)}
 
 
@@ -145,22 +147,38 @@ def expert_runner(name: str, base: Backend) -> Backend:
         experts = grouped.experts_of(base.silu_mul, base.combine)
         mixture = moe.mixture_of(experts, base.gated_product, base.add_gated)
         return replace(base, experts=experts, mixture=mixture)
-    if name == "deep_gemm":
-        from tessera.ops.deep_gemm import experts, mixture
+    return deep_gemm_products(base) if name == "deep_gemm" else backend(name)
 
-        return replace(base, experts=experts, mixture=mixture)
-    return backend(name)
+
+def deep_gemm_products(base: Backend) -> Backend:
+    """`base` with the products of DeepGEMM: of experts, and of fp8 weights."""
+    try:
+        from tessera.ops import deep_gemm, deep_gemm_fp8
+    except (ImportError, OSError, RuntimeError) as reason:
+        remedy = f"Use triton, or a build for torch {torch.__version__}; {DEEP_GEMM_BUILD}."
+        raise ConfigError([Conflict(("deep_gemm",), f"the module does not load: {reason}", remedy)]) from reason
+    return replace(
+        base,
+        experts=deep_gemm.experts,
+        mixture=deep_gemm.mixture,
+        fp8_linear=deep_gemm_fp8.linear,
+        fp8_gated=deep_gemm_fp8.gated,
+        fp8_experts=deep_gemm_fp8.experts,
+    )
 
 
 def chosen(kernels: KernelConfig) -> Backend:
     """The versions that a configuration names; linear maps and what is between are those of the attention's."""
     base = backend(kernels.attention, max((*kernels.graphs[0], *kernels.graphs[2]), default=0))
-    moe_runner, products = expert_runner(kernels.moe, base), backend(kernels.fp8) if kernels.fp8 else base
+    moe_runner, products = expert_runner(kernels.moe, base), expert_runner(kernels.fp8, base) if kernels.fp8 else base
+    of_experts = products
+    if "deep_gemm" in (kernels.fp8, kernels.moe):  # its experts are a runner of their own
+        of_experts = moe_runner if kernels.moe == "deep_gemm" else backend("triton")
     return replace(
         base,
         fp8_linear=products.fp8_linear,
         fp8_gated=products.fp8_gated,
-        fp8_experts=products.fp8_experts,
+        fp8_experts=of_experts.fp8_experts,
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,
         experts=moe_runner.experts,

@@ -51,7 +51,7 @@ def quantize(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """
     padded = pad(x.to(wide(x.dtype)), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
     scales = padded.abs().amax(-1).clamp(min=SMALLEST) / LARGEST
-    values = (padded / scales[..., None]).clamp(-LARGEST, LARGEST).flatten(-2)[..., : x.shape[-1]]
+    values = (padded * (1 / scales)[..., None]).clamp(-LARGEST, LARGEST).flatten(-2)[..., : x.shape[-1]]
     return values.to(torch.float8_e4m3fn), scales
 
 

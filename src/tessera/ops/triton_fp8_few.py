@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.ops.fp8 import LARGEST, SMALLEST, Block, Fp8Weight
+from tessera.ops.fp8 import Block, Fp8Weight
 from tessera.ops.triton_common import chained, follow
+from tessera.ops.triton_fp8_rows import rounded
 
 ROWS = 4  # of a product; more are tiles
 FEW, SHARED = 16, 6  # routed rows, or 1 / SHARED of the experts: what several rows share is read by each of them
@@ -48,15 +49,11 @@ def _weights(w, row, live, k, G: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
-def _rounded(
-    x, live, k, G: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
-):  # fmt: skip
+def _rounded(x, live, k, G: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns k .. of the row at x as products see them: [G, GROUP] of fp8's numbers in fp32, and their scales [G]."""
     inner = k + tl.arange(0, G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(x + inner, mask=live & (inner < COLUMNS), other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST) / LARGEST
-    value = tl.minimum(tl.maximum(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), -LARGEST), LARGEST)
+    value, scale = rounded(x)
     return value.to(tl.float8e4nv).to(tl.float32), scale
 
 
@@ -76,12 +73,12 @@ def _products(
 @triton.jit
 def _add(
     total, weights, x, x_row, ws, column, live, k, M: tl.constexpr, MP: tl.constexpr, G: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """total [N, MP] + what columns k .. of a weight give with M rows of x."""
     nth = tl.arange(0, MP)[None, :]
     for m in tl.static_range(M):
-        values, scales = _rounded(x + m * x_row, True, k, G, GROUP, COLUMNS, LARGEST, SMALLEST)
+        values, scales = _rounded(x + m * x_row, True, k, G, GROUP, COLUMNS)
         part = _products(weights, ws, column, live, k, values, scales, G, COLUMNS, BLOCK_N, GROUP)
         total += tl.where(nth == m, part[:, None], 0.0)
     return total
@@ -91,7 +88,6 @@ def _add(
 def _linear(
     x, w, ws, y, x_row, out, COLUMNS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """y [M, out] = x w; GATED: silu of that times the product with the `out` rows of w that follow."""
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -102,21 +98,21 @@ def _linear(
     follow()
     first, second = tl.zeros([N, MP], tl.float32), tl.zeros([N, MP], tl.float32)
     first = _add(
-        first, weights, x, x_row, ws, column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+        first, weights, x, x_row, ws, column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP
     )  # fmt: skip
     if GATED:
         second = _add(
-            second, ups, x, x_row, ws, out + column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+            second, ups, x, x_row, ws, out + column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP
         )  # fmt: skip
     for k in range(G * GROUP, COLUMNS, G * GROUP):  # other programs' loads are on their way meanwhile
         weights = _weights(w, row, live, k, G, GROUP, COLUMNS)
         first = _add(
-            first, weights, x, x_row, ws, column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+            first, weights, x, x_row, ws, column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP
         )  # fmt: skip
         if GATED:
             ups = _weights(w, out + row, live, k, G, GROUP, COLUMNS)
             second = _add(
-                second, ups, x, x_row, ws, out + column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP, LARGEST, SMALLEST
+                second, ups, x, x_row, ws, out + column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP
             )  # fmt: skip
     if GATED:
         first = first / (1 + tl.exp(-first)) * second
@@ -128,7 +124,6 @@ def _linear(
 def _gate_up(
     x, w, ws, h, ids, x_row, HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """h [R, I] = silu(x w1) * (x w3): program (columns, routed row)."""
     follow()
@@ -145,7 +140,7 @@ def _gate_up(
         first = _weights(w, column, live, k, G, GROUP, HIDDEN)
         second = _weights(w, INNER + column, live, k, G, GROUP, HIDDEN)
         token = (row // TOP_K).to(tl.int64)
-        values, scales = _rounded(x + token * x_row, True, k, G, GROUP, HIDDEN, LARGEST, SMALLEST)
+        values, scales = _rounded(x + token * x_row, True, k, G, GROUP, HIDDEN)
         gate += _products(first, ws, column, live, k, values, scales, G, HIDDEN, BLOCK_N, GROUP)
         up += _products(second, ws, INNER + column, live, k, values, scales, G, HIDDEN, BLOCK_N, GROUP)
     made = gate / (1 + tl.exp(-gate)) * up
@@ -156,7 +151,6 @@ def _gate_up(
 def _down(
     h, w, ws, ids, weights, out, HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """out [T, H]: program (columns, token) adds up the token's experts in their order."""
     follow()
@@ -171,10 +165,10 @@ def _down(
         y = tl.zeros([N], tl.float32)
         for k in range(0, INNER, G * GROUP):
             part = _weights(w + one * (HIDDEN * INNER), column, live, k, G, GROUP, INNER)
-            values, scales = _rounded(h + row * INNER, held, k, G, GROUP, INNER, LARGEST, SMALLEST)
+            values, scales = _rounded(h + row * INNER, held, k, G, GROUP, INNER)
             y += _products(part, ws + one * of_one, column, live, k, values, scales, G, INNER, BLOCK_N, GROUP)
-        rounded = y.to(h.dtype.element_ty).to(tl.float32)  # as where there are more rows
-        total += tl.where(held, rounded * tl.load(weights + row).to(tl.float32), 0.0)
+        narrow = y.to(h.dtype.element_ty).to(tl.float32)  # as where there are more rows
+        total += tl.where(held, narrow * tl.load(weights + row).to(tl.float32), 0.0)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
 
 
@@ -186,7 +180,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block, gated: bool 
     x, y = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(rows, out)
     _linear[triton.cdiv(out, sizes["N"]),](
         x, weight, scales, y, x.stride(0), out, COLUMNS=depth, M=rows, MP=triton.next_power_of_2(rows),
-        GATED=gated, BLOCK_N=block[0], GROUP=block[1], LARGEST=LARGEST, SMALLEST=SMALLEST, **sizes, **chained(x.device),
+        GATED=gated, BLOCK_N=block[0], GROUP=block[1], **sizes, **chained(x.device),
     )  # fmt: skip
     return y
 
@@ -200,7 +194,7 @@ def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tens
     """See `fp8.experts_reference`: two launches."""
     (num_tokens, hidden), inner, top_k = x.shape, w2.values.shape[2], ids.shape[1]
     h, out = x.new_empty(ids.numel(), inner), torch.empty_like(x, memory_format=torch.contiguous_format)
-    shape = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "LARGEST": LARGEST, "SMALLEST": SMALLEST}
+    shape = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
     shape |= chained(x.device)
     (step, group), sizes = w13.block, UP.of(hidden, w13.block[1])
     _gate_up[triton.cdiv(inner, sizes["N"]), ids.numel()](

@@ -147,8 +147,8 @@ KERNELS = (
     Flag("fp8_gemm_backend", text, "auto",
          "Products of fp8 weights, experts' too; torch: the plain twin, slow; dequantize: none, weights get --dtype "
          "back while they are loaded.", "kernels", ("--fp8-gemm-runner-backend",),
-         choices=("auto", "triton", "torch", "dequantize"),
-         unbuilt=("deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "cutlass", "aiter"),
+         choices=("auto", "triton", "deep_gemm", "torch", "dequantize"),
+         unbuilt=("flashinfer_trtllm", "flashinfer_cutlass", "cutlass", "aiter"),
          instead="use 'auto'"),
     Flag("moe_a2a_backend", text, "none", "Tokens go to all ranks (none), or each where its experts are.",
          "kernels", choices=("none", "all_to_all"), unbuilt=("deepep", "mooncake", "nixl", "flashinfer"),

@@ -17,7 +17,6 @@ ALONE = {  # what is not there under the attention's name
     "moe_runner_backend": {"flashinfer": "triton"},
     "sampling_backend": {"triton": "torch", "flashinfer": "torch"},
 }
-LIBRARY_EXPERTS = ("grouped_mm", "deep_gemm")
 LIBRARIES = {"flashinfer": "flashinfer", "deep_gemm": "deep-gemm"}  # modules, and which extra of ours installs each
 
 
@@ -39,7 +38,7 @@ NEEDS = {
     "grouped_mm": Needs(
         ("bfloat16",), "its products are in bfloat16", ("float32", "bfloat16", "float16"), capability=(9, 0)
     ),
-    "deep_gemm": Needs(("bfloat16",), "its grouped products are in bfloat16", capability=(9, 0), library="deep_gemm"),
+    "deep_gemm": Needs(("bfloat16",), "its products give bfloat16", capability=(9, 0), library="deep_gemm"),
 }
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
 FP8 = ("fp8_e4m3", "fp8_e5m2")
@@ -78,16 +77,18 @@ def kernels_phase(
     chosen = [attention]
     for name in FOLLOWERS:
         asked = values.word(name)
-        follows = ALONE.get(name, {}).get(attention, attention)
+        follows, why = ALONE.get(name, {}).get(attention, attention), f"with --attention-backend {attention}"
+        if name == "moe_runner_backend" and fp8 == "deep_gemm":
+            follows, why = fp8, f"with --fp8-gemm-backend {fp8}"
         if asked == "auto" and used[name]:
-            notes.decide(name.replace("_", "-"), follows, f"with --attention-backend {attention}")
+            notes.decide(name.replace("_", "-"), follows, why)
         chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
-    _needs(values, chosen, hardware, dtype, notes)
+    _needs(values, (*chosen, fp8), hardware, dtype, notes)
     _pages(values, chosen[0], hardware, notes)
     attention, delta, moe, sampling = chosen
-    if fp8 and moe in LIBRARY_EXPERTS and used["moe_runner_backend"]:
+    if fp8 and moe == "grouped_mm" and used["moe_runner_backend"]:
         flags, why = (f"--moe-runner-backend {moe}", "weights in fp8"), "its products here are of bfloat16 weights"
-        notes.refuse(flags, why, "Leave it out, or give --fp8-gemm-backend dequantize.")
+        notes.refuse(flags, why, "Use deep_gemm, leave it out, or give --fp8-gemm-backend dequantize.")
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
     padded = _padded(values, spec, device, notes)
     graphs = _graphs(values, run | ({fp8} if fp8 else set()), device, max_running, padded, notes)
@@ -169,13 +170,13 @@ def graph_rows(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def _needs(values: Asked, chosen: list[str], hardware: Hardware, dtype: str, notes: Notes) -> None:
+def _needs(values: Asked, chosen: tuple[str, ...], hardware: Hardware, dtype: str, notes: Notes) -> None:
     """Refuses kernels that this device or this dtype cannot have, and those of a library that is not here."""
     device = hardware.device
-    for name, found in zip(("attention_backend", *FOLLOWERS), chosen, strict=True):
+    for name, found in zip(("attention_backend", *FOLLOWERS, "fp8_gemm_backend"), chosen, strict=True):
         flag, needs = f"--{name.replace('_', '-')} {found}", NEEDS.get(found)
-        if needs is None or not values.gave(name):
-            continue
+        if needs is None or not values.gave(name) or (name, found) == ("fp8_gemm_backend", "triton"):
+            continue  # of our own products of fp8 the quantization phase knows
         misfit, has, wants = _misfit(found, dtype, device), hardware.capability or (0, 0), needs.capability
         if device != "cuda" and not needs.on_cpu:
             notes.refuse((flag, f"--device {device}"), "these kernels need a CUDA device", "Use torch.")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tessera.core.config.ask import Asked, read
+from tessera.core.config.deep_gemm import deep_gemm_phase
 from tessera.core.config.handover import handover_phase
 from tessera.core.config.kernels import kernels_phase
 from tessera.core.config.memory import memory_phase
@@ -58,12 +59,14 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
     held = mesh.mesh if fits else None
     model = (spec, quantization)
     memory, context, max_running = memory_phase(values, model, each, held, dtype, limits.most, rows, notes)
+    kernels = kernels_phase(values, spec, hardware, dtype, fp8, max_running, notes)
+    deep_gemm_phase(spec, quantization, held, kernels, hardware, notes)
     config = Config(
         model=replace(_model(values, dtype, context, notes), quantization=quantization),
         mesh=mesh,
         memory=memory,
         scheduling=_scheduling(values, spec, mesh, limits, max_running, notes),
-        kernels=kernels_phase(values, spec, hardware, dtype, fp8, max_running, notes),
+        kernels=kernels,
         serving=_serving(values, mesh, notes),
         logging=LoggingConfig(
             values.word("log_level"),

@@ -1,0 +1,65 @@
+"""The last word on DeepGEMM's products of fp8 weights: which tiles get them, once it is known how the model is cut."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import partial
+
+from tessera.core.config.types import Hardware, KernelConfig, Notes
+from tessera.core.mesh import Mesh
+from tessera.core.quantization import Quantization, deep_gemm_misfit
+from tessera.core.scales import tile_blocks
+from tessera.core.spec import ModelSpec
+from tessera.core.tensors import TensorSpec
+from tessera.core.weights import weight_table
+
+NEWER = (10, 0)  # compute capability from which on its scales are powers of two
+
+
+def deep_gemm_phase(
+    spec: ModelSpec, quantization: Quantization | None, mesh: Mesh | None, kernels: KernelConfig, hardware: Hardware,
+    notes: Notes,
+) -> None:  # fmt: skip
+    """Tells which fp8 weights DeepGEMM does not multiply, and refuses it where there are no others.
+
+    `mesh`: None where the model cannot be cut so, which is refused already.
+    """
+    flags = {"linear": "--fp8-gemm-backend", "experts": "--moe-runner-backend"}
+    asked = {role for role, name in (("linear", kernels.fp8), ("experts", kernels.moe)) if name == "deep_gemm"}
+    if quantization is None or not kernels.fp8 or not asked:
+        return
+    flag = next(f"{flags[role]} deep_gemm" for role in ("linear", "experts") if role in asked)
+    if hardware.capability is not None and hardware.capability >= NEWER:
+        major, minor = hardware.capability
+        why = f"compute capability {major}.{minor} wants scales that are powers of two, those of these weights are not"
+        notes.refuse((flag, "the weights in fp8"), why, "Use triton.")
+    elif mesh is not None:
+        served, left = _tiles(spec, quantization, mesh, asked)
+        reasons = "; ".join(dict.fromkeys(left.values()))
+        if left and not served:
+            notes.refuse((flag, "the weights in fp8"), reasons, "Use triton.")
+        elif left:
+            names = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in left)
+            shown = ", ".join(f"{name} ({count})" for name, count in names.items())
+            notes.decide("triton's products instead of DeepGEMM's", shown, reasons)
+
+
+def _tiles(
+    spec: ModelSpec, quantization: Quantization, mesh: Mesh, roles: set[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Names of the weights of these roles that it multiplies, and of the others, with the reason. A layer's experts
+    have it for both their products or for none."""
+    found: dict[str, str] = {}
+    for tensor in weight_table(spec, mesh, quantization=quantization):
+        for part in tensor.parts():
+            if part.block is not None and part.role in roles:
+                name = part.name.removesuffix("_in").removesuffix("_out") if part.role == "experts" else part.name
+                misfits = filter(None, map(partial(_misfit, part, mesh), range(mesh.size)))
+                found[name] = found.get(name) or next(misfits, "")
+    return [name for name, why in found.items() if not why], {name: why for name, why in found.items() if why}
+
+
+def _misfit(part: TensorSpec, mesh: Mesh, rank: int) -> str:
+    """Why it does not multiply the tile of a rank."""
+    return deep_gemm_misfit(tile_blocks(part, mesh, rank)[0], part.layout.local_shape(mesh, rank))

@@ -1,0 +1,69 @@
+"""Products of fp8 weights by DeepGEMM. Imports deep_gemm, so it is imported where it is chosen (`ops/backend.py`).
+
+It multiplies many rows; few, and weights that `deep_gemm_misfit` names, go to our own kernels. Activations come
+quantised in the layout that it fetches them in, their scales group by group (`triton_fp8_rows.py`), so it copies
+nothing. Its grouped product takes rows in blocks of one expert each. T tokens, P rows of all blocks, E experts, N and K
+of a weight.
+"""
+
+from __future__ import annotations
+
+import deep_gemm
+from torch import Tensor
+
+from tessera.core.quantization import deep_gemm_misfit
+from tessera.ops import triton_fp8
+from tessera.ops.fp8 import GROUP, Block, Fp8Weight
+from tessera.ops.triton_fp8_rows import Quantized, quantize, spread
+from tessera.ops.triton_fused import silu_mul
+from tessera.ops.triton_moe import combine
+from tessera.ops.triton_sort import sort_rows
+
+# Rows from which on it is ahead: of a weight; of an expert on average, where half-filled blocks cost little.
+ROWS, EXPERT_ROWS = 128, 64
+
+
+def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP)) -> Tensor:
+    """See `fp8.linear_reference`."""
+    if len(x) < ROWS or deep_gemm_misfit(block, weight.shape):
+        return triton_fp8.linear(x, weight, scales, block)
+    return product(x, weight, scales)
+
+
+def gated(x: Tensor, weight: Tensor, scales: Tensor, block: Block) -> Tensor:
+    """silu(gate) * up of `linear` with a weight [gate | up, K]."""
+    if len(x) < ROWS or deep_gemm_misfit(block, weight.shape):
+        return triton_fp8.gated(x, weight, scales, block)
+    return silu_mul(product(x, weight, scales))
+
+
+def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
+    """See `fp8.experts_reference`."""
+    num_experts = len(w2.values)
+    misfit = any(deep_gemm_misfit(w.block, w.values.shape) for w in (w13, w2))
+    if misfit or not num_experts or ids.numel() < EXPERT_ROWS * num_experts:
+        return triton_fp8.experts(x, w13, w2, ids, weights)
+    return padded_experts(x, w13, w2, ids, weights)
+
+
+def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """x [T, K] times weight [N, K] -> [T, N]."""
+    y = x.new_empty(len(x), len(weight))
+    deep_gemm.fp8_gemm_nt(quantize(x), (weight, scales), y)
+    return y
+
+
+def padded_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
+    """See `fp8.experts_reference`: sort, quantise into blocks, two grouped products with a gate between, sum."""
+    block, x = deep_gemm.get_mk_alignment_for_contiguous_layout(), x if x.stride(1) == 1 else x.contiguous()
+    ids = ids.contiguous()
+    found = spread(x, sort_rows(ids, len(w2.values), block), ids.shape[1], block)
+    h = quantize(_grouped(found.rows, w13, found.groups, x), gated=True, groups=found.groups)
+    return combine(_grouped(h, w2, found.groups, x), ids, weights.contiguous(), found.places)
+
+
+def _grouped(rows: Quantized, w: Fp8Weight, groups: Tensor, like: Tensor) -> Tensor:
+    """[P, N] in the dtype of `like`: rows [P, K] times the weights [E, N, K] of their experts."""
+    y = like.new_empty(len(groups), w.values.shape[1])
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(rows, (w.values, w.scales), y, groups)
+    return y

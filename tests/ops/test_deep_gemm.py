@@ -1,0 +1,188 @@
+"""Products of fp8 weights by DeepGEMM: on CPU what it is given, by a stand-in with its checks; on a GPU itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ops.fake_deep_gemm import Calls, make
+from ops.test_fp8 import DEVICE, _close, _exact, _experts, _weight
+from tessera import ops
+from tessera.core.config.types import KernelConfig
+from tessera.core.errors import ConfigError
+from tessera.core.quantization import deep_gemm_misfit
+from tessera.ops import fp8, triton_fp8_rows
+from tessera.ops.backend import backend, chosen
+from tessera.ops.fused import silu_mul
+from tessera.ops.triton_sort import sort_rows
+
+CLOSE = 0.01  # bfloat16's rounding
+MODULES = ("deep_gemm", "deep_gemm_fp8")
+HERE = importlib.util.find_spec("deep_gemm") is not None
+library = pytest.mark.skipif(not HERE, reason="deep_gemm is not installed")
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What is made without values holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def calls() -> Calls:
+    return Calls()
+
+
+@pytest.fixture
+def products(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Our module over the stand-in."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", make(calls))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, f"tessera.ops.{name}", raising=False)
+    yield importlib.import_module("tessera.ops.deep_gemm_fp8")
+    for name in MODULES:
+        ops.__dict__.pop(name, None)
+        sys.modules.pop(f"tessera.ops.{name}", None)
+
+
+def test_many_rows_are_multiplied_by_the_library(products: Any, calls: Calls) -> None:
+    weight, scales = _weight(264, 192, block=(128, 128))
+    for num_tokens, made in ((products.ROWS - 1, []), (products.ROWS, ["product"]), (products.ROWS + 5, ["product"])):
+        calls.made.clear()
+        x = _exact(num_tokens, 200).bfloat16()[:, :192]  # rows with gaps between them
+        _close(products.linear(x, weight, scales), fp8.linear_reference(x, weight, scales), CLOSE)
+        assert calls.made == made
+    weight, scales = _weight(256, 192, block=(128, 128))
+    expected = silu_mul(fp8.linear_reference(x, weight, scales))
+    _close(products.gated(x, weight, scales, (128, 128)), expected, CLOSE)
+    assert calls.made == ["product"] * 2
+
+
+def test_blocks_that_the_library_does_not_have_are_ours(products: Any, calls: Calls) -> None:
+    weight, scales = _weight(160, 192, block=(64, 128))
+    x = _exact(products.ROWS, 192).bfloat16()
+    _close(products.linear(x, weight, scales, (64, 128)), fp8.linear_reference(x, weight, scales, (64, 128)), CLOSE)
+    assert not calls.made
+    assert deep_gemm_misfit((128, 128), (12, 64)) == "it takes rows in eights and columns in sixteens, found 12x64"
+    assert not deep_gemm_misfit((128, 128), (4, 2816, 2048))
+
+
+def kernels(moe: str, fp8_products: str) -> KernelConfig:
+    return KernelConfig("triton", "triton", moe, "torch", ((), (), ()), 0, fp8_products)
+
+
+def test_each_of_its_products_is_chosen_by_name(products: Any) -> None:
+    ours = backend("triton")
+    both = chosen(kernels("deep_gemm", "deep_gemm"))
+    assert (both.fp8_linear, both.fp8_gated, both.fp8_experts) == (products.linear, products.gated, products.experts)
+    dense = chosen(kernels("triton", "deep_gemm"))
+    assert (dense.fp8_linear, dense.fp8_experts) == (products.linear, ours.fp8_experts)
+    experts = chosen(kernels("deep_gemm", "triton"))
+    assert (experts.fp8_linear, experts.fp8_experts) == (ours.fp8_linear, products.experts)
+
+
+def test_a_build_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is where the wheel was compiled against another torch."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    for name in MODULES:
+        ops.__dict__.pop(name, None)
+        monkeypatch.delitem(sys.modules, f"tessera.ops.{name}", raising=False)
+    with pytest.raises(ConfigError, match=r"module does not load.* 0\.1\.5\.post1 is one for torch 2\.11"):
+        chosen(kernels("triton", "deep_gemm"))
+
+
+CHOICES = ["any", "some held", "one expert", "none held"]
+
+
+def _ids(choice: str, num_tokens: int, num_experts: int) -> torch.Tensor:
+    """Two a token; the last expert is never chosen."""
+    ids = torch.rand(num_tokens, num_experts - 1, device=DEVICE).topk(2, -1).indices
+    if choice == "one expert":
+        return torch.full_like(ids, 1)
+    if choice == "some held":
+        ids[ids % 2 == 0] = -1
+    return torch.full_like(ids, -1) if choice == "none held" else ids
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_experts_are_plain(products: Any, calls: Calls, choice: str) -> None:
+    """Blocks are full, half full and less; activations between the products are rounded as ours are."""
+    num_tokens, num = 150, 4
+    x, weights = _exact(num_tokens, 264).bfloat16()[:, :256], torch.rand(num_tokens, 2, device=DEVICE)
+    experts = _experts(num, 256, 128, (128, 128))
+    for weight in experts:
+        weight.scales[-1] = float("nan")
+    ids = _ids(choice, num_tokens, num)
+    found = products.padded_experts(x, *experts, ids, weights).float()
+    expected = fp8.experts_reference(x, *experts, ids, weights).float()
+    assert calls.made == ["grouped"] * 2
+    assert (found - expected).norm() <= 0.1 * expected.norm()  # the interpreter cuts off, see test_fp8.py
+
+
+def test_few_rows_of_experts_and_other_blocks_are_ours(products: Any, calls: Calls) -> None:
+    x, ids, weights = _exact(9, 256).bfloat16(), _ids("any", 9, 4), torch.rand(9, 2, device=DEVICE)
+    products.experts(x, *_experts(4, 256, 128, (128, 128)), ids, weights)
+    many = products.EXPERT_ROWS * 4 // 2
+    x, ids, weights = _exact(many, 192).bfloat16(), _ids("any", many, 4), torch.rand(many, 2, device=DEVICE)
+    products.experts(x, *_experts(4, 192, 64, (64, 128)), ids, weights)
+    assert not calls.made
+    products.experts(x, *_experts(4, 192, 128, (128, 128)), ids, weights)
+    assert calls.made == ["grouped"] * 2
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_rows_are_spread_over_blocks_of_their_experts(choice: str) -> None:
+    """Every held row is in one place, quantised as it would be alone; all rows of a block are of its expert or none."""
+    x, block = _exact(60, 200), 64
+    ids = _ids(choice, 60, 5)
+    found = triton_fp8_rows.spread(x, sort_rows(ids, 5, block), 2, block, 64)
+    (values, scales), flat = found.rows, ids.flatten()
+    held = (flat >= 0).nonzero().flatten()
+    places = found.places[held].long()
+    assert torch.equal(found.groups[places].long(), flat[held])
+    assert (found.groups >= 0).sum() == len(held)
+    plain = fp8.quantize(x, 64)
+    assert torch.equal(values[places].float(), plain[0][held // 2].float())
+    torch.testing.assert_close(scales[places], plain[1][held // 2], rtol=1e-6, atol=0)
+    for own in found.groups.view(-1, block).tolist():
+        assert len({expert for expert in own if expert >= 0}) <= 1
+        assert own[0] >= 0 or set(own) == {-1}, "padding follows rows"
+
+
+@pytest.mark.gpu
+@library
+@pytest.mark.timeout(600)  # kernels are compiled when they are met first
+@pytest.mark.parametrize("num_tokens", [128, 1000])
+def test_real_products(num_tokens: int) -> None:
+    from tessera.ops import deep_gemm_fp8
+
+    for rows, columns in ((3648, 2048), (2048, 2816), (2048, 1408), (72, 528)):
+        x, (weight, scales) = (
+            torch.randn(num_tokens, columns, device=DEVICE).bfloat16(),
+            _weight(rows, columns, block=(128, 128)),
+        )
+        _close(deep_gemm_fp8.linear(x, weight, scales), fp8.linear_reference(x, weight, scales), CLOSE)
+
+
+@pytest.mark.gpu
+@library
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_real_experts(choice: str) -> None:
+    from tessera.ops import deep_gemm_fp8
+
+    x, weights = torch.randn(1500, 2048, device=DEVICE).bfloat16(), torch.rand(1500, 2, device=DEVICE)
+    experts = _experts(16, 2048, 1408, (128, 128))
+    experts[0].scales[-1] = float("nan")
+    ids = _ids(choice, 1500, 16)
+    found = deep_gemm_fp8.padded_experts(x, *experts, ids, weights).float()
+    expected = fp8.experts_reference(x, *experts, ids, weights).float()
+    assert (found - expected).norm() <= CLOSE * expected.norm()
