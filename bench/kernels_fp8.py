@@ -5,6 +5,7 @@ The time is that of the op: activations are quantised in it. The operations coun
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
@@ -15,14 +16,13 @@ from kernel_case import Case, distance, random
 from torch import Tensor
 
 from tessera.ops import fp8, triton_fp8, triton_fp8_rows
-from tessera.ops.backend import backend, expert_runner
 from tessera.ops.fused import silu_mul
 from tessera.ops.triton_fp8 import Tile, Tiles
 
 LINEARS = {"4096 x 4096": (4096, 4096), "24576 x 4096": (24576, 4096), "4096 x 12288": (4096, 12288)}
 LINEARS |= {"3648 x 2048": (3648, 2048), "5632 x 2048": (5632, 2048), "2048 x 2816": (2048, 2816)}  # dsv2lite's
 EXPERTS = {"dsv2lite": (64, 2048, 1408, 6), "qwen3next": (512, 2048, 512, 10)}
-TOKENS = (1, 4, 64, 512, 8192)
+TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
 SWEPT = 512  # tokens up to which the tiles of few rows are tried
 LIBRARIES = [{"by": name} for name in ("deep_gemm",) if importlib.util.find_spec(name)]
 WIDE = [
@@ -49,8 +49,8 @@ def cases() -> dict[str, Callable[[str], Case]]:
 
 @cache
 def library(name: str) -> Any:
-    """Products of fp8 weights by name."""
-    return expert_runner(name, backend("triton"))
+    """Products of fp8 weights by name, for any number of rows."""
+    return importlib.import_module(f"tessera.ops.{name}_fp8")
 
 
 def _rows(tokens: int, columns: int, gated: bool, name: str) -> Case:
@@ -75,7 +75,7 @@ def _linear(size: tuple[int, int], tokens: int, name: str) -> Case:
     weight, scales = _weight(*size)
 
     def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "") -> Tensor:
-        return library(by).fp8_linear(*made) if by else triton_fp8.linear(*made, tile=tile)
+        return library(by).product(*made) if by else triton_fp8.linear(*made, tile=tile)
 
     return Case(
         name, weight.nbytes + 2 * tokens * sum(size), 2 * tokens * size[0] * size[1], weight.nbytes,
@@ -91,7 +91,7 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
 
     def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "") -> Tensor:
-        return library(by).fp8_experts(*made) if by else triton_fp8.experts(*made, tiles=tiles)
+        return library(by).padded_experts(*made) if by else triton_fp8.experts(*made, tiles=tiles)
 
     touched = num * (1 - (1 - top_k / num) ** tokens)
 
