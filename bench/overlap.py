@@ -2,8 +2,8 @@
 
 DP attention and experts on two ranks, all-to-all, prompts of 4,096 tokens (fewer where a step holds less); steps that
 have a size run as CUDA graphs. Each size runs whole and as two halves, turn about; the median of `--rounds`. With
-`--trace FILE` the last size is traced on rank 0 once more as halves, and the time is told in which a collective ran
-beside other kernels.
+`--trace FILE` the last size is traced on rank 0 once more in both forms (FILE.whole.gz, FILE.halves.gz), and the time
+is told in which a collective ran beside other kernels, and in which nothing did. `bench/timeline.py` draws a trace.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -117,32 +118,41 @@ def rank_main(
         whole, split = (statistics.median(times[halves]) for halves in (False, True))
         if rank == 0:
             say(shape=shape, **more, tokens=size, whole_ms=whole, halves_ms=split, gain=whole / split)
-    if trace is not None:
+    for halves in (False, True) if trace is not None else ():
+        step = steps(sizes[-1], halves)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            timed(runner, steps(sizes[-1], True))
+            timed(runner, step)
         if rank == 0:
-            say(shape=shape, **more, tokens=sizes[-1], **beside(profiler))
-            profiler.export_chrome_trace(trace)
-            with Path(trace).open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
+            say(shape=shape, **more, tokens=sizes[-1], halves=halves, **beside(profiler))
+            name = f"{trace}.{'halves' if halves else 'whole'}"
+            profiler.export_chrome_trace(name)
+            with Path(name).open("rb") as plain, gzip.open(f"{name}.gz", "wb") as packed:
                 shutil.copyfileobj(plain, packed)
-            Path(trace).unlink()
+            Path(name).unlink()
     comm.close()
 
 
-def beside(profiler: Any) -> dict[str, float]:
-    """Milliseconds of collectives, of other kernels, and of collectives while other kernels ran."""
-    wire, other = [], []
+def beside(profiler: Any) -> dict[str, Any]:
+    """Milliseconds of collectives, of other kernels, of collectives while other kernels ran, of neither; and of the
+    kernels that took most."""
+    wire, other, spent = [], [], Counter[str]()
     for e in profiler.events():
         if e.device_type == torch.autograd.DeviceType.CUDA:
-            on_wire = "nccl" in e.name.lower() or e.name in ("send", "receive")
-            (wire if on_wire else other).append((e.time_range.start, e.time_range.end))
-    other = merged(other)
-    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in merged(wire) for c, d in other)
+            span = (e.time_range.start, e.time_range.end)
+            (wire if "nccl" in e.name.lower() or e.name in ("send", "receive") else other).append(span)
+            spent[e.name[:48]] += (span[1] - span[0]) / 1e3
+    every, wire, other = merged(wire + other), merged(wire), merged(other)
+    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in wire for c, d in other)
     return {
-        "wire_ms": sum(b - a for a, b in merged(wire)) / 1e3,
-        "other_ms": sum(b - a for a, b in other) / 1e3,
-        "beside_ms": both / 1e3,
-    }
+        "wire_ms": total(wire), "other_ms": total(other), "beside_ms": both / 1e3,
+        "idle_ms": (every[-1][1] - every[0][0]) / 1e3 - total(every),
+        "top": {name: round(ms, 2) for name, ms in spent.most_common(16)},
+    }  # fmt: skip
+
+
+def total(spans: list[tuple[float, float]]) -> float:
+    """Microseconds of spans, as milliseconds."""
+    return sum(b - a for a, b in spans) / 1e3
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,7 +26,7 @@ class Traced:
 
 
 def traced(work: Callable[[], object], ours: Ours, counts: Callable[[StepReport], bool]) -> Traced:
-    """Runs `work` under the profiler. `counts`: the steps that are looked at, the last ones of the run."""
+    """Runs `work` under the profiler, and looks at the last steps of the run, as many as `counts` holds for."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
@@ -35,7 +36,7 @@ def traced(work: Callable[[], object], ours: Ours, counts: Callable[[StepReport]
         for e in profiler.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
     )
-    steps = [step for step in ours.steps if counts(step)]
+    steps = list(takewhile(counts, reversed(ours.steps)))
     seconds = sum(step.seconds for step in steps)
     if not events or not steps:
         return Traced(0, 0, 0)
