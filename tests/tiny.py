@@ -94,6 +94,7 @@ MLA = {
     "eos_token_id": 1,
 }
 
+PATIENCE_S = {"cpu": 60.0, "cuda": 300.0}  # for what runs after the last request came: a device compiles kernels first
 TINY = {"qwen3": QWEN3, "hybrid": HYBRID, "mla": MLA}
 
 FLAGS: dict[str, Any] = {
@@ -208,7 +209,7 @@ def serve(
             posted.add(waiting[0].request_id)
             core.post(waiting.pop(0))
         if not waiting:
-            core.post(Stop(60.0))
+            core.post(Stop(PATIENCE_S[core.resolved.config.mesh.device]))
 
     def _due() -> bool:
         return bool(arrivals) and run.num_outputs >= arrivals[len(posted)]

@@ -24,7 +24,7 @@ from test_engine import FLAGS as ENGINE_FLAGS
 from test_engine import GREEDY as SHORT
 from test_engine import fill
 from test_invariance import LAYOUTS, alone, model, prompts, requests
-from tiny import TINY, resolved, serve
+from tiny import PATIENCE_S, TINY, resolved, serve
 
 pytestmark = pytest.mark.gpu
 CHOSEN = ("all at once", "overlapped", "chunk 3", "mixed", "tiny pool", "tiny pool, mixed, cached", "page 1")
@@ -99,7 +99,7 @@ def test_launching_waits_for_nothing() -> None:
     core.runner.launch = watched  # type: ignore[method-assign]
     for submit in asked:
         core.post(msgspec.structs.replace(submit, params=msgspec.structs.replace(submit.params, **long)))
-    core.post(Stop(60.0))
+    core.post(Stop(PATIENCE_S["cuda"]))
     core.run()
     assert not any(isinstance(message, Fatal) for message in said), said[-1]
     assert len(seconds) == 20
