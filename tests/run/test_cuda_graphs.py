@@ -58,8 +58,13 @@ GRAPHED = ("all at once", "overlapped", "chunk 3", "mixed", "tiny pool", "tiny p
 
 @cache
 def model(name: str) -> TinyModel:
-    """A model of `WIDE` with random weights."""
-    spec = read_spec({**TINY[name], **WIDE[name]})
+    """A model of `WIDE`."""
+    return shaped(name, WIDE[name])
+
+
+def shaped(name: str, changes: dict[str, Any]) -> TinyModel:
+    """A model of `TINY` with other sizes and random weights."""
+    spec = read_spec({**TINY[name], **changes})
     shapes = stored_shapes(weight_table(spec, resolved(spec).config.mesh.mesh))
     return TinyModel(spec, Noise(shapes, spec.zero_centred, 1))
 
