@@ -1,10 +1,11 @@
 """Seconds to the first token: prefill and decode on a GPU each against one GPU that does both.
 
-    python bench/first_token.py [--model bench/shapes/qwen3next16] [--device cpu]
+    python bench/first_token.py [--model bench/shapes/qwen3next16] [--device cpu] [--only apart] [--seconds 150]
 
 Both sides serve over HTTP, with dummy weights. *alone*: prompts one after the other. *beside*: as many, two a second,
 while other requests decode; what these lose shows in the largest gaps between their tokens. Prints a line of JSON for
-each side; the results kept in `bench/results/handover.md` were taken so.
+each side, and what happens meanwhile on stderr; a side that fails, or is not through in its time, says why in its line,
+with what it had measured. The results kept in `bench/results/handover.md` were taken so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,10 @@ import httpx
 from tessera.serve.here import free_port
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
-START_S, WAIT_S = 180.0, 60.0
-READY = re.compile(r"processes are ready: http|^\[[^]]*\] INFO The server is fired up", re.M)
+STOP_S, LOOK_S = 15.0, 0.1
+READY = re.compile(r"processes are ready: http|^\[[^]]*\] INFO The server is fired up")
+TOLD = re.compile(r"WARNING|ERROR|Traceback|Error:| ready| ended| exited| killed")  # once it is ready
+OTHER_PROMPT, NEW = 64, 16
 RECIPE = """name: first-token
 resources: {{prefill_workers: 1, decode_workers: 1}}
 backend:
@@ -40,12 +45,24 @@ backend:
 """
 
 
+def tell(text: str) -> None:
+    """For people who wait."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def flags_of(options: argparse.Namespace) -> dict[str, Any]:
     """What every server is started with."""
+    longest = max(options.prompt + NEW, OTHER_PROMPT + tokens_beside(options.count))
     return {
         "model-path": options.model, "load-format": "dummy", "skip-tokenizer-init": True, "device": options.device,
-        "context-length": 2 * options.prompt, "disable-radix-cache": True, "max-running-requests": 64,
+        "context-length": 2 * longest, "disable-radix-cache": True, "max-running-requests": 64,
     }  # fmt: skip
+
+
+def tokens_beside(count: int) -> int:
+    """Tokens that each of the other requests decodes, while so many prompts come."""
+    return 200 + 50 * count
 
 
 def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
@@ -56,18 +73,57 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     words = [
         w for name, value in flags.items() for w in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
-    tessera, port = [sys.executable, "-m", "tessera.cli"], str(free_port())
+    tessera = [sys.executable, "-m", "tessera.cli"]
     return {
-        "one server": [*tessera, "serve", "--port", port, *words],
-        "prefill and decode apart": [*tessera, "up", str(recipe), "--port", port],
+        "apart": [*tessera, "up", str(recipe), "--port", str(free_port())],
+        "one": [*tessera, "serve", "--port", str(free_port()), *words],
     }
+
+
+class Server:
+    """The processes of one side: what they write goes to stderr, all of it until they are ready."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+        self._began, self._ready, self._last = time.monotonic(), threading.Event(), deque[str](maxlen=30)
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._last.append(line)
+            if not self._ready.is_set() or TOLD.search(line):
+                tell(f"{time.monotonic() - self._began:6.1f} s | {line.rstrip()}")
+            if READY.search(line):
+                self._ready.set()
+
+    def until_ready(self, limit: float) -> float:
+        """Seconds until all are ready. `TimeoutError` at `limit` of the clock, `RuntimeError` when they have ended."""
+        while not self._ready.wait(LOOK_S):
+            if (code := self._process.poll()) is not None:
+                self._thread.join(STOP_S)
+                raise RuntimeError(f"ended with {code} before it was ready: {''.join(self._last)[-2000:]}")
+            if time.monotonic() > limit:
+                raise TimeoutError("not ready in time")
+        return time.monotonic() - self._began
+
+    def stop(self) -> None:
+        """Ends them in order, or at once when that takes too long."""
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class Clients:
     """Requests of random tokens, streamed."""
 
-    def __init__(self, url: str, vocab_size: int) -> None:
-        self._http = httpx.AsyncClient(base_url=url, timeout=WAIT_S, trust_env=False)
+    def __init__(self, url: str, vocab_size: int, seconds: float) -> None:
+        self._http = httpx.AsyncClient(base_url=url, timeout=seconds, trust_env=False)
         self._chance, self._vocab = random.Random(0), vocab_size
 
     async def times(self, prompt: int, new: int) -> list[float]:
@@ -77,7 +133,8 @@ class Clients:
         body = {"input_ids": ids, "sampling_params": params, "stream": True}
         began, found = time.perf_counter(), []
         async with self._http.stream("POST", "/generate", json=body) as answer:
-            answer.raise_for_status()
+            if answer.is_error:
+                raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode(errors='replace')[:500]}")
             async for line in answer.aiter_lines():
                 if '"error"' in line:
                     raise RuntimeError(line)
@@ -85,40 +142,53 @@ class Clients:
                     found.append(time.perf_counter() - began)
         return found
 
-    async def measure(self, prompt: int, count: int, others: int) -> dict[str, float]:
-        """Medians in milliseconds; `gap_ms` is the median over requests of the largest gap between tokens."""
-        for _ in range(3):  # graphs and kernels, of many rows too
+    async def measure(self, prompt: int, count: int, others: int, found: dict[str, Any]) -> None:
+        """Medians in milliseconds, put into `found`; `gap_ms`: over requests, of the largest gap between tokens."""
+        for turn in range(3):  # graphs and kernels, of many rows too
+            began = time.perf_counter()
             await asyncio.gather(
-                *(self.times(prompt, 16) for _ in range(2)), *(self.times(64, 64) for _ in range(others))
+                *(self.times(prompt, NEW) for _ in range(2)), *(self.times(OTHER_PROMPT, 64) for _ in range(others))
             )
-        alone = [await self.times(prompt, 16) for _ in range(count)]
-        beside = [asyncio.create_task(self.times(64, 200 + 50 * count)) for _ in range(others)]
+            tell(f"warm, turn {turn}: {time.perf_counter() - began:.1f} s")
+        alone = [await self.times(prompt, NEW) for _ in range(count)]
+        found["alone_first_ms"] = 1e3 * statistics.median(t[0] for t in alone)
+        tell(f"alone: {found['alone_first_ms']:.1f} ms")
+        beside = [asyncio.create_task(self.times(OTHER_PROMPT, tokens_beside(count))) for _ in range(others)]
         await asyncio.sleep(0.5)
         firsts = []
         for _ in range(count):
-            firsts.append(asyncio.create_task(self.times(prompt, 16)))
+            firsts.append(asyncio.create_task(self.times(prompt, NEW)))
             await asyncio.sleep(0.5)
         busy, streams = await asyncio.gather(*firsts), await asyncio.gather(*beside)
         ticks = [[b - a for a, b in pairwise(t)] for t in streams]
-        return {
-            "alone_first_ms": 1e3 * statistics.median(t[0] for t in alone),
-            "beside_first_ms": 1e3 * statistics.median(t[0] for t in busy),
-            "gap_ms": 1e3 * statistics.median(map(max, ticks)),
-            "token_ms": 1e3 * statistics.median(tick for t in ticks for tick in t),
-        }
+        found["beside_first_ms"] = 1e3 * statistics.median(t[0] for t in busy)
+        found["gap_ms"] = 1e3 * statistics.median(map(max, ticks))
+        found["token_ms"] = 1e3 * statistics.median(tick for t in ticks for tick in t)
 
 
-def url_of(log: Path, port: str) -> str:
-    """The address, once all are ready."""
-    limit = time.monotonic() + START_S
-    while time.monotonic() < limit:
-        if READY.search(log.read_text(errors="replace")):
-            return f"http://127.0.0.1:{port}"
-        time.sleep(0.2)
-    raise TimeoutError(log.read_text(errors="replace")[-3000:])
+async def within(clients: Clients, options: argparse.Namespace, seconds: float, found: dict[str, Any]) -> None:
+    """Measures, in so many seconds or less."""
+    async with asyncio.timeout(seconds):
+        await clients.measure(options.prompt, options.count, options.others, found)
 
 
-def main() -> None:
+def side(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured of one side; `error`: why that is not all."""
+    limit, found = time.monotonic() + options.seconds, dict[str, Any]()
+    vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    server = Server(command)
+    try:
+        found["ready_s"] = server.until_ready(limit)
+        left = max(limit - time.monotonic(), 1.0)
+        asyncio.run(within(Clients(server.url, vocab_size, left), options, left, found))
+    except (TimeoutError, RuntimeError, httpx.HTTPError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    finally:
+        server.stop()
+    return found
+
+
+def main() -> int:
     """See above."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(SHAPES / "qwen3next16"))
@@ -126,26 +196,19 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--others", type=int, default=16)
+    parser.add_argument("--only", choices=("apart", "one"))
+    parser.add_argument("--seconds", type=float, default=150.0, help="for each side, its start included")
     options = parser.parse_args()
-    vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
         for name, command in commands(options, Path(folder)).items():
-            log, port = Path(folder) / "log", command[command.index("--port") + 1]
-            with log.open("wb") as out:
-                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-            try:
-                clients = Clients(url_of(log, port), vocab_size)
-                found = asyncio.run(clients.measure(options.prompt, options.count, options.others))
+            if options.only in (None, name):
+                found = side(command, options)
+                failed |= "error" in found
                 sys.stdout.write(json.dumps({"what": name, "prompt": options.prompt, **found}) + "\n")
                 sys.stdout.flush()
-                process.send_signal(signal.SIGINT)
-                process.wait(WAIT_S)
-            except BaseException:
-                sys.stdout.write(log.read_text(errors="replace")[-3000:])
-                raise
-            finally:
-                process.kill()
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
