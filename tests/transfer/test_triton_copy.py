@@ -16,13 +16,13 @@ from tessera.transfer.base import ByRegion
 from tessera.transfer.mover import Regions, addressed, starts
 
 SIZE = 5000
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def copied(batch: np.ndarray, src: Regions, dst: Regions) -> Iterator[None]:
     """Copies, call by call."""
     runs = addressed(batch, ByRegion(starts(src)), ByRegion(starts(dst)))
-    return triton_copy.copy_runs(runs, CPU)
+    return triton_copy.copy_runs(runs, DEVICE)
 
 
 @st.composite
@@ -42,8 +42,8 @@ def batches(draw: st.DrawFn) -> np.ndarray:
 @given(batches(), st.sampled_from([64, 256]), st.sampled_from([1, 3]), st.sampled_from([1, 700, triton_copy.CALL]))
 def test_it_copies_what_a_loop_copies(batch: np.ndarray, piece: int, programs: int, call: int) -> None:
     rng = np.random.default_rng(0)
-    src = {n: torch.from_numpy(rng.integers(0, 256, SIZE, np.uint8)) for n in (1, 2)}
-    dst = {n: torch.zeros(SIZE, dtype=torch.uint8) for n in (4, 5)}
+    src = {n: torch.from_numpy(rng.integers(0, 256, SIZE, np.uint8)).to(DEVICE) for n in (1, 2)}
+    dst = {n: torch.zeros(SIZE, dtype=torch.uint8, device=DEVICE) for n in (4, 5)}
     wanted = {n: memory.clone() for n, memory in dst.items()}
     for source, at, region, to, length in batch.tolist():
         wanted[region][to : to + length] = src[source][at : at + length]
@@ -58,14 +58,15 @@ def test_it_copies_what_a_loop_copies(batch: np.ndarray, piece: int, programs: i
 def test_it_gives_chances_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_copy, "CALL", 250)
     batch = np.array([[0, 100 * i, 0, 100 * i, 100] for i in range(10)], np.int64)
-    src, dst = {0: torch.ones(1000, dtype=torch.uint8)}, {0: torch.zeros(1000, dtype=torch.uint8)}
+    src = {0: torch.ones(1000, dtype=torch.uint8, device=DEVICE)}
+    dst = {0: torch.zeros(1000, dtype=torch.uint8, device=DEVICE)}
     done = [int(dst[0].sum()) for _ in copied(batch, src, dst)]
     assert done == [200, 400, 600, 800, 1000]
 
 
 def test_memory_at_an_odd_place_is_copied_in_narrow_words() -> None:
-    memory = torch.arange(101, dtype=torch.uint8)[1:]
-    target = torch.zeros(100, dtype=torch.uint8)
+    memory = torch.arange(101, dtype=torch.uint8, device=DEVICE)[1:]
+    target = torch.zeros(100, dtype=torch.uint8, device=DEVICE)
     batch = np.array([[0, 16, 0, 32, 16], [0, 0, 0, 64, 16]], np.int64)
     list(copied(batch, {0: memory}, {0: target}))
     assert target[32:48].tolist() == memory[16:32].tolist()
@@ -73,4 +74,4 @@ def test_memory_at_an_odd_place_is_copied_in_narrow_words() -> None:
 
 
 def test_it_is_made_ready_without_copying() -> None:
-    triton_copy.prepare(CPU)
+    triton_copy.prepare(DEVICE)
