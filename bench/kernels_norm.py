@@ -10,8 +10,8 @@ from kernel_case import Case, distance, random
 from torch import Tensor
 
 from tessera.ops import moe, norm
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fused import add_rmsnorm
-from tessera.ops.triton_moe import combine
 
 ROWS = (1, 64, 512, 8192)
 TOP_K = {"dsv2lite": 6, "qwen3next": 10}

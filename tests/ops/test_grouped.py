@@ -13,7 +13,7 @@ from tessera.ops import fused, moe
 from tessera.ops.backend import backend, expert_runner
 from tessera.ops.grouped import by_expert, experts_of, padded
 from tessera.ops.moe import experts_reference
-from tessera.ops.triton_moe import combine
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_sort import sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

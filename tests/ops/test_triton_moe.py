@@ -265,7 +265,7 @@ def _mixed_alike(num_tokens, num, hidden, inner, top_k, dtype, parts, gated, cho
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("parts", "num_tokens"), [(1, 1), (2, JOINED), (1.5, 1), (2, JOINED + 1)])
+@pytest.mark.parametrize(("parts", "num_tokens"), [(1, 1), (2, JOINED), (1.5, 1), (2, JOINED + 1), (1.5, 20)])
 @pytest.mark.parametrize("choice", ["any", "some held", "none held"])
 def test_a_shared_expert_is_further_experts(choice, parts, num_tokens, gated, dtype):
     """Where it consists of such, for few tokens; else it is computed apart. Some experts may be held elsewhere."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera.ops import triton_moe
 from tessera.ops.grouped import padded
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_sort import sort_rows
 
@@ -35,7 +36,7 @@ def padded_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Ten
     rows, groups, places = padded(by_expert.rows, by_expert.blocks, block)
     y = _product(x[rows // ids.shape[1]], w13, groups)
     y = _product(silu_mul(y), w2, groups)
-    return triton_moe.combine(y, ids.contiguous(), weights.contiguous(), places)
+    return combine(y, ids.contiguous(), weights.contiguous(), places)
 
 
 def _product(rows: Tensor, w: Tensor, groups: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 from tessera.core.quantization import deep_gemm_misfit
 from tessera.ops import triton_fp8
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8_rows import Quantized, quantize, spread
 from tessera.ops.triton_fused import silu_mul
-from tessera.ops.triton_moe import combine
 from tessera.ops.triton_sort import sort_rows
 
 # Rows from which on it is ahead: of a weight; of an expert on average, where half-filled blocks cost little.

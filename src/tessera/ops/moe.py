@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from tessera.ops import linear as packed
-from tessera.ops.fused import Shared
+from tessera.ops.fused import Shared, add_gated
 from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned
 from tessera.ops.precision import wide
 
@@ -119,14 +119,28 @@ def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     return turned(y[:, :1] if len(x) == 1 else y)
 
 
-def combine(y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """What is added to a token's sum: its row [T, H], times sigmoid(gate(x)) where there is a gate, x [T, H]."""
+
+    rows: Tensor
+    x: Tensor
+    gate: packed.PackedLinear | None
+
+
+def combine(
+    y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None, beside: Beside | None = None
+) -> Tensor:
     """[T, H]: the rows y [T * k, H] of a token times their weights [T, k], added up; those of id -1 are not read.
 
-    `places` [T * k]: which row of y is each routed one; None: they are in order.
+    `places` [T * k]: which row of y is each routed one; None: they are in order. All is rounded once.
     """
     rows = (y if places is None else y[places]).view(*ids.shape, -1)
     rows = torch.where((ids >= 0)[..., None], rows.to(wide(y.dtype)), 0)  # a row that nobody wrote may be NaN
-    return (rows * weights[..., None].to(rows.dtype)).sum(1).to(y.dtype)
+    out = (rows * weights[..., None].to(rows.dtype)).sum(1)
+    if beside is not None:
+        out = add_gated(out, beside.rows.to(out.dtype), beside.x, beside.gate)
+    return out.to(y.dtype)
 
 
 def mixture_of(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from tessera.ops import (
     triton_attention,
     triton_cache,
+    triton_combine,
     triton_delta,
     triton_expand,
     triton_fp8,
@@ -34,7 +35,7 @@ TRITON = replace(
     route=triton_route.choose,
     experts=triton_moe.experts,
     mixture=triton_moe.mixture,
-    combine=triton_moe.combine,
+    combine=triton_combine.combine,
     fp8_linear=triton_fp8.linear,
     fp8_gated=triton_fp8.gated,
     fp8_experts=triton_fp8.experts,

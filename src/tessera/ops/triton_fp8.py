@@ -17,10 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow, num_processors
 from tessera.ops.triton_fp8_rows import Quantized, empty, quantize, store
 from tessera.ops.triton_fused import silu_mul
-from tessera.ops.triton_moe import combine, work_of
+from tessera.ops.triton_moe import work_of
 from tessera.ops.triton_sort import Sorted, sort_rows
 
 

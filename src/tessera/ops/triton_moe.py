@@ -19,7 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import moe
 from tessera.ops.fused import Shared
-from tessera.ops.moe import Mixture
+from tessera.ops.linear import linear
+from tessera.ops.moe import Beside, Mixture
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import gated_product
@@ -224,38 +226,22 @@ def _joined(
             )  # fmt: skip
 
 
-@triton.jit
-def _combine(
-    y_ptr, ids_ptr, weights_ptr, places_ptr, out_ptr,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr, PLACED: tl.constexpr,
-):  # fmt: skip
-    """out [T, H]: a token's rows times their weights, added in fp32 in the order of its experts."""
-    follow()
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * N + tl.arange(0, N)
-    shown = column < HIDDEN
-    out = tl.zeros([N], tl.float32)
-    for j in tl.static_range(TOP_K):
-        row = token * TOP_K + j
-        held = tl.load(ids_ptr + row) >= 0
-        at = tl.load(places_ptr + row).to(tl.int64) if PLACED else row
-        y = tl.load(y_ptr + at * HIDDEN + column, mask=shown & held, other=0.0).to(tl.float32)
-        out += y * tl.load(weights_ptr + row).to(tl.float32)
-    tl.store(out_ptr + token * HIDDEN + column, out.to(out_ptr.dtype.element_ty), mask=shown)
-
-
 def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """See `moe.experts_reference`; up to float32."""
     num_experts = len(w13)
     if not ids.numel() or not num_experts:
         return torch.zeros_like(x)
+    ids, weights = ids.contiguous(), weights.contiguous()
+    if pays(ids.numel(), num_experts):
+        _expect_whole(x, w13, w2)
+        return few_experts(x, w13, w2, ids, weights)
+    return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype))
+
+
+def _expect_whole(x: Tensor, w13: Tensor, w2: Tensor) -> None:
     assert x.dtype == w13.dtype == w2.dtype != torch.float64, f"{x.dtype}, {w13.dtype}, {w2.dtype}"
     assert w13.is_contiguous(), "whole weights"
     assert w2.is_contiguous(), "whole weights"
-    ids, weights = ids.contiguous(), weights.contiguous()
-    if pays(ids.numel(), num_experts):
-        return few_experts(x, w13, w2, ids, weights)
-    return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype))
 
 
 def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
@@ -271,7 +257,16 @@ def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
     return mixture
 
 
-mixture = mixture_of(experts)
+_apart = mixture_of(experts)
+
+
+def mixture(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None) -> Tensor:
+    """See `moe.mixture_of`; up to float32. With many rows the shared expert's are added where the others are summed."""
+    if shared is None or not len(w13) or pays(ids.numel(), len(w13)):
+        return _apart(x, w13, w2, ids, weights, shared)
+    y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype))
+    rows = linear(gated_product(x, shared.w_in), shared.w_out)
+    return combine(y, ids.contiguous(), weights.contiguous(), beside=Beside(rows, x, shared.gate))
 
 
 def _boxes(matrices: Tensor, tile: Tile, count: int = 1) -> tuple[Tensor | TensorDescriptor, bool]:
@@ -293,8 +288,14 @@ def _cut(tile: Tile, boxed: bool) -> dict[str, object]:
 
 def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
     """See `moe.experts_reference`: sort, two grouped products, sum."""
+    return combine(grouped_rows(x, w13, w2, ids, tiles), ids, weights)
+
+
+def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
+    """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written."""
     if tiles.joined:
-        return joined_experts(x, w13, w2, ids, weights, tiles)
+        return joined_rows(x, w13, w2, ids, tiles)
+    _expect_whole(x, w13, w2)
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x, up, down = x if x.stride(1) == 1 else x.contiguous(), tiles.up, tiles.down
     by_expert = sort_rows(ids, num_experts, up.m)
@@ -309,11 +310,11 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     columns, (w, boxed) = triton.cdiv(hidden, down.n), _boxes(w2, down)
     whole, half = (TensorDescriptor.from_tensor(h, [m, down.k]) if boxed else h for m in (down.m, down.m // 2))
     _down[num_blocks * columns,](h=whole, half=half, w=w, y_ptr=y, num_columns=columns, **sizes, **_cut(down, boxed))
-    return combine(y, ids, weights)
+    return y
 
 
-def joined_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
-    """See `grouped_experts`, with one launch for both products."""
+def joined_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
+    """See `grouped_rows`, with one launch for both products."""
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     by_expert = sort_rows(ids, num_experts, tiles.up.m)
@@ -328,16 +329,4 @@ def joined_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Ten
         DOWN_BOXED=down_boxed, DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
         num_warps=tiles.up.warps,
     )  # fmt: skip
-    return combine(y, ids, weights)
-
-
-def combine(y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
-    """See `moe.combine`; up to float32."""
-    (num_tokens, top_k), hidden = ids.shape, y.shape[1]
-    out = y.new_empty(num_tokens, hidden)
-    width = min(triton.next_power_of_2(hidden), 1024)
-    _combine[num_tokens, triton.cdiv(hidden, width)](
-        y, ids, weights, places, out, HIDDEN=hidden, TOP_K=top_k, N=width, PLACED=places is not None, num_warps=4,
-        **chained(y.device),
-    )  # fmt: skip
-    return out
+    return y
