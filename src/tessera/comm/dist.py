@@ -31,11 +31,14 @@ from torch import Tensor
 from tessera.comm.base import Handle, Ready, ordered_sum
 from tessera.comm.meet import Meeting
 from tessera.comm.single import SingleComm
+from tessera.core.config.needs import Sketch
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
 if TYPE_CHECKING:
     from tessera.comm.peers import Peers
+
+NCCL_GROUP = 512 << 20  # bytes of a communicator between GPUs of one host, rounded up
 
 Ranks = tuple[int, ...]
 Mapped = Callable[[Meeting, Ranks, torch.device], "Peers | None"]
@@ -101,7 +104,7 @@ class DistComm:
         self._alone = SingleComm()
         groups = {axis.name: self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
         made: dict[Ranks, dist.Backend] = {}
-        for ranks in sorted({ranks for ranks in groups.values() if len(ranks) > 1}):  # in one order: making one waits
+        for ranks in self.mesh.groups(self.rank):  # in one order: making one waits
             store = dist.PrefixStore(f"group/{ranks}", meeting.store)
             with _explained(f"rank {self.rank} connecting to ranks {ranks}", deadline_s):
                 made[ranks] = backend(store, ranks.index(self.rank), len(ranks))
@@ -277,6 +280,11 @@ def gloo(meeting: Meeting, device: torch.device, deadline_s: float, ordered: boo
 
 def _gloo(limit: timedelta, store: dist.Store, rank: int, size: int) -> dist.Backend:
     return dist.ProcessGroupGloo(store, rank, size, limit)
+
+
+def nccl_bytes(sketch: Sketch) -> int:
+    """Bytes of NCCL's buffers on a rank: of every group of ranks, from its first collectives on."""
+    return len(sketch.mesh.groups(0)) * NCCL_GROUP if sketch.ranks.collectives == "nccl" else 0
 
 
 def nccl(meeting: Meeting, device: torch.device, deadline_s: float, ordered: bool, peers: bool) -> DistComm:

@@ -22,16 +22,12 @@ import triton
 from torch import Tensor
 
 from tessera.comm.meet import Meeting
+from tessera.comm.peer_memory import CHANNELS, MOST_RANKS, REGION, SLOTS, WINDOW, slot_sizes
 from tessera.comm.triton_peers import receive, send
 from tessera.core.errors import ConfigError, Conflict
 from tessera.core.mesh import share
 
-WINDOW = 2
-SLOTS = 2 * WINDOW
-CHANNELS = 64  # programs of a kernel: enough for the links, and half of the processors stay free
-REGION = 1 << 17  # bytes of a channel in a slot
 LARGEST = CHANNELS * REGION  # bytes that a rank sends to each other one at most; NCCL moves larger ones as fast
-MOST_RANKS = 8
 BLOCK = 1 << 14  # bytes that a program moves at once; one for all sizes, since each is compiled when it is met first
 SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -48,7 +44,7 @@ class Memory:
 
 def sizes(world: int) -> tuple[int, int]:
     """Bytes of the slots and of the flags of a rank."""
-    return SLOTS * world * CHANNELS * REGION, world * CHANNELS * 4
+    return slot_sizes(world, SLOTS, CHANNELS, REGION)
 
 
 class Peers:

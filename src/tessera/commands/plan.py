@@ -44,8 +44,7 @@ def budget(memory: MemoryConfig) -> dict[str, int]:
         "weights": memory.weight_bytes,
         "KV pages": memory.kv_bytes,
         "recurrent state": memory.state_bytes,
-        "graphs": memory.graph_bytes,
-        "workspace (estimate)": memory.workspace_bytes,
+        **dict(memory.needs),
         "weights and pools may take": memory.budget,
         "free at start": memory.available,
     }

@@ -56,6 +56,10 @@ class Mesh:
         first = rank - self.coordinate(rank, name) * axis.stride
         return tuple(first + i * axis.stride for i in range(axis.size))
 
+    def groups(self, rank: int) -> list[tuple[int, ...]]:
+        """The groups of several ranks that `rank` is in on any axis, each once, in one order on all ranks."""
+        return sorted({group for axis in self.axes if len(group := self.group(rank, axis.name)) > 1})
+
 
 def instance_mesh(
     tp: int = 1,

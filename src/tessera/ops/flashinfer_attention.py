@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.core.config.needs import Sketch
 from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec
 from tessera.ops.backend import Backend
 from tessera.ops.flashinfer_plans import Done, Planned, Ranges, Turns, begins, ranges_of
@@ -30,7 +31,17 @@ SHORT = 8  # tokens of a range up to which keys are cut into splits: as in our o
 WORKSPACE = 128 << 20  # bytes for partial results, shared by all launches: they run one after the other
 LATENT = (512, 64)  # R and Dr that there are MLA kernels for
 EXPANDED = (192, 128)  # N + Dr and V that there are Hopper kernels for where they differ
+WRAPPER = (8 << 20) + (128 << 10)  # bytes that a wrapper keeps for plans
+TURNS = 3  # wrappers of one kind: of the steps that are under way, and of the one that is planned
 MOST_BYTES = 1 << 30  # of expanded keys and values; past that, `rest` expands only the step's own tokens
+
+
+def workspace_bytes(sketch: Sketch) -> int:
+    """Bytes of the workspace and of the wrappers: of each mixer's kernels two kinds, which take turns."""
+    if sketch.kernels.attention != "flashinfer":
+        return 0
+    mixers = {layer.mixer for layer in sketch.spec.layers if isinstance(layer.mixer, AttentionSpec | MLASpec)}
+    return WORKSPACE + 2 * len({type(mixer) for mixer in mixers}) * TURNS * WRAPPER
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.core.config.needs import Sketch
 from tessera.core.errors import ModelError
+from tessera.core.spec import DeltaSpec
+from tessera.core.tensors import DTYPE_BYTES, wide_dtype
 from tessera.ops.precision import wide
+
+
+def rope_bytes(sketch: Sketch) -> int:
+    """Bytes of the tables of all ropes of a model."""
+    ropes = {layer.mixer.rope for layer in sketch.spec.layers if not isinstance(layer.mixer, DeltaSpec)}
+    return sum(sketch.context * rope.dim * DTYPE_BYTES[wide_dtype(sketch.dtype)] for rope in ropes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.core.config.needs import Sketch
+from tessera.models.activations import recorded_bytes
 from tessera.ops.expand import Columns, Expanded
 from tessera.ops.segments import Segments
 from tessera.ops.upload import staged
 from tessera.plan.step import NO_INTS, Ints, Part, Step
 from tessera.run.batch import Input
 from tessera.run.table import RowTable
+
+LAYER_BYTES = 128 << 10  # that CUDA keeps for a layer's launches in a graph
 
 Expand = Callable[[Columns, int, Tensor, Tensor, int], Expanded]
 
@@ -104,6 +108,19 @@ def places_of(parts: Sequence[Part], size: Size) -> Ints:
     """Where the ranges that draw are among the padded ones of all halves, in order."""
     found = [np.flatnonzero(part.samples) + size.num_segments * i for i, part in enumerate(parts)]
     return np.concatenate(found).astype(np.int32)
+
+
+def graph_bytes(sketch: Sketch) -> int:
+    """Bytes of all graphs: the memory that they share, which holds the largest step of a graph and its logits, and what
+    CUDA keeps for the launches of each."""
+    sizes = Sizes(*sketch.kernels.graphs)
+    if not sketch.graphed:
+        return 0
+    ranges = max((*sizes.rows, *sizes.segments), default=0)
+    shared = recorded_bytes(sketch, max((*sizes.rows, *sizes.tokens), default=0))
+    logits = 3 * ranges * sketch.spec.vocab_size * sketch.element
+    num_graphs = len(sizes.rows) + len(sizes.segments) * len(sizes.tokens)
+    return shared + logits + num_graphs * len(sketch.spec.layers) * LAYER_BYTES
 
 
 class Model(Protocol):

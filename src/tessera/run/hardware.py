@@ -10,7 +10,11 @@ import psutil
 import torch
 
 from tessera.core.config.kernels import LIBRARIES
+from tessera.core.config.needs import Sketch
 from tessera.core.config.types import Hardware
+
+CONTEXT = 600 << 20  # bytes of a device's context, in each process that uses it
+MODULES = 768 << 20  # and of what it loads: kernels, workspaces of products on two streams
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -29,6 +33,13 @@ def measure(device: str = "auto") -> Hardware:
             libraries=tuple(name for name in LIBRARIES if importlib.util.find_spec(name)),
         )
     return Hardware(device="cpu", memory=free_memory(), cores=cores(), name="cpu", bf16=bf16_is_fast())
+
+
+def device_bytes(sketch: Sketch) -> int:
+    """Bytes that CUDA takes after `measure`: this process has its context by then, ranks that are processes do not."""
+    if sketch.ranks.device != "cuda":
+        return 0
+    return MODULES + (CONTEXT if sketch.mesh.size > 1 else 0)
 
 
 def cores() -> int:

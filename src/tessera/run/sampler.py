@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.ops.sample import Adjustments, Drawing, Penalties, adjust, token_counts, token_logprobs
+from tessera.core.config.needs import Sketch
+from tessera.core.tensors import DTYPE_BYTES, wide_dtype
+from tessera.ops.sample import DRAW_BYTES, Adjustments, Drawing, Penalties, adjust, token_counts, token_logprobs
 from tessera.ops.upload import upload
 from tessera.run.batch import Wanted
 from tessera.run.rowparams import BIAS, DRAW, LOGPROB, MIN_NEW, MIN_P, PENALTY, TOP_K, TOP_P, RowParams
@@ -24,8 +26,19 @@ from tessera.run.table import RowTable, Sequence
 
 BLOCK_ELEMENTS = 1 << 25  # logits of prompt positions at a time: 128 MB in float32
 
+SCORED = 16  # bytes that scoring them takes for each
+
 Longs = NDArray[np.int64]
 ToLogits = Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def draw_bytes(sketch: Sketch) -> int:
+    """Bytes of what a step holds from the product with the head on, when every row draws and asks for all filters:
+    logits as the product gives them, as they come together and as they are, in fp32 or wider, then drawing; or beside
+    these logits a block of those of a prompt that is scored."""
+    logits, wide = sketch.rows * sketch.spec.vocab_size, DTYPE_BYTES[wide_dtype(sketch.dtype)]
+    drawn = logits * (3 * sketch.element + wide + DRAW_BYTES)
+    return max(drawn, logits * wide + BLOCK_ELEMENTS * SCORED)
 
 
 @dataclass(frozen=True, slots=True)

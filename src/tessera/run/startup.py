@@ -11,6 +11,7 @@ from tessera.core.errors import ConfigError, Conflict
 from tessera.core.spec import ModelSpec
 from tessera.models.folder import find_model, read_model
 from tessera.run.hardware import measure
+from tessera.run.needs import NEEDS
 from tessera.run.stages import Stages
 
 NO_MODEL = Conflict(("--model-path",), "no model was named", "Give --model-path, for instance abacus-hybrid.")
@@ -67,5 +68,5 @@ def _prepared(
     if (tokenizer := values.text("tokenizer_path")) is not None:
         found["tokenizer_path"] = str(find_model(tokenizer, None, cache, False))
     spec = read_model(folder)
-    resolved = resolve(layered(merged, found), spec, hardware or measure(values.word("device")))
+    resolved = resolve(layered(merged, found), spec, hardware or measure(values.word("device")), NEEDS)
     return Prepared(folder, spec, replace(resolved, decisions=(*resolved.decisions, *environment.ignored)))

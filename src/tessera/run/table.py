@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.core.config.needs import Sketch
 from tessera.core.messages import SamplingParams, TokenLogprobs
 from tessera.plan.step import Change, Enter, Ints
 from tessera.run.host import upload_columns
@@ -42,6 +43,12 @@ class Known:
     row: int
     tokens: Ints
     pages: Ints
+
+
+def table_bytes(sketch: Sketch) -> int:
+    """Bytes of the tables of rows on the device: tokens, pages where graphs read them there, and a step's own pages."""
+    pages = -(-(sketch.context + 1) // sketch.page_size)
+    return (sketch.rows + 1) * 4 * (sketch.context + 1 + pages * (2 if sketch.graphed else 1))
 
 
 class RowTable:

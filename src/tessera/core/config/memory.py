@@ -1,24 +1,31 @@
 """The memory phase: how many pages and slots fit beside the weights, and how long a sequence may be.
 
 `--mem-fraction-static` is the share of the memory free at start that weights and pools may take: on a CPU of the RAM
-that this process can still get, on CUDA of the free device memory. A KV pool is never larger than all rows at full
-length need; on a CPU, where nobody asked for a share or a size, it stays at 2 GiB or one sequence of full length.
+that this process can still get, on CUDA of the free device memory. There what else a rank needs (`needs.py`) comes
+first: a share that was asked for and leaves too little is refused, the default one shrinks. A KV pool is never larger
+than all rows at full length need; on a CPU, where nobody asked for a share or a size, it stays at 2 GiB or one sequence
+of full length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tessera.core.config.ask import Asked
 from tessera.core.config.flags_engine import FRACTION, PAGE
+from tessera.core.config.needs import Rows, total
 from tessera.core.config.sizes import Sizes, sizes_of
 from tessera.core.config.types import Hardware, MemoryConfig, Notes
 from tessera.core.mesh import Mesh
 from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec
-from tessera.core.tensors import DTYPE_BYTES, FP8, cache_dtypes
+from tessera.core.tensors import FP8, cache_dtypes
 
 CPU_POOL = 2 << 30
 STATE_SHARE = 0.5  # of the pools, for recurrent states, when nobody said how many requests run
+SET_ASIDE = {"cpu": False, "cuda": True}  # whether what a rank needs besides comes off what pools may take
 GIB = 1 << 30
+SMALLER = "a smaller --chunked-prefill-size, --max-running-requests, --dtype or model"
 KV_DTYPES = {"auto": None, "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
@@ -28,13 +35,14 @@ def memory_phase(
     hardware: Hardware,
     mesh: Mesh | None,
     dtype: str,
-    chunk: int,
+    needs: Callable[[int, int], Rows],
     rows: int,
     notes: Notes,
 ) -> tuple[MemoryConfig, int, int]:
     """Pools for up to `rows` sequences; returns them with the context length and the rows that fit.
 
     `hardware.memory` is that of one rank. `mesh` None: the model cannot be cut (refused elsewhere), so weighs nothing.
+    `needs`: what the rank's memory goes to besides, by context length and page size.
     """
     spec, quantization = model
     page = values.whole("page_size") or _page(hardware, notes)
@@ -47,18 +55,15 @@ def memory_phase(
         )
     caches = cache_dtypes(spec, dtype, kv, values.text("mamba_ssm_dtype"))
     sizes = sizes_of(spec, mesh, page, dtype, caches, quantization) if mesh is not None else Sizes(0, 1, 1)
-    fraction = values.real("mem_fraction_static")
-    if fraction is None:
-        fraction = FRACTION[hardware.device]
-        notes.decide("mem-fraction-static", fraction, f"default on {hardware.device}: of {gib(hardware.memory)} free")
-    budget = int(fraction * hardware.memory)
+    context = _context(values, spec, notes)
+    besides = needs(context, page)
+    budget = _budget(values, hardware, sizes.weights, besides, notes)
     pools = budget - sizes.weights
     rows, states = _rows(values, spec, sizes, pools, rows, notes)
     slots = 1 + states if spec.recurrent else 0
-    context = _context(values, spec, notes)
     left = pools - slots * sizes.slot
     num_pages, why = _pages(values, hardware, sizes.page, page, context, rows, left)
-    context = _fit(values, sizes, page, num_pages, context, budget, hardware, notes)
+    context = _fit(values, sizes, page, num_pages, context, budget, hardware, besides, notes)
     held = max(num_pages - 1, 0) * page
     if held < rows * context:
         why = f"{why}; {held // max(rows, 1)} for each of {rows} running requests"
@@ -73,12 +78,41 @@ def memory_phase(
         weight_bytes=sizes.weights,
         page_bytes=sizes.page,
         slot_bytes=sizes.slot,
-        graph_bytes=0,
-        workspace_bytes=_workspace(spec, dtype, chunk, rows, context, page),
+        needs=besides,
         budget=budget,
         available=hardware.memory,
     )
     return memory, context, rows
+
+
+def _budget(values: Asked, hardware: Hardware, weights: int, besides: Rows, notes: Notes) -> int:
+    """Bytes that weights and pools may take."""
+    fraction, needed = values.real("mem_fraction_static"), total(besides)
+    share = FRACTION[hardware.device] if fraction is None else fraction
+    if fraction is None:
+        notes.decide("mem-fraction-static", share, f"default on {hardware.device}: of {gib(hardware.memory)} free")
+    budget = int(share * hardware.memory)
+    if not besides or not SET_ASIDE[hardware.device]:
+        return budget
+    notes.decide("memory besides weights and pools", gib(needed), listed(besides))
+    left = hardware.memory - needed
+    if budget <= left or left < weights:  # what cannot hold the weights is refused with the pools
+        return min(budget, max(left, 0))
+    if fraction is not None:
+        notes.refuse(
+            (f"--mem-fraction-static {fraction:g}",),
+            f"of {gib(hardware.memory)} it leaves {gib(hardware.memory - budget)}, and {gib(needed)} are needed "
+            f"besides weights and pools: {listed(besides)}",
+            f"Use at most --mem-fraction-static {int(1000 * left / hardware.memory) / 1000:g}, or {SMALLER}.",
+        )
+        return budget
+    notes.decide("weights and pools", gib(left), f"what is left beside that; {share:g} would be {gib(budget)}")
+    return left
+
+
+def listed(rows: Rows) -> str:
+    """The rows for people."""
+    return ", ".join(f"{name} {gib(size)}" for name, size in rows)
 
 
 def _page(hardware: Hardware, notes: Notes) -> int:
@@ -158,7 +192,15 @@ def _pages(
 
 
 def _fit(
-    values: Asked, sizes: Sizes, page: int, num_pages: int, context: int, budget: int, hardware: Hardware, notes: Notes
+    values: Asked,
+    sizes: Sizes,
+    page: int,
+    num_pages: int,
+    context: int,
+    budget: int,
+    hardware: Hardware,
+    besides: Rows,
+    notes: Notes,
 ) -> int:
     """The context length that the pool holds; refuses a pool that holds none, or less than was asked for."""
     held = (num_pages - 1) * page
@@ -172,12 +214,16 @@ def _fit(
         return context
     if held < min(context, 2 * page):
         need = sizes.weights + 3 * sizes.page + 2 * sizes.slot
-        share = need / hardware.memory if hardware.memory else float("inf")
-        remedy = f"Raise --mem-fraction-static above {share:.3g}" if share < 1 else f"It needs {gib(need)} at least"
+        more = total(besides) if SET_ASIDE[hardware.device] else 0
+        share = need / hardware.memory if need + more < hardware.memory else float("inf")
+        remedy = (
+            f"Raise --mem-fraction-static above {share:.3g}" if share < 1 else f"It needs {gib(need + more)} at least"
+        )
         notes.refuse(
             ("--mem-fraction-static",),
-            f"{gib(budget)} of {gib(hardware.memory)} hold weights of {gib(sizes.weights)} and no pool of use",
-            f"{remedy}, or choose a smaller --dtype or model.",
+            f"{gib(budget)} of {gib(hardware.memory)} hold weights of {gib(sizes.weights)} and no pool of use"
+            + (f"; besides them: {listed(besides)}" if more else ""),
+            f"{remedy}, or choose {SMALLER if more else 'a smaller --dtype or model'}.",
         )
     elif held < context and values.gave("context_length"):
         notes.refuse(
@@ -189,10 +235,3 @@ def _fit(
         notes.decide("context-length", held, f"the model knows {context} positions, the KV pool holds {held} tokens")
         return held
     return context
-
-
-def _workspace(spec: ModelSpec, dtype: str, chunk: int, rows: int, context: int, page: int) -> int:
-    """Bytes beside weights and pools, estimated: row tables, logits of one step, eight vectors per token of a chunk."""
-    tables = rows * 4 * (context + 1 + -(-context // page))
-    logits = rows * spec.vocab_size * 4
-    return tables + logits + chunk * spec.hidden * DTYPE_BYTES[dtype] * 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from tessera.core.config.ask import Asked, read
@@ -17,6 +18,7 @@ from tessera.core.config.handover import handover_phase
 from tessera.core.config.kernels import kernels_phase
 from tessera.core.config.memory import memory_phase
 from tessera.core.config.mesh import mesh_phase
+from tessera.core.config.needs import Count, Rows, Sketch, counted
 from tessera.core.config.quantization import quantization_phase
 from tessera.core.config.types import (
     Config,
@@ -42,8 +44,12 @@ QUEUE_PER_ROW = 64
 SPLIT_FROM = {"cpu": 64, "cuda": 32768}  # CUDA: no smaller step gained on two H100s (bench/results/gpu2.md)
 
 
-def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) -> Resolved:
+def resolve(
+    asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware, needs: tuple[tuple[str, Count], ...] = ()
+) -> Resolved:
     """The configuration for `asked` (flags in any spelling), and the decisions taken on the way.
+
+    `needs`: what the memory of a rank goes to besides weights and pools (`run/needs.py`).
 
     Raises `ConfigError` with every conflict at once. Same arguments, same result; nothing is read from outside.
     """
@@ -58,8 +64,16 @@ def resolve(asked: Mapping[str, object], spec: ModelSpec, hardware: Hardware) ->
     each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
     held = mesh.mesh if fits else None
     model = (spec, quantization)
-    memory, context, max_running = memory_phase(values, model, each, held, dtype, limits.most, rows, notes)
-    kernels = kernels_phase(values, spec, hardware, dtype, fp8, max_running, notes)
+    kernels_of = partial(kernels_phase, values, spec, hardware, dtype, fp8)
+
+    def besides(context: int, page: int) -> Rows:
+        """For as many rows as were asked for: if fewer fit, less is needed."""
+        tokens = max(limits.most, 0 if limits.chunk else context, rows)
+        sketch = Sketch(spec, quantization, mesh, dtype, kernels_of(rows, Notes()), tokens, rows, context, page)
+        return counted(needs, sketch) if fits else ()
+
+    memory, context, max_running = memory_phase(values, model, each, held, dtype, besides, rows, notes)
+    kernels = kernels_of(max_running, notes)
     deep_gemm_phase(spec, quantization, held, kernels, hardware, notes)
     config = Config(
         model=replace(_model(values, dtype, context, notes), quantization=quantization),

@@ -117,7 +117,8 @@ class MemoryConfig:
 
     `num_pages` and `num_slots` count the scratch page 0 and the scratch slot 0, so requests use 1 .. num - 1;
     `num_slots` is 0 for models without recurrent state. `page_bytes` and `slot_bytes` are those of all layers together.
-    `budget`: bytes that weights and pools may take. `workspace_bytes` is an estimate; the others are exact.
+    `budget`: bytes that weights and pools may take. `needs`: what else the memory goes to, named rows of bytes, which
+    are upper bounds (`needs.py`); the others are exact.
     """
 
     page_size: int
@@ -129,10 +130,9 @@ class MemoryConfig:
     weight_bytes: int
     page_bytes: int
     slot_bytes: int
-    graph_bytes: int
-    workspace_bytes: int
     budget: int
     available: int
+    needs: tuple[tuple[str, int], ...] = ()
 
     @property
     def max_total_tokens(self) -> int:
