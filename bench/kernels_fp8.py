@@ -90,8 +90,8 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     block = (fp8.GROUP, fp8.GROUP)
     weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
 
-    def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "") -> Tensor:
-        return library(by).padded_experts(*made) if by else triton_fp8.experts(*made, tiles=tiles)
+    def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "", ends: bool = False) -> Tensor:
+        return library(by).padded_experts(*made, ends) if by else triton_fp8.experts(*made, tiles=tiles)
 
     touched = num * (1 - (1 - top_k / num) ** tokens)
 
@@ -104,7 +104,10 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
         6 * tokens * top_k * hidden * inner, round(touched * 3 * hidden * inner),
         make=make, run=run,
         check=lambda made, found: _apart(found, fp8.experts_reference(*made)),
-        variants=[*LIBRARIES, *({"tiles": tiles} for tiles in _tiles() if tokens > SWEPT)],
+        variants=[
+            *LIBRARIES, *({**by, "ends": True} for by in LIBRARIES),
+            *({"tiles": tiles} for tiles in _tiles() if tokens > SWEPT),
+        ],
     )  # fmt: skip
 
 

@@ -51,6 +51,19 @@ def _right(b: Pair) -> Tensor:
     return dequantize(values, scales, (128, 128))
 
 
+def _groups(ends: Tensor, num_groups: int, rows: int) -> Tensor:
+    """Of each row, from the ends of all."""
+    assert ends.dtype == torch.int32
+    assert ends.is_contiguous()
+    assert ends.shape == (num_groups,)
+    groups, end = torch.full((rows,), -1, dtype=torch.int32, device=ends.device), 0
+    for group, last in enumerate(ends.tolist()):
+        first = -(-end // BLOCK) * BLOCK
+        assert last >= first
+        groups[first:last], end = group, last
+    return groups
+
+
 def make(calls: Calls) -> ModuleType:
     """The module `deep_gemm`."""
     module = ModuleType("deep_gemm")
@@ -61,9 +74,13 @@ def make(calls: Calls) -> ModuleType:
         assert d.is_contiguous()
         d.copy_(_left(a) @ _right(b).T)
 
-    def m_grouped_fp8_gemm_nt_contiguous(a: Pair, b: Pair, d: Tensor, groups: Tensor) -> None:
+    def m_grouped_fp8_gemm_nt_contiguous(
+        a: Pair, b: Pair, d: Tensor, groups: Tensor, use_psum_layout: bool = False
+    ) -> None:
         calls.made.append("grouped")
         rows, weights = _left(a), _right(b)
+        if use_psum_layout:
+            groups = _groups(groups, len(weights), len(rows))
         assert d.dtype == torch.bfloat16
         assert d.is_contiguous()
         assert groups.dtype == torch.int32
@@ -75,6 +92,8 @@ def make(calls: Calls) -> ModuleType:
             held = [group for group in own if group >= 0]
             assert len(set(held)) <= 1, "one expert a block"
             assert own[: len(held)] == held, "padding follows rows"
+            if use_psum_layout and not held:
+                continue  # passed by
             d[half] = rows[half] @ weights[own[0]].T if groups[first] >= 0 else 0
         d[groups < 0] = float("nan")
 

@@ -15,7 +15,7 @@ from tessera.core.quantization import deep_gemm_misfit
 from tessera.ops import triton_fp8
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.triton_combine import combine
-from tessera.ops.triton_fp8_rows import Quantized, quantize, spread
+from tessera.ops.triton_fp8_rows import Quantized, Spread, quantize, spread
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_sort import sort_rows
 
@@ -53,17 +53,23 @@ def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return y
 
 
-def padded_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
-    """See `fp8.experts_reference`: sort, quantise into blocks, two grouped products with a gate between, sum."""
+def padded_experts(
+    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, ends: bool = False
+) -> Tensor:
+    """See `fp8.experts_reference`: sort, quantise into blocks, two grouped products with a gate between, sum.
+
+    `ends`: the products are told where each expert's rows end, not whose each row is, and pass by blocks of none.
+    """
     block, x = deep_gemm.get_mk_alignment_for_contiguous_layout(), x if x.stride(1) == 1 else x.contiguous()
     ids = ids.contiguous()
     found = spread(x, sort_rows(ids, len(w2.values), block), ids.shape[1], block)
-    h = quantize(_grouped(found.rows, w13, found.groups, x), gated=True, groups=found.groups)
-    return combine(_grouped(h, w2, found.groups, x), ids, weights.contiguous(), found.places)
+    h = quantize(_grouped(found.rows, w13, found, x, ends), gated=True, groups=found.groups)
+    return combine(_grouped(h, w2, found, x, ends), ids, weights.contiguous(), found.places)
 
 
-def _grouped(rows: Quantized, w: Fp8Weight, groups: Tensor, like: Tensor) -> Tensor:
+def _grouped(rows: Quantized, w: Fp8Weight, spread: Spread, like: Tensor, ends: bool) -> Tensor:
     """[P, N] in the dtype of `like`: rows [P, K] times the weights [E, N, K] of their experts."""
-    y = like.new_empty(len(groups), w.values.shape[1])
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(rows, (w.values, w.scales), y, groups)
+    y = like.new_empty(len(spread.groups), w.values.shape[1])
+    whose = spread.ends if ends else spread.groups
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(rows, (w.values, w.scales), y, whose, use_psum_layout=ends)
     return y

@@ -28,12 +28,14 @@ Quantized = tuple[Tensor, Tensor]  # values [T, K], scales [T, K / group]
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Routed rows in whole blocks of one expert each. `groups` int32 [P]: the expert of a row, -1 where there is none,
-    which nobody writes or reads; `places` int32 [R]: where each routed row is (not written for those held elsewhere).
+    which nobody writes or reads; `places` int32 [R]: where each routed row is (not written for those held elsewhere);
+    `ends` int32 [E]: where the rows of each expert end.
     """
 
     rows: Quantized
     groups: Tensor
     places: Tensor
+    ends: Tensor
 
 
 @triton.jit
@@ -133,8 +135,9 @@ def spread(x: Tensor, by_expert: Sorted, top_k: int, block: int, group: int = GR
     assert x.stride(1) == 1 or columns == 1, "whole rows"
     assert block % ROWS == 0, "a program takes rows of one block"
     found = Spread(
-        empty(padded, columns, group, x.device), torch.empty(padded, **ints), torch.empty(len(by_expert.rows), **ints)
-    )
+        empty(padded, columns, group, x.device), torch.empty(padded, **ints), torch.empty(len(by_expert.rows), **ints),
+        by_expert.ends,
+    )  # fmt: skip
     values, scales = found.rows
     _spread[scales.shape[1], padded // ROWS](
         x, by_expert.rows, by_expert.blocks, values, scales, found.groups, found.places, x.stride(0), scales.stride(1),
