@@ -95,6 +95,7 @@ def rank_main(
 ) -> None:
     """One rank: measures; rank 0 tells."""
     device = torch.device("cuda", rank)
+    torch.set_num_threads(1)
     flags: dict[str, Any] = {**FLAGS, "model_path": str(SHAPES / shape), **more}
     prepared = prepare(flags, {})
     config, spec = prepared.resolved.config, prepared.spec
