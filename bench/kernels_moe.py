@@ -25,8 +25,8 @@ from tessera.ops.triton_linear import Tile as RowTile
 from tessera.ops.triton_linear import gated_product, pack
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
 from tessera.ops.triton_moe_few import few_experts
-from tessera.ops.triton_route import SCORING, route, score_and_route
-from tessera.ops.triton_scores import MANY, ScoreTile, scores
+from tessera.ops.triton_route import SCORING, choose_apart, route, score_and_route
+from tessera.ops.triton_scores import ScoreTile
 
 HIDDEN = 2048
 
@@ -80,8 +80,8 @@ def cases() -> dict[str, Callable[[str], Case]]:
     for name, router in ROUTERS.items():
         for tokens in (1, 2, 4, 8, 16):
             made[f"scores and route {name} {tokens}"] = partial(_scores, router, tokens)
-        for tokens in (16, 64, 512, 2048, 8192) if router[1] else ():
-            made[f"scores {name} {tokens}"] = partial(_many_scores, router[0], tokens)
+        for tokens in (16, 64, 128, 512, 2048, 8192) if router[1] else ():
+            made[f"scores apart {name} {tokens}"] = partial(_many_scores, router, tokens)
     for name, shared in SHARED.items():
         for tokens in (1, 2, 4):
             made[f"with shared {name} {tokens}"] = partial(_mixture, SHAPES[name], shared, tokens)
@@ -150,20 +150,23 @@ def _scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) ->
     return Case(name, num_bytes, 0, num_bytes, make, run, check, variants)
 
 
-def _many_scores(num: int, tokens: int, name: str) -> Case:
-    def make() -> tuple[Tensor, Tensor]:
-        return random(tokens, HIDDEN), random(num, HIDDEN).float() * HIDDEN**-0.5
+def _many_scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) -> Case:
+    num, _, rules = router
+    none = torch.zeros(0, dtype=torch.int32, device="cuda")
 
-    def run(inputs: tuple[Tensor, Tensor], tile: ScoreTile | None = None, library: str = "") -> Tensor:
-        x, weight = inputs
+    def make() -> tuple[Tensor, Router]:
+        return random(tokens, HIDDEN), Router(pack(random(num, HIDDEN).float() * HIDDEN**-0.5), True, rules, none)
+
+    def run(inputs: tuple[Tensor, Router], tile: ScoreTile | None = None, library: str = "") -> Tensor:
+        x, weight = inputs[0], inputs[1].weight.weight
         if library == "fp32":  # as it was
-            return linear(x.float(), weight)
+            return route(linear(x.float(), weight), **rules)[1]
         if library == "bf16":  # for weights that are numbers of bfloat16
-            return torch.mm(x, weight.bfloat16().T, out_dtype=torch.float32)
-        return scores(x, weight, tile) if tile or tokens >= MANY else linear(x.float(), weight)
+            return route(torch.mm(x, weight.bfloat16().T, out_dtype=torch.float32), **rules)[1]
+        return choose_apart(x, inputs[1], tile)[1]
 
-    def check(inputs: tuple[Tensor, Tensor], found: Tensor) -> float:
-        return distance(found, inputs[0].double() @ inputs[1].double().T)
+    def check(inputs: tuple[Tensor, Router], weights: Tensor) -> float:
+        return distance(weights, moe.choose(*inputs)[1])
 
     sizes = ((64, 16, 64, 4), (64, 16, 128, 3), (64, 32, 64, 4), (64, 64, 64, 3), (64, 64, 64, 4))
     variants: list[dict[str, Any]] = [{"library": "fp32"}, {"library": "bf16"}]

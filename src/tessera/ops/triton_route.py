@@ -98,16 +98,19 @@ def _numbers(NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.con
 
 @triton.jit
 def _route(
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr, stride, scale,
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, stride, part, scale, PARTS: tl.constexpr,
     TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
     SOFTMAX: tl.constexpr, BIASED: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
     GROUPS_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program: a token."""
+    """Program: a token, whose logits are the sum of PARTS."""
     follow()
     token = tl.program_id(0).to(tl.int64)
     expert, valid = _numbers(NUM_GROUPS, SIZE, GROUPS_PADDED, SIZE_PADDED)
-    logits = tl.load(logits_ptr + token * stride + expert, mask=valid, other=float("-inf")).to(tl.float32)
+    at = logits_ptr + token * stride + expert
+    logits = tl.load(at, mask=valid, other=float("-inf")).to(tl.float32)
+    for p in tl.static_range(1, PARTS):
+        logits += tl.load(at + part.to(tl.int64) * p, mask=valid, other=0.0)
     _choose(
         logits, expert, valid, bias_ptr, ids_ptr + token * TOP_K, weights_ptr + token * TOP_K, scale,
         TOP_K, NUM_GROUPS, SIZE, TOP_GROUPS, SOFTMAX, BIASED, TOP2, NORMALIZE, GROUPS_PADDED, K_PADDED,
@@ -163,15 +166,25 @@ def route(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `moe.route`; up to float32. Experts that score alike are chosen in the order of their numbers."""
-    num_tokens, num_experts = logits.shape
-    assert logits.dtype != torch.float64, "up to float32"
-    assert logits.stride(1) == 1, "neighbouring columns"
+    options = scoring, bias, num_groups, top_groups, group_score, normalize, scale
+    return _routed(logits[None], top_k, *options)
+
+
+def _routed(
+    parts: Tensor, top_k: int, scoring: str = "softmax", bias: Tensor | None = None, num_groups: int = 1,
+    top_groups: int = 1, group_score: str = "max", normalize: bool = True, scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`route` of the sum of parts [P, T, E]; of more than one: in fp32."""
+    num_parts, num_tokens, num_experts = parts.shape
+    assert parts.dtype != torch.float64, "up to float32"
+    assert parts.stride(2) == 1, "neighbouring columns"
     rules = _rules(num_experts, top_k, scoring, bias, num_groups, top_groups, group_score, normalize)
-    ids, weights = _results(logits, top_k)
+    ids, weights = _results(parts[0], top_k)
     if num_tokens:
         _route[num_tokens,](
-            logits, bias, ids, weights, logits.stride(0), scale, **rules, num_warps=1, **chained(logits.device)
-        )
+            parts, bias, ids, weights, parts.stride(1), parts.stride(0), scale, PARTS=num_parts, **rules, num_warps=1,
+            **chained(parts.device),
+        )  # fmt: skip
     return ids, weights
 
 
@@ -205,17 +218,16 @@ def choose(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See `moe.choose`. Few tokens take one launch, in which each program counts itself in `router.arrived`."""
     weight, most = router.weight.weight, min(TOKENS, len(router.arrived))
     if not 0 < len(x) <= most or x.dtype == torch.float64 or router.weight.bias is not None or weight.is_mkldnn:
-        return route(_scored(x, router), **router.rules)
+        return choose_apart(x, router)
     return score_and_route(x, router)
 
 
-def _scored(x: Tensor, router: Router) -> Tensor:
-    """[T, E]: the product that scores experts."""
-    if not router.wide:
-        return linear(x, router.weight)
-    if router.weight.bias is None and triton_scores.pays(x, router.weight.weight):
-        return triton_scores.scores(x, router.weight.weight)
-    return linear(x.to(wide(x.dtype)), router.weight)
+def choose_apart(x: Tensor, router: Router, tile: triton_scores.ScoreTile | None = None) -> tuple[Tensor, Tensor]:
+    """`choose` as a product and a choice, for any number of tokens."""
+    weight = router.weight.weight
+    if router.wide and router.weight.bias is None and triton_scores.fits(x, weight):
+        return _routed(triton_scores.scores(x, weight, tile), **router.rules)
+    return route(linear(x.to(wide(x.dtype)) if router.wide else x, router.weight), **router.rules)
 
 
 def score_and_route(x: Tensor, router: Router, tile: Tile = SCORING) -> tuple[Tensor, Tensor]:
