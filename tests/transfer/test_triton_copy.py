@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +22,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def copied(batch: np.ndarray, src: Regions, dst: Regions) -> Iterator[None]:
     """Copies, call by call."""
     runs = addressed(batch, ByRegion(starts(src)), ByRegion(starts(dst)))
-    return triton_copy.copy_runs(runs, DEVICE)
+    for wait in triton_copy.Copier(DEVICE, lambda: torch.cuda.synchronize if DEVICE.type == "cuda" else int)(runs):
+        wait()
+        yield
 
 
 @st.composite
@@ -73,5 +75,18 @@ def test_memory_at_an_odd_place_is_copied_in_narrow_words() -> None:
     assert target[64:80].tolist() == memory[:16].tolist()
 
 
-def test_it_is_made_ready_without_copying() -> None:
-    triton_copy.prepare(DEVICE)
+def test_a_table_is_not_written_while_the_one_before_it_may_be_read() -> None:
+    """One table after the other; the last to be told that it is free again is the first to be taken anew."""
+    waited: list[int] = []
+    numbers = count()
+
+    def mark() -> Callable[[], None]:
+        number = next(numbers)
+        return lambda: waited.append(number)
+
+    copier = triton_copy.Copier(DEVICE, mark)  # 0: made ready
+    memory = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+    runs = addressed(np.array([[0, 0, 0, 32, 16]]), ByRegion(starts({0: memory})), ByRegion(starts({0: memory})))
+    for _ in range(triton_copy.DESKS + 2):
+        list(copier(runs))
+    assert waited == [0, 1, 2]

@@ -49,11 +49,12 @@ class CopyPlan:
         self._source, self._destination = _Side(source), _Side(destination)
         self._pages = self._templates("page")
         self._slots = self._templates("slot")
+        self._pairs = sorted(self._pages.keys() | self._slots.keys())
 
     def pairs(self, src_dp: int, dst_dp: int) -> tuple[tuple[int, int], ...]:
         """(source rank, destination rank) of all that have something to copy between a DP group of either side."""
         src, dst = self._source.manifest.group(src_dp), self._destination.manifest.group(dst_dp)
-        return tuple((src[a], dst[b]) for a, b in sorted(self._pages.keys() | self._slots.keys()))
+        return tuple((src[a], dst[b]) for a, b in self._pairs)
 
     def readers(self, src_rank: int) -> tuple[int, ...]:
         """The destination ranks, of all DP groups, to which a source rank may have something to copy."""
@@ -132,15 +133,17 @@ class _Template:
 
     def expand(self, src: Ints, dst: Ints) -> Runs:
         """Runs of units `src[i]` to `dst[i]`. Only whole units can be neighbours, and these join."""
+        parts = _placed(self._parts, src, dst, 1)
+        if not len(self._whole):
+            return parts
         first = np.ones(len(src), bool)
         first[1:] = (src[1:] != src[:-1] + 1) | (dst[1:] != dst[:-1] + 1)
         starts = np.flatnonzero(first)
         joined = np.diff(np.append(starts, len(src)))
-        whole = _placed(self._whole, src[starts], dst[starts], joined)
-        return np.concatenate([whole, _placed(self._parts, src, dst, np.ones(len(src), np.int64))])
+        return np.concatenate([_placed(self._whole, src[starts], dst[starts], joined), parts])
 
 
-def _placed(rows: NDArray[np.int64], src: Ints, dst: Ints, count: Ints) -> Runs:
+def _placed(rows: NDArray[np.int64], src: Ints, dst: Ints, count: Ints | int) -> Runs:
     """Every row at every unit, `count` units long."""
     runs = np.repeat(rows[:, None, :5], len(src), axis=1)
     runs[:, :, 1] += rows[:, 5, None] * src

@@ -74,7 +74,7 @@ class CudaIpcSource:
     """See `Source`."""
 
     def __init__(self, shared: dict[int, Shared], own: Regions, device: torch.device, copies: Any) -> None:
-        self._own, self._device, self._copies = own, device, copies
+        self._own = own  # holds on to the memory
         try:
             self._theirs = {number: _mapped(region, device) for number, region in shared.items()}
         except RuntimeError as error:
@@ -82,22 +82,35 @@ class CudaIpcSource:
             raise PeerError(f"the writer's GPU memory cannot be mapped on {device} ({error}): {remedy}") from error
         self._places = ByRegion(starts(self._theirs)), ByRegion(starts(own))
         self._stream = torch.cuda.Stream(device)
-        with torch.cuda.device(device), torch.cuda.stream(self._stream):
-            copies.prepare(device)
+        torch.cuda.set_device(device)  # both of this thread, for good: to change them for each copy takes as long as
+        torch.cuda.set_stream(self._stream)  # its launch
+        self._copies = copies.Copier(device, self._mark)
 
     def copy(self, runs: Runs, stop: threading.Event) -> Wait | None:
         """See `Source.copy`. Of a batch of several calls the last is under way when it returns."""
-        wait = None
+        wait: Wait | None = None
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                for _ in self._copies.copy_runs(addressed(runs, *self._places), self._device):
-                    if wait is not None:
-                        wait()
-                    if stop.is_set():
-                        return None
-                    wait = _Under(self._stream)
+            for begun in self._copies(addressed(runs, *self._places)):
+                if wait is not None:
+                    wait()
+                if stop.is_set():
+                    return None
+                wait = begun
         except RuntimeError as error:
-            raise PeerError(f"a copy from the writer's GPU failed: {error}") from error
+            raise _failed(error) from error
+        return wait
+
+    def _mark(self) -> Wait:
+        """Waits for what the stream was given until now. The host looks all the time: to be woken takes long."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+
+        def wait() -> None:
+            try:
+                event.synchronize()
+            except RuntimeError as error:
+                raise _failed(error) from error
+
         return wait
 
     def close(self) -> None:
@@ -106,18 +119,8 @@ class CudaIpcSource:
         self._theirs = {}
 
 
-class _Under:
-    """Waits for what `stream` was given until now. The host looks all the time: to be woken costs a tenth of a copy."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record(stream)
-
-    def __call__(self) -> None:
-        try:
-            self._event.synchronize()
-        except RuntimeError as error:
-            raise PeerError(f"a copy from the writer's GPU failed: {error}") from error
+def _failed(error: RuntimeError) -> PeerError:
+    return PeerError(f"a copy from the writer's GPU failed: {error}")
 
 
 def _mapped(region: Shared, device: torch.device) -> Tensor:

@@ -51,7 +51,10 @@ class Mover(Protocol):
         ...
 
     def open(self, exported: bytes, own: Regions) -> Source:
-        """The memory that a writer exported, to be copied into `own`. Raises `PeerError` when it cannot be reached."""
+        """The memory that a writer exported, to be copied into `own`, for the calling thread, which does nothing else.
+
+        Raises `PeerError` when it cannot be reached.
+        """
         ...
 
     def close(self) -> None:
@@ -83,6 +86,9 @@ def addressed(runs: Runs, theirs: ByRegion, own: ByRegion, most: int | None = No
 
 def calls(lengths: Addresses, num_runs: int, num_bytes: int) -> Iterator[slice]:
     """Cuts runs into calls of at most so many runs and, but for a single run, so many bytes."""
+    if 0 < len(lengths) <= num_runs and lengths.sum() <= num_bytes:
+        yield slice(0, len(lengths))
+        return
     ends = np.cumsum(lengths)
     first = 0
     while first < len(lengths):

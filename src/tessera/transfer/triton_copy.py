@@ -7,21 +7,23 @@ under way: a piece for each program. What is sent to the device is the runs, not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import lru_cache, reduce
 from operator import or_
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from tessera.transfer.mover import Addressed, calls
+from tessera.transfer.mover import Addressed, Wait, calls
 
 PIECE = 1 << 14  # bytes of a program at a time
 PROGRAMS = 128
 WARPS = 4
 CALL = 1 << 28  # bytes between two chances to stop
+DESKS = 4  # one more than calls of a writer are under way
 _WORDS = {16: (tl.int64, 8), 8: (tl.int64, 8), 4: (tl.int32, 4), 2: (tl.int16, 2), 1: (tl.int8, 1)}
 
 
@@ -51,38 +53,78 @@ def _copy(  # type: ignore[no-untyped-def]
         run += 1
 
 
-def copy_runs(runs: Addressed, device: torch.device) -> Iterator[None]:
-    """Copies bytes between addresses that `device` reaches, on its current stream.
+class Copier:
+    """Copies bytes between addresses that `device` reaches, on the stream that is current where it is called.
 
-    Yields about every `CALL` bytes, when these are under way, so that the caller can wait for the device, or stop.
+    `mark` gives what waits for all that was put on that stream until now. Of one thread.
     """
-    for part in calls(runs.lengths, len(runs.lengths), CALL):
-        _launch(Addressed(*(column[part] for column in runs)), device)
-        yield
+
+    def __init__(self, device: torch.device, mark: Callable[[], Wait]) -> None:
+        self._device, self._mark = device, mark
+        self._desks: dict[tuple[int, int], _Desk] = {}
+        self._turn = 0
+        nothing = np.zeros(1, np.uint64)  # the first copies would wait for the compiler
+        self._launch(Addressed(nothing, nothing, nothing))
+
+    def __call__(self, runs: Addressed) -> Iterator[Wait]:
+        """Yields about every `CALL` bytes, which are under way, what waits for them; goes on or not as it is asked."""
+        for part in calls(runs.lengths, len(runs.lengths), CALL):
+            yield self._launch(Addressed(*(column[part] for column in runs)))
+
+    def _launch(self, runs: Addressed) -> Wait:
+        num_runs = len(runs.lengths)
+        pieces = -(-runs.lengths.view(np.int64) // PIECE)
+        ends = np.cumsum(pieces)
+        num_pieces = int(ends[-1])
+        share = max(-(-num_pieces // PROGRAMS), 1)
+        programs = max(-(-num_pieces // share), 1)
+        desk = self._desk(4 * num_runs + programs)
+        rows = desk.table[: 4 * num_runs].reshape(num_runs, 4)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = *runs, ends - pieces
+        every = reduce(or_, np.bitwise_or.reduce(rows[:, :3]).tolist(), max(_WORDS))
+        aligned = every & -every
+        rows[:, 2] //= aligned
+        first = np.arange(0, programs * share, share)
+        desk.table[4 * num_runs : 4 * num_runs + programs] = np.searchsorted(ends, first, side="right")
+        kernel, sizes = _kernel(self._device, aligned, PIECE)
+        desk.there.copy_(desk.told, non_blocking=True)
+        kernel[(programs, 1, 1)](desk.there, num_runs, num_pieces, share, *sizes)
+        desk.wait = self._mark()
+        return desk.wait
+
+    def _desk(self, size: int) -> _Desk:
+        """One of `DESKS` for that many numbers, in turn, once the copies are over for which it was used before."""
+        self._turn = (self._turn + 1) % DESKS
+        key = max(1 << (size - 1).bit_length(), 1024), self._turn
+        if key not in self._desks:
+            self._desks[key] = _Desk(key[0], self._device)
+        self._desks[key].wait()
+        return self._desks[key]
 
 
-def _launch(runs: Addressed, device: torch.device) -> None:
-    num_runs = len(runs.lengths)
-    every = reduce(or_, (int(np.bitwise_or.reduce(column)) for column in runs), max(_WORDS))
-    aligned = every & -every
+class _Desk:
+    """Where a table is written, and what is sent of it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.told = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.table = self.told.numpy()
+        self.there = torch.empty(size, dtype=torch.int64, device=device)
+        self.wait: Wait = _nothing
+
+
+def _nothing() -> None:
+    """What nothing is waited for with."""
+
+
+@lru_cache
+def _kernel(device: torch.device, aligned: int, piece: int) -> tuple[Any, tuple[Any, ...]]:
+    """The kernel for addresses and lengths of that alignment, and the last of its arguments.
+
+    It is launched as it was compiled: to look at the arguments anew takes longer than a copy of 10 MB.
+    """
     word, size = _WORDS[aligned]
-    pieces = -(-runs.lengths.view(np.int64) // PIECE)
-    ends = np.cumsum(pieces)
-    num_pieces = int(ends[-1])
-    share = max(-(-num_pieces // PROGRAMS), 1)
-    programs = max(-(-num_pieces // share), 1)
-    told = torch.empty(4 * num_runs + programs, dtype=torch.int64, pin_memory=device.type == "cuda")
-    table = told.numpy()
-    rows = table[: 4 * num_runs].reshape(num_runs, 4)
-    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = runs.src, runs.dst, runs.lengths // aligned, ends - pieces
-    table[4 * num_runs :] = np.searchsorted(ends, np.arange(0, programs * share, share), side="right")
-    _copy[(programs,)](
-        told.to(device, non_blocking=True), num_runs, num_pieces, share, word, size, aligned, PIECE // size,
-        num_warps=WARPS,
-    )  # fmt: skip
-
-
-def prepare(device: torch.device) -> None:
-    """Has the device ready for the first copies: they would wait for the compiler otherwise."""
-    nothing = np.zeros(1, np.uint64)
-    _launch(Addressed(nothing, nothing, nothing), device)
+    sizes = word, size, aligned, piece // size
+    if not isinstance(_copy, triton.JITFunction):  # the interpreter
+        return _copy, sizes
+    with torch.cuda.device(device):
+        return _copy.warmup(torch.int64, 1, 1, 1, *sizes, num_warps=WARPS, grid=(1,)), sizes
