@@ -30,7 +30,10 @@ def test_it_is_what_segments_say(version, ranges, more: int, empty: int, seed: i
     total = int(lengths.sum())
     columns = [np.append(rows, pad + ROWS), np.append(starts, pad), np.append(lengths, pad), np.append(rows, pad)]
     columns += [columns[0], np.concatenate([[0], np.cumsum(np.append(lengths, pad))])]
-    packed = torch.from_numpy(np.concatenate(columns).astype(np.int32)).to(DEVICE)
+    host = np.zeros(Columns.size(len(columns[0])), np.int32)
+    for column, place in zip(columns, Columns.places(len(columns[0])), strict=True):
+        host[place] = column
+    packed = torch.from_numpy(host).to(DEVICE)
     table = [torch.from_numpy(x).to(DEVICE) for x in (tokens, pages)]
     num_tokens = max(total + more, 1)
     found = version(Columns.split(packed, len(columns[0])), num_tokens, *table, PAGE)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tessera.ops.upload import room
+
 
 class Columns(NamedTuple):
     """One entry per range, int32, views of one buffer. `table_rows`: rows of the row table, the scratch row for
@@ -24,9 +26,20 @@ class Columns(NamedTuple):
     cu_lengths: Tensor
 
     @staticmethod
+    def places(num_segments: int) -> list[slice]:
+        """Where each lies in a buffer of `size(S)` numbers."""
+        each = room(num_segments)
+        return [slice(i * each, i * each + num_segments + (i == 5)) for i in range(6)]
+
+    @staticmethod
+    def size(num_segments: int) -> int:
+        """Numbers of a buffer."""
+        return 5 * room(num_segments) + room(num_segments + 1)
+
+    @staticmethod
     def split(packed: Tensor, num_segments: int) -> Columns:
-        """Views of a buffer of `6 * S + 1` numbers."""
-        return Columns(*packed.split([num_segments] * 5 + [num_segments + 1]))
+        """Views of a buffer."""
+        return Columns(*(packed[place] for place in Columns.places(num_segments)))
 
 
 class Expanded(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.ops.upload import upload
+from tessera.ops.upload import upload_columns
 
 Ints = NDArray[np.int32]
 V = TypeVar("V")
@@ -132,8 +132,7 @@ def make_segments(
     write_page = tables[rows, positions // page_size]
     columns = (cu_lengths, starts, lengths, np.maximum(np.asarray(slots, np.int32), 0), tables.ravel())
     columns += (positions, rows, write_page, positions % page_size)
-    packed = upload(np.concatenate(columns).astype(np.int32, copy=False), torch.device(device))
-    views = packed.split([len(c) for c in columns])
+    views = upload_columns(columns, torch.device(device))
     return Segments(
         cu_lengths=views[0],
         starts=views[1],

@@ -59,21 +59,22 @@ def _tile(
     return acc, m, total, pages
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "queries", "splits"])
 def _decode(
     q, pool, out, partial, lse, cu_lengths, starts, lengths, page_table, scale, kv_scale,
     q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr,
-    SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    queries, splits, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr,
+    WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Program (segment, key head, split and block of rows) of ranges of up to SHORT tokens."""
+    """Program (segment, key head, split and block of rows) of ranges of up to SHORT tokens. WHOLE: there is one split,
+    whose results go to `out`."""
     follow()
-    s, head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
+    s, head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) % splits, tl.program_id(2) // splits
     start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     if length > SHORT or block * M >= length * G:
         return
     end = start + length
-    size = split_size(end, SPLITS, N)
+    size = split_size(end, splits, N)
     first = split * size
     if first >= end:
         return
@@ -92,15 +93,15 @@ def _decode(
         )  # fmt: skip
     acc, sums = normalised(acc, m, total)
     acc *= kv_scale
-    if SPLITS == 1:
+    if WHOLE:
         store_rows(out, token * out_token + h * out_head, acc, live, D, DP)
     else:
-        at = (((s * Q + i) * (tl.num_programs(1) * G) + h) * SPLITS + split).to(tl.int64)
+        at = (((s * queries + i) * (tl.num_programs(1) * G) + h) * splits + split).to(tl.int64)
         store_rows(partial, at * D, acc, live, D, DP)
         tl.store(lse + at, sums, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
     q, pool, out, tiles, cu_lengths, starts, lengths, page_table, scale, kv_scale,
     q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
@@ -172,8 +173,8 @@ def paged_attention(
     rows = segments.num_segments * queries * num_q if splits > 1 else 0
     partial, lse = (q.new_empty(rows * splits * n, dtype=torch.float32) for n in (dim, 1))
     _decode[(segments.num_segments, num_kv, splits * blocks)](
-        q, pool, out, partial, lse, *ranges, *numbers, *strides, **shape, SHORT=SHORT, Q=queries, SPLITS=splits,
-        **t.launch, **chained(q.device),
+        q, pool, out, partial, lse, *ranges, *numbers, *strides, queries, splits, **shape, SHORT=SHORT,
+        WHOLE=splits == 1, **t.launch, **chained(q.device),
     )  # fmt: skip
     if splits > 1:
         launch_combine(partial, lse, out, segments, queries, SHORT, splits, t.n)

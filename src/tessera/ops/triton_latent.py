@@ -57,7 +57,7 @@ TILES = {2: LatentTiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(16, 32, 8, 
 WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))  # fp32, on the plain units
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def _list_blocks(
     lengths, blocks, counts, num_segments,
     S: tl.constexpr, H: tl.constexpr, SHORT: tl.constexpr, SHORT_M: tl.constexpr, LONG_M: tl.constexpr, B: tl.constexpr,
@@ -85,15 +85,15 @@ def _list_blocks(
 @triton.jit
 def _part(
     q_latent, q_rope, pool, partial, lse, s, block, split, at, before, cu_lengths, starts, lengths, page_table, scale,
-    latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
+    latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride, queries, splits,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
-    Q: tl.constexpr, SPLITS: tl.constexpr, PREFIX: tl.constexpr, FOLLOW: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, STAGES: tl.constexpr,
+    BY_TOKEN: tl.constexpr, PREFIX: tl.constexpr, FOLLOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one block of rows. PREFIX: keys are the first `before` [S] of each sequence.
 
     FOLLOW: where the keys lie is found while the launch before may still run, which must not be what tells it. Results
-    lie from row `at` on: by token, or with Q by segment and query. Where a split holds no key that one of the rows
+    lie from row `at` on: BY_TOKEN, or by segment and query. Where a split holds no key that one of the rows
     sees, -inf is all that is written.
     """
     start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
@@ -104,9 +104,9 @@ def _part(
     else:
         end, limit = start + tl.minimum(length, (block * M + M - 1) // H + 1), start + i + 1
     live, token = i < length, (base + i).to(tl.int64)
-    where = ((s * Q + i).to(tl.int64) if Q else token) * H + h
-    where = at + where * SPLITS + split
-    size = split_size(end, SPLITS, N)
+    where = (token if BY_TOKEN else (s * queries + i).to(tl.int64)) * H + h
+    where = at + where * splits + split
+    size = split_size(end, splits, N)
     first = split * size
     last = tl.where(block * M < length * H, tl.minimum(first + size, end), 0)
     table = page_table + s.to(tl.int64) * table_stride
@@ -133,18 +133,18 @@ def _part(
     tl.store(lse + where, sums, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "at", "table_stride", "queries", "splits"])
 def _latents(
     q_latent, q_rope, pool, partial, lse, blocks, counts, num_blocks, at, before, cu_lengths, starts, lengths,
     page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
-    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, PAGE: tl.constexpr,
-    LISTED: tl.constexpr, LONG: tl.constexpr, BESIDE: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
-    PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    queries, splits, H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr,
+    PAGE: tl.constexpr, LISTED: tl.constexpr, LONG: tl.constexpr, BESIDE: tl.constexpr, PREFIX: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs share the parts of the LONG ranges of a step, or of the others; see `_part`.
 
-    LISTED: `blocks` and `counts` tell them; else there are `num_blocks`, as many of each range as Q tokens fill.
-    BESIDE: runs beside the launch before, of which it needs nothing, and ends after it.
+    LISTED: `blocks` and `counts` tell them; else there are `num_blocks`, as many of each range as `queries` tokens
+    fill. BESIDE: runs beside the launch before, of which it needs nothing, and ends after it.
     """
     if LISTED and not BESIDE:
         follow()
@@ -152,17 +152,17 @@ def _latents(
         num_long = tl.load(counts)
         num_blocks = num_long if LONG else tl.load(counts + 1)
         blocks += 0 if LONG else 2 * num_long
-    for part in range(tl.program_id(0), num_blocks * SPLITS, tl.num_programs(0)):
-        number = part // SPLITS
+    for part in range(tl.program_id(0), num_blocks * splits, tl.num_programs(0)):
+        number = part // splits
         if LISTED:
             s, block = tl.load(blocks + 2 * number), tl.load(blocks + 2 * number + 1)
         else:
-            each: tl.constexpr = (Q * H + M - 1) // M
+            each = tl.cdiv(queries * H, M)
             s, block = number // each, number % each
         _part(
-            q_latent, q_rope, pool, partial, lse, s, block, part % SPLITS, at, before, cu_lengths, starts, lengths,
+            q_latent, q_rope, pool, partial, lse, s, block, part % splits, at, before, cu_lengths, starts, lengths,
             page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride,
-            table_stride, H, R, RP, DR, DRP, PAGE, 0 if LONG else Q, SPLITS, PREFIX, not LISTED, M, N, STAGES,
+            table_stride, queries, splits, H, R, RP, DR, DRP, PAGE, LONG, PREFIX, not LISTED, M, N, STAGES,
         )  # fmt: skip
     if BESIDE:
         follow()
@@ -170,16 +170,16 @@ def _latents(
 
 @triton.jit
 def _parts_of(
-    t, h, live, rows, cu_lengths, lengths, long_at,
-    H: tl.constexpr, SHORT: tl.constexpr, Q: tl.constexpr, SHORT_SPLITS: tl.constexpr, LONG_SPLITS: tl.constexpr,
+    t, h, live, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits,
+    H: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Where the parts of tokens t and head h begin, and how many there are; 0 for a token of no range."""
     s = tl.load(rows + t, mask=live, other=0)
     length, i = tl.load(lengths + s), t - tl.load(cu_lengths + s)
-    at, num = ((s * Q + i).to(tl.int64) * H + h) * SHORT_SPLITS, tl.where(live & (i < length), SHORT_SPLITS, 0)
-    if LONG_SPLITS:
-        at = tl.where(length > SHORT, long_at + (t.to(tl.int64) * H + h) * LONG_SPLITS, at)
-        num = tl.where((length > SHORT) & (num > 0), LONG_SPLITS, num)
+    at, num = ((s * queries + i).to(tl.int64) * H + h) * short_splits, tl.where(live & (i < length), short_splits, 0)
+    if LONG:
+        at = tl.where(length > SHORT, long_at + (t.to(tl.int64) * H + h) * long_splits, at)
+        num = tl.where((length > SHORT) & (num > 0), long_splits, num)
     return at, num
 
 
@@ -192,12 +192,12 @@ def _with_part(acc, partial, part, m, at, num, j, R: tl.constexpr, RP: tl.conste
     return acc + values * tl.exp2(own - m)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["long_at", "queries", "short_splits", "long_splits", "num_tokens"])
 def _join(
-    partial, lse, kv_b, out, sums, rows, cu_lengths, lengths, long_at, num_tokens, weight_head, weight_row,
+    partial, lse, kv_b, out, sums, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, num_tokens,
+    weight_head, weight_row,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SHORT: tl.constexpr,
-    Q: tl.constexpr, SHORT_SPLITS: tl.constexpr, LONG_SPLITS: tl.constexpr, MOST: tl.constexpr, SUMS: tl.constexpr,
-    B: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr,
+    LONG: tl.constexpr, MOST: tl.constexpr, SUMS: tl.constexpr, B: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (B tokens, head, EACH value dims): joins the splits and multiplies by the values' weights, which are
     the rows of `kv_b` [H, D + V, R] after D, N rows at a time. Zeros for tokens of no range. SUMS: writes `sums` too,
@@ -205,7 +205,9 @@ def _join(
     follow()
     t, h = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
     inside, split = t < num_tokens, tl.arange(0, MOST)
-    at, num = _parts_of(t, h, inside, rows, cu_lengths, lengths, long_at, H, SHORT, Q, SHORT_SPLITS, LONG_SPLITS)
+    at, num = _parts_of(
+        t, h, inside, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, H, SHORT, LONG
+    )
     part = tl.load(lse + at[:, None] + split, mask=split < num[:, None], other=float("-inf"))
     m = tl.maximum(tl.max(part, 1), NEVER)
     total = tl.sum(tl.exp2(part - m[:, None]), 1)
@@ -229,18 +231,19 @@ def _join(
         tl.store(out + where, y, mask=inside[:, None] & (v < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["long_at", "queries", "short_splits", "long_splits"])
 def _join_few(
-    partial, lse, kv_b, out, rows, cu_lengths, lengths, long_at, weight_head, weight_row,
-    H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SHORT: tl.constexpr,
-    Q: tl.constexpr, SHORT_SPLITS: tl.constexpr, LONG_SPLITS: tl.constexpr, MOST: tl.constexpr, B: tl.constexpr,
-    N: tl.constexpr,
+    partial, lse, kv_b, out, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, weight_head,
+    weight_row, H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    SHORT: tl.constexpr, LONG: tl.constexpr, MOST: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The same for few tokens, where waiting is what costs: program (token, head, N value dims), B splits at a time."""
     t, h, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * N + tl.arange(0, N)
     weight = load_rows(kv_b + h * weight_head, (D + v) * weight_row, v < V, R, RP, True)
     follow()
-    at, num = _parts_of(t, h, True, rows, cu_lengths, lengths, long_at, H, SHORT, Q, SHORT_SPLITS, LONG_SPLITS)
+    at, num = _parts_of(
+        t, h, True, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, H, SHORT, LONG
+    )
     split = tl.arange(0, MOST)
     part = tl.load(lse + at + split, mask=split < num, other=float("-inf"))
     m = tl.maximum(tl.max(part, 0), NEVER)
@@ -288,34 +291,35 @@ def attend_latents(
         segments.page_table.stride(0),
     )  # fmt: skip
     shape = {"H": heads, "R": rank, "RP": padded(rank)}
-    sizes = {**shape, "DR": dim, "DRP": padded(dim), "PAGE": segments.page_size, "LISTED": long, "Q": queries}
+    sizes = {**shape, "DR": dim, "DRP": padded(dim), "PAGE": segments.page_size, "LISTED": long}
     blocks, counts = _blocks(segments, heads, t) if long else (None, None)
     processors = num_processors(q_nope.device)
     if long:
         _latents[(processors,)](
-            q_latent, q_rope, pool, partial, lse, blocks, counts, 0, short_rows, before, *ranges, *numbers, **sizes,
-            LONG=True, BESIDE=False, SPLITS=long_splits, PREFIX=before is not None, STAGES=t.long.stages, M=t.long.m,
-            N=t.long.n, num_warps=t.long.warps, **chained(q_nope.device),
+            q_latent, q_rope, pool, partial, lse, blocks, counts, 0, short_rows, before, *ranges, *numbers,
+            queries, long_splits, **sizes, LONG=True, BESIDE=False, PREFIX=before is not None, STAGES=t.long.stages,
+            M=t.long.m, N=t.long.n, num_warps=t.long.warps, **chained(q_nope.device),
         )  # fmt: skip
     number = segments.num_segments * triton.cdiv(queries * heads, t.short.m)
     _latents[(min(2 * processors, number * short_splits) if long else number * short_splits,)](
-        q_latent, q_rope, pool, partial, lse, blocks, counts, number, 0, None, *ranges, *numbers, **sizes,
-        LONG=False, BESIDE=long and beside, SPLITS=short_splits, PREFIX=False, STAGES=t.short.stages, M=t.short.m,
-        N=t.short.n, num_warps=t.short.warps, **chained(q_nope.device),
+        q_latent, q_rope, pool, partial, lse, blocks, counts, number, 0, None, *ranges, *numbers,
+        queries, short_splits, **sizes, LONG=False, BESIDE=long and beside, PREFIX=False, STAGES=t.short.stages,
+        M=t.short.m, N=t.short.n, num_warps=t.short.warps, **chained(q_nope.device),
     )  # fmt: skip
-    splits = {"Q": queries, "SHORT_SPLITS": short_splits, "LONG_SPLITS": long_splits if long else 0}
-    _launch_join(partial, lse, kv_b, out, sums, segments, short_rows, shape | splits, t)
+    counts = (short_rows, queries, short_splits, long_splits if long else 0)
+    _launch_join(partial, lse, kv_b, out, sums, segments, counts, shape, t)
     return out, sums
 
 
 def _launch_join(
-    partial: Tensor, lse: Tensor, kv_b: Tensor, out: Tensor, sums: Tensor | None, segments: Segments, long_at: int,
-    shape: dict[str, int], t: LatentTiles,
+    partial: Tensor, lse: Tensor, kv_b: Tensor, out: Tensor, sums: Tensor | None, segments: Segments,
+    counts: tuple[int, int, int, int], shape: dict[str, int], t: LatentTiles,
 ) -> None:  # fmt: skip
     (num_tokens, heads, value), strides = out.shape, kv_b.stride()[:2]
-    ranges = (segments.rows, segments.cu_lengths, segments.lengths, long_at)
-    most = triton.next_power_of_2(max(shape["SHORT_SPLITS"], shape["LONG_SPLITS"]))
-    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "MOST": most}
+    ranges = (segments.rows, segments.cu_lengths, segments.lengths, *counts)
+    _, _, short_splits, long_splits = counts
+    most = triton.next_power_of_2(max(short_splits, long_splits))
+    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "LONG": long_splits > 0, "MOST": most}
     if sums is None and num_tokens <= FEW:
         _join_few[(num_tokens, heads, triton.cdiv(value, 16))](
             partial,
@@ -358,7 +362,7 @@ def _listed(segments: Segments, heads: int, t: LatentTiles) -> tuple[Tensor, Ten
     most = segments.num_tokens * heads // min(t.short.m, t.long.m) + num
     blocks, counts = segments.lengths.new_empty(most, 2), segments.lengths.new_empty(2)
     _list_blocks[(num,)](
-        segments.lengths, blocks, counts, num, S=triton.next_power_of_2(num), H=heads, SHORT=SHORT, SHORT_M=t.short.m,
-        LONG_M=t.long.m, B=64,
+        segments.lengths, blocks, counts, num, S=max(triton.next_power_of_2(num), 64), H=heads, SHORT=SHORT,
+        SHORT_M=t.short.m, LONG_M=t.long.m, B=64,
     )  # fmt: skip
     return blocks, counts

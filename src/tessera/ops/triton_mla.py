@@ -23,7 +23,7 @@ from tessera.ops.triton_common import LOG2E, dot
 from tessera.ops.triton_latent import SHORT, LatentTiles, attend_latents
 from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padded, store_rows
 from tessera.ops.triton_tiles import Tile, tiles_of
-from tessera.ops.upload import upload
+from tessera.ops.upload import upload_columns
 
 PAYS = 192  # tokens of a range from which on expanding what precedes it costs less than attending it in latent space:
 # expanding takes 2 R (N + V) operations a head and position, attending in latent space 2 (2 R - N - V) more a query
@@ -36,7 +36,7 @@ OWN = {2: Tile(128, 64, 8, 3)}
 WIDE = Tile(16, 16, 4, 2)  # fp32, on the plain units
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather(
     pool, out, pages, offsets, num_rows, page_stride, token_stride, W: tl.constexpr, WP: tl.constexpr, B: tl.constexpr
 ):
@@ -193,9 +193,7 @@ def _expansion(segments: Segments, row_bytes: int) -> Expansion:
     bases = np.cumsum(counts) - counts
     row = np.repeat(np.arange(len(counts)), counts)
     position = np.arange(len(row)) - np.repeat(bases - firsts, counts)
-    columns = (row, position, bases, firsts)
-    packed = upload(np.concatenate(columns).astype(np.int32), segments.device)
-    row, position, bases, firsts = packed.split([len(column) for column in columns])
+    row, position, bases, firsts = upload_columns((row, position, bases, firsts), segments.device)
     pages = segments.page_table[row, position // segments.page_size]
     whole = bool((long & (segments.host_starts == 0) | (lengths >= PAYS)).all())
     return Expansion(pages, position % segments.page_size, bases, firsts, whole)

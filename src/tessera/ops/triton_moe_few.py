@@ -41,7 +41,7 @@ def parts_of(shared: Shared | None, w2: Tensor) -> int | None:
     return weight.shape[1] // inner if plain and weight.shape[1] % inner == 0 else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gate_up(
     x_ptr, w_ptr, shared_ptr, h_ptr, ids_ptr, stride_x, num_rows,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr,
@@ -78,7 +78,7 @@ def _gate_up(
     tl.store(at, h.to(h_ptr.dtype.element_ty), mask=(column < INNER)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _down(
     h_ptr, w_ptr, shared_ptr, ids_ptr, weights_ptr, x_ptr, gate_ptr, out_ptr, stride_x, num_rows,
     HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr,

@@ -91,27 +91,27 @@ def normalised(acc, m, total):
 
 
 @triton.jit
-def split_size(end, SPLITS: tl.constexpr, N: tl.constexpr):
+def split_size(end, splits, N: tl.constexpr):
     """Keys of a split, the last one's excepted: whole tiles, and a function of the sequence's own length."""
-    return tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), N), 1) * N
+    return tl.maximum(tl.cdiv(tl.cdiv(end, splits), N), 1) * N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "splits"])
 def combine(
-    partial, lse, out, cu_lengths, starts, lengths, out_token, out_head,
-    D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr, N: tl.constexpr,
-    B: tl.constexpr,
+    partial, lse, out, cu_lengths, starts, lengths, out_token, out_head, queries, splits,
+    D: tl.constexpr, DP: tl.constexpr, SHORT: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Program (segment * Q + query, head): joins partial [S * Q, H, SPLITS, D] and lse [S * Q, H, SPLITS] into out."""
+    """Program (segment * queries + query, head): joins partial [S * queries, H, splits, D] and lse [S * queries, H,
+    splits] into out."""
     follow()
     row, head = tl.program_id(0), tl.program_id(1)
-    s, i = row // Q, row % Q
+    s, i = row // queries, row % queries
     start, length, base = tl.load(starts + s), tl.load(lengths + s), tl.load(cu_lengths + s)  # one latency, not three
     if i >= length or length > SHORT:
         return
     end = start + length
-    num = tl.cdiv(end, split_size(end, SPLITS, N))
-    at = (row * tl.num_programs(1) + head).to(tl.int64) * SPLITS
+    num = tl.cdiv(end, split_size(end, splits, N))
+    at = (row * tl.num_programs(1) + head).to(tl.int64) * splits
     m, total, acc = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
     for first in range(0, num, B):
         split = first + tl.arange(0, B)
@@ -134,7 +134,7 @@ def launch_combine(
     """Joins the splits of the ranges of up to `short` tokens into out [T, H, D]; `queries`: rows kept of a segment."""
     combine[(segments.num_segments * queries, out.shape[1])](
         partial, lse, out, segments.cu_lengths, segments.starts, segments.lengths, out.stride(0), out.stride(1),
-        D=out.shape[2], DP=padded(out.shape[2]), Q=queries, SHORT=short, SPLITS=splits, N=n,
+        queries, splits, D=out.shape[2], DP=padded(out.shape[2]), SHORT=short, N=n,
         B=min(16, triton.next_power_of_2(splits)), num_warps=max(1, padded(out.shape[2]) // 64),
         **chained(out.device),
     )  # fmt: skip

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tessera.ops.segments import Segments, make_segments
+from tessera.ops.upload import upload_columns
 from tessera.plan.step import NO_INTS, Ints, Part, Step
-from tessera.run.host import upload_columns
 from tessera.run.table import RowTable
 
 

@@ -92,8 +92,8 @@ def columns_of(parts: Sequence[Part], size: Size, slots: Ints, scratch_row: int)
 
 def _columns(part: Part, size: Size, slots: Ints, scratch_row: int) -> Ints:
     count, total = len(part.rows), size.num_segments
-    packed = np.zeros(6 * total + 1, np.int32)
-    rows, starts, lengths, own, draws, cu = np.split(packed, np.arange(1, 6) * total)
+    packed = np.zeros(Columns.size(total), np.int32)
+    rows, starts, lengths, own, draws, cu = (packed[place] for place in Columns.places(total))
     rows[:count], rows[count:] = part.rows, scratch_row
     starts[:count] = part.starts
     lengths[:count], lengths[count:] = part.lengths, int(size.one_each)

@@ -9,23 +9,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from tessera.ops.upload import upload
 
 T = TypeVar("T")
 
 CLOSE_S = 60.0  # how long the end of an executor waits for the step under way
 log = logging.getLogger(__name__)
-
-
-def upload_columns(columns: Sequence[NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
-    """Int32 columns on the device, by one copy."""
-    packed = upload(np.concatenate(columns).astype(np.int32, copy=False), device)
-    return packed.split([len(c) for c in columns])
 
 
 def finished(device: torch.device) -> None:

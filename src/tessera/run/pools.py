@@ -13,8 +13,8 @@ from torch import Tensor
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.tensors import CacheSpec
 from tessera.ops.narrow import movable
+from tessera.ops.upload import upload_columns
 from tessera.plan.step import Change, Ints, Part
-from tessera.run.host import upload_columns
 
 
 class Pools:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tessera.core.config.needs import Sketch
 from tessera.core.messages import SamplingParams, TokenLogprobs
+from tessera.ops.upload import upload_columns
 from tessera.plan.step import Change, Enter, Ints
-from tessera.run.host import upload_columns
 
 NO_LIMIT = np.iinfo(np.int32).max
 
