@@ -35,7 +35,10 @@ from tessera.ops.triton_softmax import (
 )
 from tessera.ops.triton_tiles import Tile, splits_of
 
+# Of a part of a step's ranges, which begins anywhere: no kernel of its own for where.
+RANGES = ["cu_lengths", "starts", "lengths", "page_table", "rows", "before"]
 SHORT = 8  # tokens of the longest range that has tiles of few rows; a range's own length decides, whatever the others
+MOST = (1, 2, 4, 16, 64)  # splits that a kernel which joins them has room for
 FEW = 8  # tokens whose splits are joined one by one
 WAVES = 2  # parts of short ranges per multiprocessor that the splits aim at
 
@@ -57,7 +60,7 @@ TILES = {2: LatentTiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(16, 32, 8, 
 WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))  # fp32, on the plain units
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=RANGES)
 def _list_blocks(
     lengths, blocks, counts, num_segments,
     S: tl.constexpr, H: tl.constexpr, SHORT: tl.constexpr, SHORT_M: tl.constexpr, LONG_M: tl.constexpr, B: tl.constexpr,
@@ -133,7 +136,9 @@ def _part(
     tl.store(lse + where, sums, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "at", "table_stride", "queries", "splits"])
+@triton.jit(
+    do_not_specialize=["num_blocks", "at", "table_stride", "queries", "splits"], do_not_specialize_on_alignment=RANGES
+)
 def _latents(
     q_latent, q_rope, pool, partial, lse, blocks, counts, num_blocks, at, before, cu_lengths, starts, lengths,
     page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
@@ -192,7 +197,10 @@ def _with_part(acc, partial, part, m, at, num, j, R: tl.constexpr, RP: tl.conste
     return acc + values * tl.exp2(own - m)[:, None]
 
 
-@triton.jit(do_not_specialize=["long_at", "queries", "short_splits", "long_splits", "num_tokens"])
+@triton.jit(
+    do_not_specialize=["long_at", "queries", "short_splits", "long_splits", "num_tokens"],
+    do_not_specialize_on_alignment=RANGES,
+)
 def _join(
     partial, lse, kv_b, out, sums, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, num_tokens,
     weight_head, weight_row,
@@ -231,7 +239,9 @@ def _join(
         tl.store(out + where, y, mask=inside[:, None] & (v < V))
 
 
-@triton.jit(do_not_specialize=["long_at", "queries", "short_splits", "long_splits"])
+@triton.jit(
+    do_not_specialize=["long_at", "queries", "short_splits", "long_splits"], do_not_specialize_on_alignment=RANGES
+)
 def _join_few(
     partial, lse, kv_b, out, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, weight_head,
     weight_row, H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
@@ -280,7 +290,7 @@ def attend_latents(
     q_latent = by_head(q_nope, kv_b[:, :nope])
     t = tiles or TILES.get(q_nope.element_size(), WIDE)
     queries, long = min(SHORT, segments.max_length), segments.max_length > SHORT
-    short_splits, long_splits = splits or _splits(segments, heads, t)
+    short_splits, long_splits = splits or _splits(segments, heads, t, False)
     short_rows = segments.num_segments * queries * heads * short_splits
     rows = short_rows + (num_tokens * heads * long_splits if long else 0)
     partial = q_latent.new_empty(rows, rank, dtype=PARTS.get(q_latent.dtype, q_latent.dtype))
@@ -306,7 +316,8 @@ def attend_latents(
         queries, short_splits, **sizes, LONG=False, BESIDE=long and beside, PREFIX=False, STAGES=t.short.stages,
         M=t.short.m, N=t.short.n, num_warps=t.short.warps, **chained(q_nope.device),
     )  # fmt: skip
-    counts = (short_rows, queries, short_splits, long_splits if long else 0)
+    counts, room = (short_rows, queries, short_splits, long_splits), splits or _splits(segments, heads, t, True)
+    shape |= {"LONG": long, "MOST": next(n for n in MOST if max(room[: 1 + long]) <= n)}
     _launch_join(partial, lse, kv_b, out, sums, segments, counts, shape, t)
     return out, sums
 
@@ -317,9 +328,7 @@ def _launch_join(
 ) -> None:  # fmt: skip
     (num_tokens, heads, value), strides = out.shape, kv_b.stride()[:2]
     ranges = (segments.rows, segments.cu_lengths, segments.lengths, *counts)
-    _, _, short_splits, long_splits = counts
-    most = triton.next_power_of_2(max(short_splits, long_splits))
-    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT, "LONG": long_splits > 0, "MOST": most}
+    shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT}
     if sums is None and num_tokens <= FEW:
         _join_few[(num_tokens, heads, triton.cdiv(value, 16))](
             partial,
@@ -329,7 +338,7 @@ def _launch_join(
             *ranges,
             *strides,
             **shape,
-            B=min(16, most),
+            B=min(16, shape["MOST"]),
             N=16,
             num_warps=4,
             **chained(out.device),
@@ -345,11 +354,11 @@ def _launch_join(
     )  # fmt: skip
 
 
-def _splits(segments: Segments, heads: int, t: LatentTiles) -> tuple[int, int]:
+def _splits(segments: Segments, heads: int, t: LatentTiles, any_length: bool) -> tuple[int, int]:
     """Of the keys of short and of longer ranges, from padded sizes: most short ranges are one token, and a step that
     has longer ones is full of them."""
-    short = splits_of(segments, segments.num_segments * triton.cdiv(heads, t.short.m), t.short.n, WAVES)
-    return short, splits_of(segments, segments.num_tokens * heads // t.long.m, t.long.n, 1)
+    short = splits_of(segments, segments.num_segments * triton.cdiv(heads, t.short.m), t.short.n, WAVES, any_length)
+    return short, splits_of(segments, segments.num_tokens * heads // t.long.m, t.long.n, 1, any_length)
 
 
 def _blocks(segments: Segments, heads: int, t: LatentTiles) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, dot
-from tessera.ops.triton_latent import SHORT, LatentTiles, attend_latents
+from tessera.ops.triton_latent import RANGES, SHORT, LatentTiles, attend_latents
 from tessera.ops.triton_softmax import NEVER, fold, load_rows, normalised, padded, store_rows
 from tessera.ops.triton_tiles import Tile, tiles_of
 from tessera.ops.upload import upload_columns
@@ -36,7 +36,7 @@ OWN = {2: Tile(128, 64, 8, 3)}
 WIDE = Tile(16, 16, 4, 2)  # fp32, on the plain units
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["pages", "offsets"])
 def _gather(
     pool, out, pages, offsets, num_rows, page_stride, token_stride, W: tl.constexpr, WP: tl.constexpr, B: tl.constexpr
 ):
@@ -65,7 +65,7 @@ def _values(v_base, n, length, k_token, V: tl.constexpr, VP: tl.constexpr, N: tl
     return load_rows(v_base, key.to(tl.int64) * k_token, key < length, V, VP, MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*RANGES, "bases", "firsts"])
 def _own(
     q_nope, q_rope, expanded, ropes, out, lse, tiles, bases, firsts, cu_lengths, starts, lengths, scale,
     nope_token, nope_head, rope_token, rope_head, k_token, r_token,

@@ -50,14 +50,16 @@ def _tiles(segments: Segments, group: int, m: int, above: int) -> Tensor:
     return torch.stack((torch.where(tile < 0, -1, segment), block), 1).int()
 
 
-def splits_of(segments: Segments, programs: int, n: int, waves: int) -> int:
+def splits_of(segments: Segments, programs: int, n: int, waves: int, any_length: bool = False) -> int:
     """Splits of a sequence's keys, from static sizes: `programs` without splits, tiles of n keys. A power of two.
+
+    `any_length`: as many as there could be if sequences were longer.
 
     Kernels are compiled for their number: steps that run without a graph are of any size, and would stall for seconds
     at each number that comes for the first time.
     """
     wanted = waves * num_processors(segments.device) // max(programs, 1)
-    most = triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)
+    most = MAX_SPLITS if any_length else triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)
     return 1 << (max(1, min(wanted, most, MAX_SPLITS)).bit_length() - 1)
 
 
