@@ -45,7 +45,7 @@ SHOWN = 8  # of the tensors that an error names
 
 
 def load_weights(
-    source: Source,
+    source: Source | None,
     table: Sequence[TensorSpec],
     mesh: Mesh,
     rank: int,
@@ -55,8 +55,12 @@ def load_weights(
     progress: Progress | None = None,
     pack_fp8: Callable[[Fp8Weight], PackedLinear] = fp8.pack,
 ) -> dict[str, Tile]:
-    """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen."""
-    check(source, table)
+    """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen.
+
+    `source` None: nothing is read, the tiles hold anything (a device without memory).
+    """
+    if source is not None:
+        check(source, table)
     tiles: dict[str, Tile] = {}
     done, total = 0, sum(prod(t.layout.local_shape(mesh, rank)) for t in table)
 
@@ -85,9 +89,9 @@ def load_weights(
     return tiles
 
 
-def readers(source: Source, device: torch.device | str) -> int:
+def readers(source: Source | None, device: torch.device | str) -> int:
     """How many threads read at once. On a CPU what they read ahead would be memory beyond that of the model."""
-    return READERS if source.waits and torch.device(device).type == "cuda" else 1
+    return READERS if source is not None and source.waits and torch.device(device).type == "cuda" else 1
 
 
 @contextmanager
@@ -108,23 +112,33 @@ def in_order(
 
 
 def load_tile(
-    source: Source, spec: TensorSpec, mesh: Mesh, rank: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    source: Source | None,
+    spec: TensorSpec,
+    mesh: Mesh,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """One tile, in memory that the source can write; padding is zeros."""
     shape = spec.layout.local_shape(mesh, rank)
     padded = any(section.padding for dim in spec.layout.dims for section in dim.sections)
     tile = (torch.zeros if padded else torch.empty)(shape, dtype=dtype, device=device)
-    for piece in spec.pieces(mesh, rank):
-        _copy(source, piece, tile)
+    if source is not None:
+        for piece in spec.pieces(mesh, rank):
+            _copy(source, piece, tile)
     return tile
 
 
-def load_fp8(source: Source, spec: TensorSpec, mesh: Mesh, rank: int, device: torch.device | str = "cpu") -> Fp8Weight:
+def load_fp8(
+    source: Source | None, spec: TensorSpec, mesh: Mesh, rank: int, device: torch.device | str = "cpu"
+) -> Fp8Weight:
     """One tile in blocks, with the scales of the blocks that it touches."""
     assert spec.block is not None, spec.name
     shape, (step, grid) = spec.layout.local_shape(mesh, rank), tile_blocks(spec, mesh, rank)
     values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     scales = torch.empty(grid, dtype=torch.float32, device=device)
+    if source is None:
+        return Fp8Weight(values, scales, step)
     for piece in spec.pieces(mesh, rank):
         *outer, rows, columns = piece.dst
         touched = source.fp8(piece.tensor, piece.src[0], piece.src[1], _box(values, piece))

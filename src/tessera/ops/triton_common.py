@@ -14,6 +14,7 @@ Weights may be read before: nobody writes them while steps run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -48,14 +49,37 @@ def follow():
         gdc_launch_dependents()
 
 
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What launches are cut for: CUDA's compute capability, and multiprocessors."""
+
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 8  # in the interpreter: a few, so that grids split
+
+
+CHIPS: dict[torch.device, Chip] = {}  # those that were asked for, or that a device without memory stands for
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip of a device."""
+    if device not in CHIPS:
+        CHIPS[device] = _measured(device)
+    return CHIPS[device]
+
+
+def _measured(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return Chip()
+    properties = torch.cuda.get_device_properties(device)
+    return Chip((properties.major, properties.minor), properties.multi_processor_count)
+
+
 @cache
 def chained(device: torch.device) -> dict[str, bool]:
     """What a kernel that calls `follow` is launched with."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"launch_pdl": True} if able else {}
+    return {"launch_pdl": True} if chip_of(device).capability >= (9, 0) else {}
 
 
-@cache
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a device: what a grid should keep busy. A few in the interpreter, so that grids split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    """Multiprocessors of a device: what a grid should keep busy."""
+    return chip_of(device).processors

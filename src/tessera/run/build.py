@@ -191,14 +191,17 @@ def build_runner(
 def load_decoder(
     config: Config,
     spec: ModelSpec,
-    source: Source,
+    source: Source | None,
     backend: Backend,
     rank: int,
     comm: Comm,
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[Decoder, list[Tensor]]:
-    """The model of a rank with its weights on the device, and those of its products, as the model keeps them."""
+    """The model of a rank with its weights on the device, and those of its products, as the model keeps them.
+
+    `source` None: see `load_weights`.
+    """
     mesh, dtype = config.mesh.mesh, getattr(torch, config.model.dtype)
     table = weight_table(spec, mesh, quantization=config.model.quantization)
     tiles = load_weights(source, table, mesh, rank, dtype, device, backend.pack, progress, backend.pack_fp8)

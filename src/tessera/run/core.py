@@ -19,6 +19,7 @@ from tessera.models.load import Progress
 from tessera.models.source import Source
 from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner
+from tessera.run import ahead
 from tessera.run.build import build_instance, planner_config
 from tessera.run.graphs import Sizes
 from tessera.run.handover import Handover
@@ -37,7 +38,8 @@ class EngineCore:
     """Builds everything of one instance from a resolved configuration: weights, pools, planner, runner, loop.
 
     `sink(message)` is called from the thread in `run()`: `Ready` first, then `Outputs`, `StepReport`, `Tick`, and
-    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. With `--debug-checks` the position
+    `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. `compiling`: its kernels, which it
+    waits for before it is built. With `--debug-checks` the position
     of every recurrent state is watched, and the planner checks itself at every turn.
     """
 
@@ -49,8 +51,9 @@ class EngineCore:
         sink: Callable[[Outbound], None],
         progress: Progress | None = None,
         stages: Stages | None = None,
+        compiling: ahead.Ahead | None = None,
     ) -> None:
-        self.resolved, self.spec, self.stages = resolved, spec, stages or Stages()
+        self.resolved, self.spec, self.stages, self._compiling = resolved, spec, stages or Stages(), compiling
         self._sink = sink
         self._inbox = Inbox()
         self.planner = Planner(planner_config(resolved.config))
@@ -59,6 +62,9 @@ class EngineCore:
         self.handover = Handover(resolved.config, spec, self._inbox.post) if handed_over else None
         self.runner = build_instance(resolved.config, spec, source, progress, self._hear)
         self.stages.follow([self.runner.stages])
+        if compiling is not None:
+            with self.stages.timed("kernels"):
+                compiling.wait()
         if self.handover is not None:
             self.handover.open(self.runner.seats)
         hook = self.planner.check if resolved.config.logging.checks else None
@@ -93,6 +99,8 @@ class EngineCore:
             if self.handover is not None:
                 self.handover.close()
             self.runner.close()
+            if self._compiling is not None:
+                self._compiling.close()
             if self._events is not None:
                 self._events.close()
 
@@ -135,5 +143,11 @@ def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress
     # torch counts the host's cores; a container may use fewer. OMP_NUM_THREADS, which it has read, may be lower still.
     config, spec = prepared.resolved.config, prepared.spec
     torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), config.mesh.replicas), 1))
-    source = configured_source(prepared.folder, spec, config)
-    return EngineCore(prepared.resolved, spec, source, sink, progress, prepared.stages)
+    compiling = ahead.start(prepared.folder, spec, config)
+    try:
+        source = configured_source(prepared.folder, spec, config)
+        return EngineCore(prepared.resolved, spec, source, sink, progress, prepared.stages, compiling)
+    except BaseException:
+        if compiling is not None:
+            compiling.close()
+        raise

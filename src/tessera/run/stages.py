@@ -11,13 +11,13 @@ import psutil
 
 ORDER = ("imports", "config", "processes", "connect", "kernels", "weights", "pools", "first token")
 
-SHORT_S = 0.05  # most kernels are compiled when they are met
+SHORT_S = 0.05  # most starts compile nothing
 
 
 class Stages(msgspec.Struct):
     """Seconds by stage: "imports" of the engine's process from its start on, "config", "processes" (of ranks: started,
-    their imports), "connect", "kernels" (those that a library compiles ahead), "weights", "pools", and "first token"
-    (our kernels are compiled, or read from Triton's cache).
+    their imports), "connect", "kernels" (those of a library are compiled, ours waited for), "weights", "pools", and
+    "first token" (what was not compiled ahead is, or is read from Triton's cache).
 
     `weight_bytes`: of the weights of a rank.
     """

@@ -167,4 +167,7 @@ KERNELS = (
     Flag("disable_cuda_graph", switch, False, "No CUDA graphs.", "kernels"),
     Flag("cuda_graph_max_bs", whole(1), None, "Largest batch with a CUDA graph.", "kernels"),
     Flag("cuda_graph_bs", wholes, (), "Batch sizes with a CUDA graph.", "kernels"),
+    Flag("compile_ahead", real(0), 10.0,
+         "Seconds that a start on a GPU may take for kernels that are not in the cache; several processes compile them "
+         "and go on behind it. 0: each is compiled when it is met.", "kernels"),
 )  # fmt: skip

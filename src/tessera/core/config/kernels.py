@@ -40,6 +40,7 @@ NEEDS = {
     ),
     "deep_gemm": Needs(("bfloat16",), "its products give bfloat16", capability=(9, 0), library="deep_gemm"),
 }
+WITH_TRITON = {"triton", "flashinfer"}  # backends whose kernels are Triton's, all or what the library has none for
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
 FP8 = ("fp8_e4m3", "fp8_e5m2")
 OURS = "our kernels, which run as CUDA graphs"
@@ -94,7 +95,19 @@ def kernels_phase(
     graphs = _graphs(values, run | ({fp8} if fp8 else set()), device, max_running, padded, notes)
     if attention == "flashinfer":
         _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
-    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8)
+    ahead = _ahead(values, run | {fp8}, device, notes)
+    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8, ahead)
+
+
+def _ahead(values: Asked, run: set[str], device: str, notes: Notes) -> float:
+    """Seconds that a start waits for kernels that are compiled ahead; 0: none are."""
+    asked = values.real("compile_ahead") or 0.0
+    if device == "cuda" and run & WITH_TRITON:
+        return asked
+    if values.gave("compile_ahead"):
+        why = "no kernel is Triton's" if device == "cuda" else "there is no CUDA device"
+        notes.decide("--compile-ahead", "ignored", why)
+    return 0.0
 
 
 def _padded(values: Asked, spec: ModelSpec, device: str, notes: Notes) -> int | None:

@@ -184,7 +184,8 @@ class KernelConfig:
     """Which kernels, by the name of their backend. `graphs`: padded sizes of the steps that run as CUDA graphs, as
     `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does. `padded_up_to`: most
     tokens of a step, all DP ranks together, that travel to experts in exchanges of one size. `fp8`: of products with
-    fp8 weights, empty where there are none."""
+    fp8 weights, empty where there are none. `ahead`: seconds that a start waits for kernels that are compiled ahead
+    (0: none are)."""
 
     attention: str
     delta: str
@@ -193,6 +194,7 @@ class KernelConfig:
     graphs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
     padded_up_to: int = 0
     fp8: str = ""
+    ahead: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,105 @@
+"""The steps that will come, run on tensors without memory ("meta"): for what they launch, not for what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.comm.alone import Alone
+from tessera.core.config.types import Config
+from tessera.core.spec import ModelSpec
+from tessera.core.tensors import cache_table
+from tessera.core.weights import weight_table
+from tessera.ops.backend import Backend
+from tessera.ops.segments import make_segments
+from tessera.run.batch import Input
+from tessera.run.build import Driven, load_decoder
+from tessera.run.graphs import Graphs, Size, Sizes
+from tessera.run.pools import Pools
+from tessera.run.table import RowTable
+
+Ranges = tuple[tuple[int, int], ...]  # (start, length) of each
+LENGTHS = (5, 20, 100, 700)  # of ranges side by side: attention has kernels and forms of its own for each
+PREFIX = 1024  # tokens before ranges that go on
+NOWHERE = torch.device("meta")
+
+
+def foreseen(config: Config) -> Iterator[Ranges | Size]:
+    """Steps as they are, and sizes of recorded ones, the likeliest first.
+
+    A kernel is another one for other tiles, which follow from counts of tokens and ranges by steps of two at most, so
+    powers of two stand for what lies between them.
+    """
+    sizes, most = Sizes(*config.kernels.graphs), config.scheduling.chunk_size or config.model.context_length
+    yield ((0, 1),)
+    rows = [n for n in (1, 2, 3, 4, *sizes.rows, config.scheduling.max_running) if n <= config.scheduling.max_running]
+    for tokens in _doubling(2, most):
+        yield ((0, tokens),)
+    for count in dict.fromkeys(rows):
+        yield ((PREFIX, 1),) * count
+    for size in sizes.rows:
+        yield Size(size, size, one_each=True)
+    for start in (PREFIX, 0):
+        for length in LENGTHS:
+            for count in _doubling(1, min(config.scheduling.max_running, most // length)):
+                yield ((start, length),) * count
+    for tokens in _doubling(2, most):
+        yield ((PREFIX, tokens),)
+        for count in _doubling(1, min(config.scheduling.max_running - 1, tokens // 2)):
+            yield ((0, tokens - count), *((PREFIX, 1),) * count)
+    for segments in sizes.segments:
+        for tokens in sizes.tokens:
+            yield Size(segments, tokens)
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, 1.5 first, 2 first, ... and last."""
+    found = [first << n >> 1 if half else (3 * first << n) >> 2 for n in range(1, 40) for half in (True, False)]
+    return sorted({n for n in found if first <= n < last} | {last})
+
+
+class Dry:
+    """The model of a rank without weights, of whose layers one of each kind runs."""
+
+    def __init__(self, config: Config, spec: ModelSpec, backend: Backend, rank: int = 0) -> None:
+        mesh, memory, rows = config.mesh.mesh, config.memory, config.scheduling.max_running
+        decoder, _ = load_decoder(config, spec, None, backend, rank, Alone(mesh, rank), NOWHERE, None)
+        decoder.layers = [decoder.layers[i] for i in kinds(config, spec)]
+        self._model, self._page_size, self._num_dp = Driven(decoder), memory.page_size, mesh.size_of("dp")
+        self._pools = Pools(cache_table(spec, memory.page_size, memory.dtypes), 2, 2, NOWHERE, mesh, rank).tensors
+        table = RowTable(rows, config.model.context_length, memory.page_size, spec.eos, NOWHERE, mirror_pages=True)
+        args = (self._model, table, self._pools, memory.page_size, backend.expand, _once, self._num_dp)
+        self._graphs = Graphs(Sizes(*config.kernels.graphs), *args)
+
+    @torch.inference_mode()
+    def run(self, step: Ranges | Size) -> None:
+        """Launches what a step would."""
+        if isinstance(step, Size):
+            self._graphs.record(step)
+            return
+        starts, lengths = (np.array(column, np.int32) for column in zip(*step, strict=True))
+        pages = np.zeros((len(step), -(-int((starts + lengths).max()) // self._page_size)), np.int32)
+        segments = make_segments(starts, lengths, pages, pages[:, 0], self._page_size, NOWHERE)
+        tokens = torch.empty(segments.num_tokens, dtype=torch.int32, device=NOWHERE)
+        hidden = self._model.forward((Input(tokens, segments, (len(tokens),) * self._num_dp),), self._pools)
+        self._model.logits(hidden[segments.starts], (len(step),) * self._num_dp)
+
+
+def kinds(config: Config, spec: ModelSpec) -> list[int]:
+    """The first layer of each kind: alike in all that a kernel could be compiled for."""
+    tensors: dict[str, list[str]] = {}
+    for tensor in weight_table(spec, config.mesh.mesh, quantization=config.model.quantization):
+        number, _, name = tensor.name.removeprefix("layers.").partition(".")
+        tensors.setdefault(number, []).append(f"{name} {tensor.role} {tensor.block}")
+    first: dict[str, int] = {}
+    for i, layer in enumerate(spec.layers):
+        first.setdefault(f"{layer} {tensors[str(i)]}", i)
+    return list(first.values())
+
+
+def _once(stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+    """A `Recorder` whose record is never played."""
+    return stage(), lambda: None

@@ -1,0 +1,117 @@
+"""What is compiled ahead, without a device and without Triton's interpreter: `python dry_runs.py WHAT`, as JSON.
+
+A process of its own, because Triton decides when it is first imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tessera.core.config.types import Hardware
+from tessera.ops import triton_fused, upload
+from tessera.ops.backend import chosen
+from tessera.ops.compiling import Compilers, Stand, Wanted, finding
+from tessera.ops.triton_common import CHIPS, Chip
+from tessera.run.foreseen import NOWHERE, Dry, Ranges, foreseen
+from tessera.run.startup import prepare
+
+H100, PROCESSORS = (9, 0), 132
+SHAPES = Path(__file__).parents[2] / "bench" / "shapes"
+ROWS, CHUNK = 24, 1024
+
+
+def dry_of(shape: str, **flags: Any) -> tuple[Any, Dry]:
+    """A configuration for H100s, and its dry model."""
+    asked = {"model_path": str(SHAPES / shape), "load_format": "dummy", "device": "cuda", "context_length": 4096}
+    asked |= {"max_running_requests": ROWS, "chunked_prefill_size": CHUNK, "skip_tokenizer_init": True, **flags}
+    found = prepare(asked, {}, Hardware("cuda", 78 << 30, count=8, name="H100", capability=H100))
+    config = found.resolved.config
+    return config, Dry(config, found.spec, chosen(config.kernels))
+
+
+def launched(dry: Dry, steps: Any) -> set[Wanted]:
+    """The kernels that steps launch."""
+    found: set[Wanted] = set()
+    with finding(found.add):
+        for step in steps:
+            dry.run(step)
+    return found
+
+
+def any_step(rng: random.Random) -> Ranges:
+    """Decodes, a chunk, or a mix, as a planner makes them: longer ranges first."""
+    ranges, left = [], CHUNK
+    for _ in range(rng.choice((1, 2, 5, ROWS))):
+        length = min(rng.choice((1, 1, 1, 2, 5, 9, 40, 300, rng.randint(1, CHUNK))), left)
+        ranges += [(rng.choice((0, rng.randrange(2000))) if length > 1 else rng.randrange(2000), length)] * (left > 0)
+        left -= length
+    return tuple(sorted(ranges, key=lambda r: -r[1]))
+
+
+def cover() -> dict[str, Any]:
+    """Kernels of steps of any lengths that were not foreseen, by model and layout; and how many were."""
+    cases = {
+        "hybrid": dry_of("qwen3next16"),
+        "latent, fp8": dry_of("dsv2lite", quantization="fp8"),
+        "two groups": dry_of("qwen3next16", tp_size=4, dp_size=2, enable_dp_attention=True),
+    }
+    told = {}
+    for name, (config, dry) in cases.items():
+        expected = launched(dry, foreseen(config))
+        rng = random.Random(name)
+        met = launched(dry, [any_step(rng) for _ in range(60)])
+        told[name] = {"foreseen": len(expected), "met": len(met), "missed": sorted(n for _, n, _ in met - expected)}
+    return told
+
+
+def columns() -> dict[str, Any]:
+    """How many kernels the same steps take where packed columns begin at 16 bytes, and where they begin anywhere."""
+    _, dry = dry_of("qwen3-8b")
+    steps = [tuple((64 * n + i, 1) for i in range(n)) for n in range(5, 21)]
+    told = {"aligned": len(launched(dry, steps))}
+    upload.room = lambda length: length  # the known fault
+    return told | {"anywhere": len(launched(dry, steps))}
+
+
+def compiled() -> dict[str, Any]:
+    """Whether a kernel that was compiled ahead is compiled again when it is launched, and another one."""
+    heard: list[bool] = []
+
+    def launch(columns: int) -> None:
+        x = torch.empty(3, columns, dtype=torch.bfloat16, device=NOWHERE)
+        triton_fused.rmsnorm(x, x[0], 1e-6)
+
+    compilers = Compilers(H100, 1, nothing, launchers=False)
+    with finding(compilers.add):
+        launch(64)
+        launch(64)
+    results = [compilers.finish(100.0)._asdict()]
+    again = Compilers(H100, 1, nothing, launchers=False)
+    with finding(again.add):
+        launch(64)
+    results.append(again.finish(100.0)._asdict())
+    knobs.compilation.listener = lambda *, cache_hit, **_: heard.append(cache_hit)
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, warmup, **more: run(self, *args, warmup=True, **more)
+    launch(64)
+    launch(1000)
+    return {"results": results, "hits": heard}
+
+
+def nothing() -> None:
+    """A worker needs no beginning here."""
+
+
+if __name__ == "__main__":
+    driver.set_active(Stand(H100))
+    CHIPS[NOWHERE] = Chip(H100, PROCESSORS)
+    json.dump({"cover": cover, "columns": columns, "compiled": compiled}[sys.argv[1]](), sys.stdout)
