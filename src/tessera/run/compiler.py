@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from tessera.core.config.types import KernelConfig
 from tessera.models.folder import read_model
 from tessera.ops.backend import chosen
 from tessera.ops.compiling import Compilers, Result, finding
@@ -34,15 +35,14 @@ LIMIT_S = 600.0  # for others that compile, and then for all kernels
 MOST = 32  # processes
 NICE = 10  # behind the engine, which loads weights meanwhile
 LOOK_S = 0.1
+LIBRARIES = ("flashinfer", "grouped_mm", "deep_gemm")
 FORM = "[%(asctime)s] %(levelname)s: %(message)s"
 log = logging.getLogger("tessera.run.compiler")
 
 
 def compile_all(job: Job) -> Result:
     """Compiles what the job's steps launch. Steps that cannot be foreseen are left out, and told."""
-    spec, config = read_model(Path(job.folder)), job.config
-    if config.kernels.attention == "flashinfer":  # it needs a device; all that is Triton's is the same
-        config = replace(config, kernels=replace(config.kernels, attention="triton"))
+    spec, config = read_model(Path(job.folder)), replace(job.config, kernels=ours(job.config.kernels))
     backend = chosen(config.kernels)
     begin = partial(die_with, os.getpid())
     compilers = Compilers(job.capability, min(max(cores() - 1, 1), MOST), begin, job.launchers)
@@ -57,6 +57,12 @@ def compile_all(job: Job) -> Result:
     if left_out:
         log.info("kernels of some steps are compiled when they are met, because those cannot be run dry: %s", left_out)
     return compilers.finish(LIMIT_S)
+
+
+def ours(kernels: KernelConfig) -> KernelConfig:
+    """Triton's in the place of libraries, which need a device; steps of other sizes take ours."""
+    names = {name: getattr(kernels, name) for name in ("attention", "moe", "fp8")}
+    return replace(kernels, **{name: "triton" if named in LIBRARIES else named for name, named in names.items()})
 
 
 @contextmanager
