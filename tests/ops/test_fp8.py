@@ -128,14 +128,14 @@ def test_tiles_of_a_product(tile: Tile, block: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("width", [32, 64], ids=["then quantised", "quantised"])
+@pytest.mark.parametrize("paired", [False, True], ids=["then quantised", "quantised"])
 @pytest.mark.parametrize("boxed", [False, True], ids=["loaded", "boxed"])
-def test_tiles_of_experts(width: int, boxed: bool) -> None:
-    """A tile of as many columns as a group has quantises what it gives, else another kernel does; 160 are 2.5 of it."""
+def test_tiles_of_experts(paired: bool, boxed: bool) -> None:
+    """Two tiles that are a group are quantised where they are made, else another kernel does it; 160 are 2.5 groups."""
     x, experts = _exact(40, 192), _experts(5, 192, 160, (32, 64))
     ids, weights = torch.rand(40, 5).topk(3, -1).indices.to(DEVICE), torch.rand(40, 3, device=DEVICE)
     ids[ids == 2] = -1
-    up, down = Tile(16, width, 4, 2, 2, boxed), Tile(16, 32, 4, 2, 3, boxed)
+    up, down = Tile(16, 32, 4, 2, 2, boxed, paired), Tile(16, 32, 4, 2, 3, boxed)
     found = triton_fp8.experts(x, *experts, ids, weights, Tiles(0, up, up, down))
     _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
 

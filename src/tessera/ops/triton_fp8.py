@@ -19,7 +19,7 @@ from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow, num_processors
-from tessera.ops.triton_fp8_rows import Quantized, empty, quantize, store
+from tessera.ops.triton_fp8_rows import Quantized, empty, quantize, scales_of, shrunk
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_moe import work_of
 from tessera.ops.triton_sort import Sorted, sort_rows
@@ -29,7 +29,8 @@ from tessera.ops.triton_sort import Sorted, sort_rows
 class Tile:
     """Rows and columns (gated: of each half) of a tile, and how a program runs. `group` blocks of rows go through all
     columns before the next ones. `boxed`: what lies in order is fetched by the tensor memory accelerator, in boxes,
-    where its rows are aligned for it."""
+    where its rows are aligned for it. `paired`: a program makes two gated tiles side by side and, where they are a
+    group of what comes next, quantises them."""
 
     m: int
     n: int
@@ -37,14 +38,12 @@ class Tile:
     stages: int
     group: int = 1
     boxed: bool = False
+    paired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Those for up to `rows` rows (of an expert, on average): of a weight, and of experts' two, whose `m` is the same.
-
-    `up`: of as many columns as activations have in a group, it quantises what it gives.
-    """
+    """Those for up to `rows` rows (of an expert, on average): of a weight, and of experts' two, of the same `m`."""
 
     rows: float
     linear: Tile
@@ -87,13 +86,17 @@ def _rows(x, row, held, first, k, COLUMNS: tl.constexpr, K: tl.constexpr, BOXED:
 
 
 @triton.jit
-def _weights(w, above, first, limit, k, COLUMNS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BOXED: tl.constexpr):
-    """[K, N]: columns k .. of the rows `above + first ..` of all weights; past `limit` they are not used."""
+def _weights(
+    w, which, first, limit, k, COLUMNS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
+    BOXED: tl.constexpr,
+):  # fmt: skip
+    """[K, COUNT * N]: columns k .. of the rows `first` .. of the matrices `which` .., of `limit` rows each."""
     if BOXED:
-        return w.load([above + first, k]).T
+        return w.load([which, first, k]).reshape(COUNT * N, K).T
     else:
-        row, inner = first + tl.arange(0, N), k + tl.arange(0, K)
-        at = w + (above + row).to(tl.int64)[None, :] * COLUMNS + inner[:, None]
+        nth, inner = tl.arange(0, COUNT * N), k + tl.arange(0, K)
+        row = first + nth % N
+        at = w + ((which + nth // N) * limit + row).to(tl.int64)[None, :] * COLUMNS + inner[:, None]
         return tl.load(at, mask=(row < limit)[None, :] & (inner < COLUMNS)[:, None], other=0.0)
 
 
@@ -148,63 +151,110 @@ def _linear(
         next_row_scales = _row_scales(xs, row, held, k + K, across, COLUMNS, GROUP)
         next_scales = _block_scales(ws, first, OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
         a = _rows(x, wide, held, top, k, COLUMNS, K, X_BOXED)
-        sums = dot(a, _weights(w, 0, first, OUT, k, COLUMNS, N, K, BOXED), None)
+        sums = dot(a, _weights(w, 0, first, OUT, k, COLUMNS, N, K, 1, BOXED), None)
         total = _scaled(total, sums, row_scales, scales, BLOCK_N, N)
         row_scales, scales = next_row_scales, next_scales
     y_at = y + wide[:, None] * OUT + column[None, :]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=held[:, None] & (column < OUT)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_columns", "across", "y_across"])
-def _grouped(
-    x, xs, w, ws, y, ys, rows, blocks, num_blocks, num_columns, across, y_across,
-    COLUMNS: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr, GATED: tl.constexpr, QUANTIZES: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOXED: tl.constexpr, TURN: tl.constexpr,
+@triton.jit
+def _up_tile(
+    x, xs, w, ws, x_row, held, expert, first, across,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOXED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [R, OUT]: row r times its expert's weight, from row r / FOLD of x; GATED: silu of a first OUT columns times a
-    second OUT columns of the weight; QUANTIZES: of that N columns are a group, whose scales go to ys."""
+    """[M, N] in fp32: silu of the product with columns `first` .. of a weight, times that with those OUT further on."""
+    wide = x_row.to(tl.int64)
+    made, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
+    row_scales = _row_scales(xs, x_row, held, 0, across, COLUMNS, GROUP)
+    scales = _block_scales(ws, first, OUT, 0, COLUMNS, BLOCK_N, BLOCK_K, N)
+    up_scales = _block_scales(ws, OUT + first, 2 * OUT, 0, COLUMNS, BLOCK_N, BLOCK_K, N)
+    for k in tl.range(0, COLUMNS, K, num_stages=STAGES):
+        next_row_scales = _row_scales(xs, x_row, held, k + K, across, COLUMNS, GROUP)
+        next_scales = _block_scales(ws, first, OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
+        next_up_scales = _block_scales(ws, OUT + first, 2 * OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
+        a = _rows(x, wide, held, 0, k, COLUMNS, K, False)
+        both = dot(a, _weights(w, expert * 2, first, OUT, k, COLUMNS, N, K, 2, BOXED), None)
+        sums, up_sums = tl.split(both.reshape(M, 2, N).permute(0, 2, 1))
+        made = _scaled(made, sums, row_scales, scales, BLOCK_N, N)
+        up = _scaled(up, up_sums, row_scales, up_scales, BLOCK_N, N)
+        row_scales, scales, up_scales = next_row_scales, next_scales, next_up_scales
+    return made / (1 + tl.exp(-made)) * up
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_columns", "across", "h_across"])
+def _up(
+    x, xs, w, ws, h, hs, rows, blocks, num_blocks, num_columns, across, h_across,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr, QUANTIZES: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOXED: tl.constexpr, TURN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """h [R, OUT] in the order of experts: silu of a first OUT columns of x times their weight, times a second OUT ones;
+    row r of x is that of the routed rows r * FOLD .. . QUANTIZES: two tiles of N columns are a group, of one scale."""
+    expert, begin, end, tile = work_of(blocks, num_blocks, num_columns, TURN)
+    if expert < 0:
+        return
+    at = begin + tl.arange(0, M)
+    held = at < end
+    x_row = tl.load(rows + at, mask=held, other=0) // FOLD
+    first = tile * (2 * N if QUANTIZES else N)
+    ws += expert.to(tl.int64) * (tl.cdiv(2 * OUT, BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K))
+    made = _up_tile(
+        x, xs, w, ws, x_row, held, expert, first, across, COLUMNS, OUT, BLOCK_N, BLOCK_K, BOXED, M, N, K, GROUP, STAGES
+    ).to(DTYPE)  # fmt: skip
+    column = first + tl.arange(0, N)
+    h_at = h + at.to(tl.int64)[:, None] * OUT + column[None, :]
+    shown = held[:, None] & (column < OUT)[None, :]
+    if QUANTIZES:
+        more = _up_tile(
+            x, xs, w, ws, x_row, held, expert, first + N, across,
+            COLUMNS, OUT, BLOCK_N, BLOCK_K, BOXED, M, N, K, GROUP, STAGES,
+        ).to(DTYPE).to(tl.float32)  # fmt: skip
+        made = made.to(tl.float32)
+        scale, inverse = scales_of(tl.maximum(tl.max(tl.abs(made), 1), tl.max(tl.abs(more), 1)))
+        tl.store(hs + tile.to(tl.int64) * h_across + at, scale, mask=held)
+        tl.store(h_at, shrunk(made, inverse).to(h.dtype.element_ty), mask=shown)
+        shown = held[:, None] & (column + N < OUT)[None, :]
+        tl.store(h_at + N, shrunk(more, inverse).to(h.dtype.element_ty), mask=shown)
+    else:
+        tl.store(h_at, made, mask=shown)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_columns", "across"])
+def _down(
+    h, hs, w, ws, y, rows, blocks, num_blocks, num_columns, across,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BOXED: tl.constexpr, TURN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [R, OUT], to each row's own place: h [R, COLUMNS], in the order of experts, times their weights."""
     expert, begin, end, tile = work_of(blocks, num_blocks, num_columns, TURN)
     if expert < 0:
         return
     at, first = begin + tl.arange(0, M), tile * N
     held = at < end
-    row = tl.load(rows + at, mask=held, other=0)
-    column, x_row = first + tl.arange(0, N), row // FOLD
-    wide = x_row.to(tl.int64)
-    total: tl.constexpr = 2 * OUT if GATED else OUT
-    above = expert * total
-    ws += expert.to(tl.int64) * (tl.cdiv(total, BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K))
-    made, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
-    row_scales = _row_scales(xs, x_row, held, 0, across, COLUMNS, GROUP)
+    wide = at.to(tl.int64)
+    ws += expert.to(tl.int64) * (tl.cdiv(OUT, BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K))
+    total = tl.zeros([M, N], tl.float32)
+    row_scales = _row_scales(hs, at, held, 0, across, COLUMNS, GROUP)
     scales = _block_scales(ws, first, OUT, 0, COLUMNS, BLOCK_N, BLOCK_K, N)
-    if GATED:
-        up_scales = _block_scales(ws, OUT + first, total, 0, COLUMNS, BLOCK_N, BLOCK_K, N)
     for k in tl.range(0, COLUMNS, K, num_stages=STAGES):
-        next_row_scales = _row_scales(xs, x_row, held, k + K, across, COLUMNS, GROUP)
+        next_row_scales = _row_scales(hs, at, held, k + K, across, COLUMNS, GROUP)
         next_scales = _block_scales(ws, first, OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
-        a = _rows(x, wide, held, 0, k, COLUMNS, K, False)
-        sums = dot(a, _weights(w, above, first, OUT, k, COLUMNS, N, K, BOXED), None)
-        made = _scaled(made, sums, row_scales, scales, BLOCK_N, N)
-        if GATED:
-            next_up_scales = _block_scales(ws, OUT + first, total, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
-            sums = dot(a, _weights(w, above + OUT, first, OUT, k, COLUMNS, N, K, BOXED), None)
-            up = _scaled(up, sums, row_scales, up_scales, BLOCK_N, N)
-            up_scales = next_up_scales
+        a = _rows(h, wide, held, begin, k, COLUMNS, K, BOXED)
+        sums = dot(a, _weights(w, expert, first, OUT, k, COLUMNS, N, K, 1, BOXED), None)
+        total = _scaled(total, sums, row_scales, scales, BLOCK_N, N)
         row_scales, scales = next_row_scales, next_scales
-    if GATED:
-        made = made / (1 + tl.exp(-made)) * up
-    if QUANTIZES:
-        store(made.to(DTYPE).to(tl.float32), row, tile, held, y, ys, y_across, OUT, N)
-    else:
-        y_at = y + row.to(tl.int64)[:, None] * OUT + column[None, :]
-        tl.store(y_at, made.to(y.dtype.element_ty), mask=held[:, None] & (column < OUT)[None, :])
+    row, column = tl.load(rows + at, mask=held, other=0).to(tl.int64), first + tl.arange(0, N)
+    y_at = y + row[:, None] * OUT + column[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=held[:, None] & (column < OUT)[None, :])
 
 
-def _boxes(matrix: Tensor, height: int, width: int, wanted: bool) -> tuple[Tensor | TensorDescriptor, bool]:
-    """A matrix [rows, columns] of bytes without gaps, in boxes where that is wanted and its rows are aligned for it."""
-    boxed = wanted and matrix.shape[-1] % 16 == 0
-    return (TensorDescriptor.from_tensor(matrix, [height, width]) if boxed else matrix), boxed
+def _boxes(matrices: Tensor, box: list[int], wanted: bool) -> tuple[Tensor | TensorDescriptor, bool]:
+    """Matrices of bytes without gaps, in boxes where that is wanted and their rows are aligned for it."""
+    boxed = wanted and matrices.shape[-1] % 16 == 0
+    return (TensorDescriptor.from_tensor(matrices, box) if boxed else matrices), boxed
 
 
 def _sizes(tile: Tile, block: Block, columns: int, out: int, device: torch.device) -> dict[str, object]:
@@ -232,8 +282,8 @@ def product(x: Quantized, weight: Tensor, scales: Tensor, block: Block, tile: Ti
     y = torch.empty(num_rows, out, dtype=dtype, device=weight.device)
     if num_rows:
         num_blocks, num_columns = triton.cdiv(num_rows, tile.m), triton.cdiv(out, tile.n)
-        x_in, x_boxed = _boxes(values, tile.m, block[1], tile.boxed)
-        w_in, boxed = _boxes(weight, tile.n, block[1], tile.boxed)
+        x_in, x_boxed = _boxes(values, [tile.m, block[1]], tile.boxed)
+        w_in, boxed = _boxes(weight[None], [1, tile.n, block[1]], tile.boxed)
         _linear[num_blocks * num_columns,](
             x_in, row_scales, w_in, scales, y, num_rows, num_blocks, num_columns, row_scales.stride(1),
             X_BOXED=x_boxed, BOXED=boxed, **_sizes(tile, block, columns, out, weight.device),
@@ -259,33 +309,35 @@ def experts(
     ids, weights = ids.contiguous(), weights.contiguous()
     if tiles is None and few.pays(ids.numel(), num_experts):
         return few.experts(x, w13, w2, ids, weights)
-    tiles = tiles or tiles_of(ids.numel() / num_experts)
-    by_expert, group = sort_rows(ids, num_experts, tiles.up.m), w2.block[1]
-    rows = (ids.numel(), inner, group, x.device)
-    x_in = quantize(x, w13.block[1])
-    if tiles.up.n == group:
-        h = empty(*rows)
-        _launch(x_in, w13, h[0], h[1], by_expert, tiles.up, ids.shape[1], True, x.dtype)
-    else:
-        wide = x.new_empty(ids.numel(), inner)
-        _launch(x_in, w13, wide, None, by_expert, tiles.up, ids.shape[1], True, x.dtype)
-        h = quantize(wide, group)
-    y = x.new_empty(ids.numel(), x.shape[1])
-    _launch(h, w2, y, None, by_expert, tiles.down, 1, False, x.dtype)
+    y = rows_of_experts(x, w13, w2, ids, tiles or tiles_of(ids.numel() / num_experts))
     return combine(y, ids, weights)
 
 
-def _launch(
-    x: Quantized, w: Fp8Weight, y: Tensor, y_scales: Tensor | None, by_expert: Sorted, tile: Tile, fold: int,
-    gates: bool, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """One grouped product into y, or with `y_scales` into its quantised form; rounded to `dtype` in any case."""
-    (values, scales), num_blocks, out = x, len(by_expert.blocks), y.shape[1]
-    num_columns = triton.cdiv(out, tile.n)
-    w_in, boxed = _boxes(w.values.flatten(0, 1), tile.n, w.block[1], tile.boxed)
-    _grouped[num_blocks * num_columns,](
-        values, scales, w_in, w.scales, y, y_scales, by_expert.rows, by_expert.blocks, num_blocks, num_columns,
-        scales.stride(1), 0 if y_scales is None else y_scales.stride(1), FOLD=fold, GATED=gates,
-        QUANTIZES=y_scales is not None, DTYPE=TYPES[dtype], BOXED=boxed,
-        **_sizes(tile, w.block, values.shape[1], out, values.device),
+def rows_of_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles: Tiles) -> Tensor:
+    """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written."""
+    by_expert = sort_rows(ids, len(w2.values), tiles.up.m)
+    h = _gate_up(x, w13, by_expert, ids.shape[1], w2.block[1], tiles.up)
+    (out, columns), tile, (values, scales) = w2.values.shape[1:], tiles.down, h
+    y, num_blocks, num_columns = x.new_empty(ids.numel(), out), len(by_expert.blocks), triton.cdiv(out, tile.n)
+    h_in, boxed = _boxes(values, [tile.m, w2.block[1]], tile.boxed)
+    w_in, _ = _boxes(w2.values, [1, tile.n, w2.block[1]], tile.boxed)
+    _down[num_blocks * num_columns,](
+        h_in, scales, w_in, w2.scales, y, by_expert.rows, by_expert.blocks, num_blocks, num_columns, scales.stride(1),
+        BOXED=boxed, **_sizes(tile, w2.block, columns, out, x.device),
     )  # fmt: skip
+    return y
+
+
+def _gate_up(x: Tensor, w13: Fp8Weight, by_expert: Sorted, top_k: int, group: int, tile: Tile) -> Quantized:
+    """What lies between the products, [R, I] in the order of experts, in groups of `group` columns."""
+    (values, scales), inner, block = quantize(x, w13.block[1]), w13.values.shape[1] // 2, w13.block
+    quantizes, num_rows, num_blocks = tile.paired and 2 * tile.n == group, len(by_expert.rows), len(by_expert.blocks)
+    num_columns = triton.cdiv(inner, 2 * tile.n if quantizes else tile.n)
+    w_in, boxed = _boxes(w13.values.view(-1, inner, x.shape[1]), [2, tile.n, block[1]], tile.boxed)
+    h, h_scales = empty(num_rows, inner, group, x.device) if quantizes else (x.new_empty(num_rows, inner), None)
+    _up[num_blocks * num_columns,](
+        values, scales, w_in, w13.scales, h, h_scales, by_expert.rows, by_expert.blocks, num_blocks, num_columns,
+        scales.stride(1), h_scales.stride(1) if h_scales is not None else 0, FOLD=top_k, QUANTIZES=quantizes,
+        DTYPE=TYPES[x.dtype], BOXED=boxed, **_sizes(tile, block, x.shape[1], inner, x.device),
+    )  # fmt: skip
+    return quantize(h, group) if h_scales is None else (h, h_scales)

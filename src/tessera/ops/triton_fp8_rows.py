@@ -39,12 +39,24 @@ class Spread:
 
 
 @triton.jit
+def scales_of(largest):
+    """Scales of groups by their largest magnitudes [N], and their inverses."""
+    largest = tl.maximum(largest, SMALLEST)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
+    return scale, tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def shrunk(x, inverse):
+    """x [N, K] times its rows' inverse scales: what is left is to round it."""
+    return tl.minimum(tl.maximum(x * inverse[:, None], -LARGEST), LARGEST)
+
+
+@triton.jit
 def rounded(x):
     """x [N, GROUP] in fp32 -> fp8's numbers, still in fp32, before they are rounded; the scales [N] of the groups."""
-    scale = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST)
-    scale = tl.div_rn(scale, tl.full(scale.shape, LARGEST, tl.float32))
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    return tl.minimum(tl.maximum(x * inverse[:, None], -LARGEST), LARGEST), scale
+    scale, inverse = scales_of(tl.max(tl.abs(x), 1))
+    return shrunk(x, inverse), scale
 
 
 @triton.jit
