@@ -13,7 +13,7 @@ import torch
 from ops.cases import TOLERANCE
 from tessera.ops import triton_route, triton_sort
 from tessera.ops.fused import Shared, add_gated, gated_product
-from tessera.ops.linear import pack_reference
+from tessera.ops.linear import linear, pack_reference
 from tessera.ops.moe import Router, choose, experts_reference, mixture_of, route
 from tessera.ops.triton_linear import Tile as RowTile
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
@@ -270,6 +270,22 @@ def _mixed_alike(num_tokens, num, hidden, inner, top_k, dtype, parts, gated, cho
 def test_a_shared_expert_is_further_experts(choice, parts, num_tokens, gated, dtype):
     """Where it consists of such, for few tokens; else it is computed apart. Some experts may be held elsewhere."""
     _mixed_alike(num_tokens, 6, 40, 24, 3, dtype, parts, gated, choice)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mix", [mixture, PLAIN], ids=["ours", "plain"])
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_a_shared_expert_that_is_under_way_is_asked_for_once(mix, num_tokens):
+    """Known faults: computed again; asked for before the products that run beside it are launched."""
+    x, (w13, w2) = torch.randn(num_tokens, 40, device=DEVICE), _weights(6, 40, 24, torch.float32)
+    shared, ids = _shared(40, 24, torch.float32, True), _ids("any", num_tokens, 6, 3).to(DEVICE)
+    weights, asked = torch.rand(num_tokens, 3, device=DEVICE), []
+    expected = PLAIN(x, w13, w2, ids, weights, shared)
+    rows = linear(gated_product(x, shared.w_in), shared.w_out)
+    wrong = Shared(replace(shared.w_in, product=None), shared.w_out, shared.gate)
+    found = mix(x, w13, w2, ids, weights, wrong, lambda: asked.append(1) or rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert asked == [1]
 
 
 def test_which_shared_experts_are_joined():

@@ -50,14 +50,10 @@ class MoE:
 
     def whole(self, x: Tensor) -> Tensor:
         """See `Experts`."""
-        if self.shared_mlp is None or not BESIDE[0] <= len(x) <= BESIDE[1]:
-            ids, scores = self.route(x)
-            return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp)
-        with self.tools.aside.begun():
-            shared = self.shared(x)
-        part = self.part(x, *self.route(x))
-        self.tools.aside.join()
-        return self.joined(part, shared, x)
+        beside = self.shared_mlp is not None and BESIDE[0] <= len(x) <= BESIDE[1]
+        made = self.tools.aside.run(lambda: self.shared(x)) if beside else None
+        ids, scores = self.route(x)
+        return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp, made)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+MadeT = TypeVar("MadeT")
 
 
 class Aside:
@@ -32,3 +35,14 @@ class Aside:
         """What is launched from now on comes after what was begun."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+    def run(self, make: Callable[[], MadeT]) -> Callable[[], MadeT]:
+        """Begins `make`; what comes back joins, and gives what was made."""
+        with self.begun():
+            made = make()
+
+        def joined() -> MadeT:
+            self.join()
+            return made
+
+        return joined

@@ -19,6 +19,7 @@ from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned
 from tessera.ops.precision import wide
 
 Mixture = Callable[..., Tensor]
+Made = Callable[[], Tensor]
 
 
 def route(
@@ -148,11 +149,23 @@ def mixture_of(
 ) -> Mixture:
     """Routed experts and the shared one, from versions of what they consist of."""
 
-    def mixture(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None) -> Tensor:
-        """What `experts_reference` gives, with what the shared expert makes of x, where there is one."""
+    def mixture(
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        shared: Shared | None,
+        made: Made | None = None,
+    ) -> Tensor:
+        """What `experts_reference` gives, with what the shared expert makes of x, where there is one.
+
+        `made` gives what it makes, where that is under way already: asked for once all else is.
+        """
         part = experts(x, w13, w2, ids, weights)
         if shared is None:
             return part
-        return add_gated(part, packed.linear(gated_product(x, shared.w_in), shared.w_out), x, shared.gate)
+        rows = packed.linear(gated_product(x, shared.w_in), shared.w_out) if made is None else made()
+        return add_gated(part, rows, x, shared.gate)
 
     return mixture

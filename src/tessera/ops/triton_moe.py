@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tessera.ops import moe
 from tessera.ops.fused import Shared
 from tessera.ops.linear import linear
-from tessera.ops.moe import Beside, Mixture
+from tessera.ops.moe import Beside, Made, Mixture
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow
 from tessera.ops.triton_fused import add_gated
@@ -248,11 +248,19 @@ def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
     """`moe.mixture_of` these experts; with few tokens the shared one is among those that they visit."""
     apart = moe.mixture_of(experts, gated_product, add_gated)
 
-    def mixture(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None) -> Tensor:
+    def mixture(
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        shared: Shared | None,
+        made: Made | None = None,
+    ) -> Tensor:
         """See `moe.mixture_of`; up to float32."""
-        if shared is not None and joins(x, w13, w2, ids, shared):
+        if shared is not None and made is None and joins(x, w13, w2, ids, shared):
             return few_experts(x, w13, w2, ids.contiguous(), weights.contiguous(), shared)
-        return apart(x, w13, w2, ids, weights, shared)
+        return apart(x, w13, w2, ids, weights, shared, made)
 
     return mixture
 
@@ -260,12 +268,15 @@ def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
 _apart = mixture_of(experts)
 
 
-def mixture(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None) -> Tensor:
+def mixture(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None,
+    made: Made | None = None,
+) -> Tensor:  # fmt: skip
     """See `moe.mixture_of`; up to float32. With many rows the shared expert's are added where the others are summed."""
     if shared is None or not len(w13) or pays(ids.numel(), len(w13)):
-        return _apart(x, w13, w2, ids, weights, shared)
+        return _apart(x, w13, w2, ids, weights, shared, made)
     y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype))
-    rows = linear(gated_product(x, shared.w_in), shared.w_out)
+    rows = linear(gated_product(x, shared.w_in), shared.w_out) if made is None else made()
     return combine(y, ids.contiguous(), weights.contiguous(), beside=Beside(rows, x, shared.gate))
 
 
