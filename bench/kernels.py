@@ -26,9 +26,11 @@ import torch
 import triton
 from kernel_case import Case
 
+from tessera.core.errors import ConfigError
+
 GROUPS = {name: f"kernels_{name}" for name in ("attention", "delta", "fp8", "linear", "moe", "norm")}
 TOLERANCE = 1e-2
-REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
+REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, ConfigError)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def cases() -> dict[str, Callable[[str], Case]]:
     for name, router in ROUTERS.items():
         for tokens in (1, 2, 4, 8, 16):
             made[f"scores and route {name} {tokens}"] = partial(_scores, router, tokens)
-        for tokens in (16, 64, 128, 512, 2048, 8192) if router[1] else ():
+        for tokens in (16, 64, 128, 512, 2048, 8192, 16384) if router[1] else ():
             made[f"scores apart {name} {tokens}"] = partial(_many_scores, router, tokens)
     for name, shared in SHARED.items():
         for tokens in (1, 2, 4):
@@ -168,9 +168,9 @@ def _many_scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: st
     def check(inputs: tuple[Tensor, Router], weights: Tensor) -> float:
         return distance(weights, moe.choose(*inputs)[1])
 
-    sizes = ((64, 16, 64, 4), (64, 16, 128, 3), (64, 32, 64, 4), (64, 64, 64, 3), (64, 64, 64, 4))
+    sizes = ((64, 16, 64, 4), (64, 16, 128, 3), (64, 32, 64, 4), (64, 64, 64, 4), (64, 128, 64, 3))
     variants: list[dict[str, Any]] = [{"library": "fp32"}, {"library": "bf16"}]
-    variants += [{"tile": ScoreTile(0, n, m, k, 4, stages)} for n, m, k, stages in sizes]
+    variants += [{"tile": ScoreTile(0, n, m, k, 8 if m > 64 else 4, stages)} for n, m, k, stages in sizes]
     num_bytes = 2 * tokens * HIDDEN + 4 * num * (HIDDEN + tokens)
     return Case(name, num_bytes, 2 * tokens * num * HIDDEN, 2 * tokens * HIDDEN, make, run, check, variants)
 
