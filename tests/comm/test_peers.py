@@ -143,3 +143,13 @@ def test_what_goes_another_way_is_told_by_bytes_and_by_what_is_under_way() -> No
     assert not first.takes(8), "the first of them still is"
     handles[0].wait()
     assert first.takes(8)
+
+
+def test_what_is_forgotten_no_longer_counts_as_under_way() -> None:
+    """A recording that failed has begun collectives that never run."""
+    first, _ = group(2)
+    for _ in range(peers.WINDOW):
+        first.sum(parts_of(1, "sum", 2)[0], 1)
+    assert not first.takes(8)
+    first.forget()
+    assert first.takes(8)

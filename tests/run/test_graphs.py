@@ -44,7 +44,10 @@ class Again:
     def __init__(self) -> None:
         self.recorded, self.replayed = 0, 0
 
-    def __call__(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+    def warm(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        stage()
+
+    def capture(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
         found = stage()
         self.recorded += 1
 

@@ -19,7 +19,7 @@ import zmq
 
 from assets.abacus import model, prompt, questions
 from run.test_loop import LONG, Engine
-from tessera.core.errors import ConfigError, DeadlineError, ModelError, PeerError
+from tessera.core.errors import CapacityError, ConfigError, DeadlineError, ModelError, PeerError
 from tessera.core.messages import Abort, Output, Outputs, SamplingParams, Submit
 from tessera.models.folder import find_model
 from tessera.plan.handoff import Written
@@ -263,13 +263,29 @@ def test_what_a_rank_says_of_a_dropped_choice_is_dropped_until_its_name_is_used_
 def test_recording_waits_for_all_ranks_and_names_those_that_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     made, hub = scripted(monkeypatch, tp=2, watchdog_timeout=0.1)
     ticket, size = made.launch(Step(0, (empty_part(),))), Size(4, 4, True)
-    hub.script += [(1, Kept()), (0, done(0, "a")), (0, Kept())]
+    hub.script += [(1, Kept()), (0, done(0, "a")), (0, Kept()), *2 * [(0, Kept()), (1, Kept())]]
     made.record(size)
-    assert hub.sent[-1] == (Record(size), [0, 1])
+    assert [sent for sent, _ in hub.sent[-3:]] == [Record(size, act) for act in ("rehearse", "meet", "record")]
+    assert all(list(ranks) == [0, 1] for _, ranks in hub.sent[-3:])
     assert len(made.collect(ticket)[1]) == 1, "what came meanwhile is not lost"
     hub.script += [(0, Kept())]
-    with pytest.raises(DeadlineError, match=r"ranks \[1\] have not recorded steps of"):
+    with pytest.raises(DeadlineError, match=r"ranks \[1\] have not recorded \(rehearse\) steps of"):
         made.record(size)
+
+
+@pytest.mark.parametrize("act", ["rehearse", "record"])
+def test_where_a_rank_lacks_memory_no_rank_keeps_the_recording(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hub = scripted(monkeypatch, tp=2)
+    size, both = Size(4, 4, True), [(0, Kept()), (1, Kept())]
+    before = {"rehearse": 0, "record": 2}[act]
+    hub.script += [*before * both, (0, Kept()), (1, Kept("2 GiB are needed"))]
+    if act == "record":
+        hub.script += both
+    with pytest.raises(CapacityError, match="rank 1: 2 GiB are needed"):
+        made.record(size)
+    assert not hub.script
+    last = hub.sent[-1][0]
+    assert last == Record(size, "drop" if act == "record" else "rehearse")
 
 
 def test_parts_come_in_the_order_of_data_parallel_ranks_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:

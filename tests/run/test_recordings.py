@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from run.test_loop import SHORT, Engine, prompt
 from run.test_runner import step
+from tessera.core.errors import CapacityError
 from tessera.core.messages import Outbound, Outputs, Submit
 from tessera.run.graphs import Size, Sizes
 from tessera.run.recordings import MEETINGS, Recordings
@@ -102,14 +102,15 @@ def test_the_loop_records_while_nothing_runs_and_first_tokens_do_not_wait() -> N
 
 
 def test_without_memory_for_more_the_engine_goes_on_and_tells(caplog: pytest.LogCaptureFixture) -> None:
-    done = threading.Event()
+    done, tried = threading.Event(), list[Size]()
 
     def react(engine: Engine, message: Outbound) -> None:
         if isinstance(message, Outputs) and any(output.finish for output in message.items):
             done.set()
 
     def refuse(size: Size) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And more")
+        tried.append(size)
+        raise CapacityError("rank 0: Tried to allocate 2 GiB")
 
     engine = Engine(react)
     engine.core.recordings.__init__(SIZES)
@@ -120,5 +121,22 @@ def test_without_memory_for_more_the_engine_goes_on_and_tells(caplog: pytest.Log
             assert not waited.wait(0.01)
         engine.core.post(Submit("a", prompt(1), SHORT))
         assert done.wait(WAIT_S)
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "steps of 4 tokens as a CUDA graph (CUDA out of memory)" in caplog.text
+    assert tried == [DECODES[2], DECODES[0]], "the largest, and what is smaller, once each"
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
+    assert "steps of 4 tokens (4 ranges) as a CUDA graph: rank 0: Tried to allocate 2 GiB." in caplog.text
+
+
+@given(st.lists(RANGES, max_size=30), st.lists(st.sampled_from([*DECODES, Size(2, 8), Size(4, 16)]), min_size=1))
+def test_what_there_is_no_memory_for_is_not_asked_again_nor_anything_larger(
+    met: list[list[tuple[int, int, int, bool]]], dropped: list[Size]
+) -> None:
+    recordings = Recordings(SIZES)
+    for size in dropped:
+        recordings.drop(size)
+    least = min(size.all_tokens for size in dropped)
+    found = [recordings.due(step(index, ranges)) for index, ranges in enumerate(met)]
+    found += [recordings.rest() for _ in range(recordings.num_left)]
+    assert recordings.num_left == 0
+    assert recordings.rest() is None
+    assert all(size is None or size.all_tokens < least for size in found)
+    assert {size for size in DECODES if size.all_tokens < least} <= set(found)

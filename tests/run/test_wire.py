@@ -128,7 +128,7 @@ def test_any_result_arrives_as_it_was(done: Done) -> None:
 
 def test_the_other_messages_arrive_as_they_were() -> None:
     config = resolved(tiny_model("hybrid").spec, tp=4, dp=2, enable_dp_attention=True).config
-    for down in (Begin(config, "a:1"), Record(Size(4, 64)), Drop("r", 1), End()):
+    for down in (Begin(config, "a:1"), Record(Size(4, 64), "meet"), Drop("r", 1), End()):
         assert decode_down(encode(down)) == down
     refused = Failed("ConfigError", "no", (Conflict(("--a", "--b"), "why", "what"),))
     for up in (Hello(), Loading(1, 2), Loaded(), Kept(), refused):

@@ -63,6 +63,10 @@ class Comm(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """What was begun and not waited for never will be: it was to be recorded, has not run, and is thrown away."""
+        ...
+
     def close(self) -> None:
         """Leaves for good. Ranks that wait for something this one has not brought get a `PeerError`."""
         ...

@@ -194,6 +194,12 @@ class DistComm:
             f"exchange over '{axis}'", partial(_first, got, flat), group.alltoall_base, into, flat, *splits
         )
 
+    def forget(self) -> None:
+        """See `Comm.forget`."""
+        for peers in self._peers.values():
+            if peers is not None:
+                peers.forget()
+
     def close(self) -> None:
         """See `Comm.close`. Waits, up to the deadline, for what the GPU has still to do: the others may need it."""
         if self._device.type == "cuda":

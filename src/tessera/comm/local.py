@@ -170,6 +170,9 @@ class LocalComm:
         key = self._bring(axis, "exchange", part.split(list(sent)))
         return _Exchange(self.group, key, self.rank, self.mesh.coordinate(self.rank, axis), received)
 
+    def forget(self) -> None:
+        """See `Comm.forget`. Nothing is recorded here."""
+
     def close(self) -> None:
         """See `Comm.close`."""
         self.group.fail(self.rank, None)

@@ -81,6 +81,10 @@ class Peers:
         kept = part.new_empty(part.shape if pieces == 1 else (share(len(part), pieces),))
         return self._begin(_flat(part), kept.view(-1), kept, pieces > 1, True)
 
+    def forget(self) -> None:
+        """Nothing is under way: what was begun was never launched."""
+        self._waiting.clear()
+
     def _begin(self, x: Tensor, out: Tensor, result: Tensor, scatters: bool, sums: bool) -> UnderWay:
         """x and out flat; `result` is out as it is wanted."""
         num = share(x.numel(), self.world) if scatters else x.numel()

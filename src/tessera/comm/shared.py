@@ -171,6 +171,9 @@ class SharedComm:
         mine = partial(_pick, at=self.mesh.coordinate(self.rank, axis), received=received)
         return channel.post("exchange", axis, [part], mine, sent)
 
+    def forget(self) -> None:
+        """See `Comm.forget`. Nothing is recorded here."""
+
     def close(self) -> None:
         """See `Comm.close`."""
         self._segment.leave(self.rank)

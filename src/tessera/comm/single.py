@@ -35,5 +35,8 @@ class SingleComm:
         assert [len(part)] == list(sent) == list(received or sent), f"{len(part)} rows, {sent} to send"
         return Ready(part)
 
+    def forget(self) -> None:
+        """Nothing is ever under way."""
+
     def close(self) -> None:
         """Nobody to leave."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tessera.comm.base import Comm
 from tessera.comm.local import LocalGroup
+from tessera.comm.rehearsal import Rehearsing
 from tessera.comm.single import SingleComm
 from tessera.comm.waits import interleave
 from tessera.core.config.types import Config, MeshConfig
@@ -158,7 +159,8 @@ def build_runner(
     with stages.timed("kernels"):
         backend.compile(spec, getattr(torch, config.model.dtype), getattr(torch, memory.kv_dtype))
     with stages.timed("weights"):
-        decoder, weights = load_decoder(config, spec, source, backend, rank, comm or SingleComm(), device, progress)
+        shared = Rehearsing(comm or SingleComm())
+        decoder, weights = load_decoder(config, spec, source, backend, rank, shared, device, progress)
     caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows, context = config.scheduling.max_running, config.model.context_length
     sizes = Sizes(*config.kernels.graphs)
@@ -170,7 +172,7 @@ def build_runner(
             gather_pages(weights)
         finished(device)
     executor = executor or default_executor(config)
-    args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"))
+    args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"), shared)
     return Runner(
         model,
         table,

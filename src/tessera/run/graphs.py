@@ -22,8 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.comm.rehearsal import Rehearsing
+from tessera.comm.single import SingleComm
+from tessera.core.config.memory import gib
 from tessera.core.config.needs import Sketch
-from tessera.models.activations import recorded_bytes
+from tessera.models.activations import FRAGMENTS, recorded_bytes
 from tessera.ops.expand import Columns, Expanded
 from tessera.ops.segments import Segments
 from tessera.ops.upload import staged
@@ -31,6 +34,7 @@ from tessera.plan.step import NO_INTS, Ints, Part, Step
 from tessera.run.batch import Input
 from tessera.run.table import RowTable
 
+SPARE = 64 << 20  # bytes that are left free beside a recording, for CUDA's own
 LAYER_BYTES = 128 << 10  # that CUDA keeps for a layer's launches in a graph
 
 Expand = Callable[[Columns, int, Tensor, Tensor, int], Expanded]
@@ -45,6 +49,11 @@ class Size:
     num_tokens: int
     one_each: bool = False
     num_halves: int = 1
+
+    @property
+    def all_tokens(self) -> int:
+        """Those of all halves."""
+        return self.num_tokens * self.num_halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,31 +153,74 @@ class Recorded:
     run: Callable[[], None]
 
 
-class Recorder(Protocol):
-    """Makes a run of something that reads and writes fixed tensors."""
+Results = tuple[Tensor, Tensor]
 
-    def __call__(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
-        """What `stage` gives, and a call that computes it anew into the same tensors."""
+
+class Recorder(Protocol):
+    """Makes a run of something that reads and writes fixed tensors. Both may raise `torch.OutOfMemoryError`."""
+
+    def warm(self, stage: Callable[[], Results]) -> None:
+        """Runs `stage` as it is, where it will be recorded: kernels are compiled and handles made."""
+
+    def capture(self, stage: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+        """What `stage` gives, and a call that computes it anew into the same tensors. On a device nothing runs yet."""
 
 
 class CudaGraphs:
-    """Records with CUDA graphs, which share one pool of memory, their logits too: they run one after the other."""
+    """Records with CUDA graphs, which share one pool of memory, their logits too: they run one after the other.
+
+    Whether there is memory is asked before a capture begins: one that fails half way may leave streams that it forked,
+    and then PyTorch's allocator believes for good that it is still under way.
+    """
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._needed = self._pooled = 0  # bytes that the last run held, and that the largest recorded one did
 
-    def __call__(self, stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+    def __call__(self, stage: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+        """Both, for a rank that is alone or knows that there is memory."""
+        self.warm(stage)
+        return self.capture(stage)
+
+    def warm(self, stage: Callable[[], Results]) -> None:
         """See `Recorder`."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            stage()  # compiles kernels and makes handles, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            tokens, logits = stage()
-        self._pool = graph.pool()
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.cuda.stream(self._stream):
+            stage()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._needed = torch.cuda.max_memory_allocated() - before
+
+    def capture(self, stage: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+        """See `Recorder`."""
+        self._check()
+        graph, missing = torch.cuda.CUDAGraph(), None
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, **options):
+                try:
+                    tokens, logits = stage()
+                except torch.OutOfMemoryError as error:  # ending such a capture may fail too, with less to say
+                    missing = error
+                    raise
+        except RuntimeError as error:
+            graph.reset()
+            torch.cuda.empty_cache()
+            if missing is None and "out of memory" in str(error):  # said by CUDA itself
+                missing = torch.OutOfMemoryError(str(error))
+            raise missing or error from None
+        self._pool, self._pooled = graph.pool(), max(self._pooled, self._needed)
         return (tokens, lent(logits)), graph.replay
+
+    def _check(self) -> None:
+        torch.cuda.empty_cache()
+        wanted = int(max(self._needed - self._pooled, 0) * FRAGMENTS) + SPARE
+        free, whole = torch.cuda.mem_get_info()
+        if free < wanted:
+            raise torch.OutOfMemoryError(f"{gib(wanted)} are needed. {gib(free)} of {gib(whole)} are free")
 
 
 def lent(tensor: Tensor) -> Tensor:
@@ -198,19 +250,41 @@ class Graphs:
         expand: Expand,
         recorder: Recorder,
         num_dp: int = 1,
+        comm: Rehearsing | None = None,
     ) -> None:
         self._sizes, self._model, self._table, self._caches = sizes, model, table, caches
         self._page_size, self._expand, self._recorder, self._num_dp = page_size, expand, recorder, num_dp
         self._recorded: dict[Size, Recorded] = {}
+        self._comm = comm or Rehearsing(SingleComm())
 
     def size_of(self, step: Step) -> Size | None:
         """The recorded size that a step runs at; None: it runs as it is."""
         size = self._sizes.of(step) if step.num_tokens else None
         return size if size in self._recorded else None
 
+    def rehearse(self, size: Size) -> None:
+        """Runs a size on padding, without the other ranks: whatever it raises leaves nobody waiting."""
+        with self._comm.alone():
+            self._recorder.warm(self._staged(size)[1])
+
+    def meet(self, size: Size) -> None:
+        """Runs a size that was rehearsed with the other ranks, whose collectives have kernels and handles too."""
+        self._recorder.warm(self._staged(size)[1])
+
     def record(self, size: Size) -> None:
-        """Records a size; steps that are launched from now on run so."""
-        self._recorded[size] = self._record(size)
+        """Records a size that has run; steps that are launched from now on run so. On a device nobody waits meanwhile,
+        so neither does anybody when it fails."""
+        packed, stage = self._staged(size)
+        try:
+            (tokens, logits), run = self._recorder.capture(stage)
+        except torch.OutOfMemoryError:
+            self._comm.forget()
+            raise
+        self._recorded[size] = Recorded(packed, tokens, logits, run)
+
+    def drop(self, size: Size) -> None:
+        """Steps of a size that other ranks could not record run as they are."""
+        self._recorded.pop(size, None)
 
     def run(self, size: Size, columns: NDArray[np.int32]) -> Recorded:
         """Runs a step of packed `columns`; its tokens are in the row table too."""
@@ -219,14 +293,14 @@ class Graphs:
         recorded.run()
         return recorded
 
-    def _record(self, size: Size) -> Recorded:
+    def _staged(self, size: Size) -> tuple[Tensor, Callable[[], Results]]:
+        """Columns of padding, and what computes them."""
         padding = Part(NO_INTS, NO_INTS, NO_INTS, NO_INTS, np.zeros(0, np.bool_))
         columns = columns_of((padding,) * size.num_halves, size, NO_INTS, self._table.scratch)
         packed = torch.from_numpy(columns).to(self._table.tokens.device)
-        (tokens, logits), run = self._recorder(lambda: self._stage(packed, size))
-        return Recorded(packed, tokens, logits, run)
+        return packed, lambda: self._stage(packed, size)
 
-    def _stage(self, packed: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    def _stage(self, packed: Tensor, size: Size) -> Results:
         """What is recorded: ([S] likeliest tokens, [S, V] logits)."""
         table = self._table
         halves = [Columns.split(half, size.num_segments) for half in packed.chunk(size.num_halves)]

@@ -16,6 +16,7 @@ from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.poster import Order
 from tessera.run.profiling import ProfileOrder
+from tessera.run.recording import TOGETHER, Act, record
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
 from tessera.run.seat import Seat
@@ -95,12 +96,16 @@ class Group:
         return self.runners[0].trace(order)
 
     def record(self, size: Size) -> None:
-        """Steps of `size` run as a graph from now on, on every rank."""
+        """See `Runs.record`."""
+        record(size, TOGETHER, lambda act: self._perform(act, size))
+
+    def _perform(self, act: Act, size: Size) -> dict[int, str]:
         with ThreadPoolExecutor(len(self.runners)) as pool:  # they meet while they record
-            recorded = [pool.submit(runner.record, size) for runner in self.runners]
-        for one in recorded:
+            acts = [pool.submit(runner.perform, act, size) for runner in self.runners]
+        for one in acts:
             if (error := one.exception()) is not None:
                 raise PeerError(f"steps of {size} cannot be recorded: {error}") from error
+        return {rank: one.result() for rank, one in enumerate(acts)}
 
     def close(self) -> None:
         """Ends all ranks; one that waits for another stops waiting."""

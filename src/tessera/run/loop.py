@@ -14,9 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-import torch
-
-from tessera.core.errors import PeerError
+from tessera.core.errors import CapacityError, PeerError
 from tessera.core.messages import (
     EndProfile,
     Fatal,
@@ -107,7 +105,10 @@ class Runs(Protocol[TicketT]):
         """See `Traces`."""
 
     def record(self, size: Size) -> None:
-        """Steps of `size` run as a graph from now on. Waits until it is recorded."""
+        """Steps of `size` run as a graph from now on, on all ranks. Waits until it is recorded.
+
+        Raises `CapacityError`, which says what memory is missing where; then they go on running as they are.
+        """
 
     def order(self, order: Order) -> None:
         """Gives all ranks an order about another server."""
@@ -237,13 +238,15 @@ class StepLoop(Generic[TicketT]):
             return
         try:
             self.runner.record(size)
-        except torch.OutOfMemoryError as error:  # of a rank in this process, which no other one waits for
-            self._recordings.held = True
+        except CapacityError as error:
+            self._recordings.drop(size)
             log.warning(
-                "No memory is left to record steps of %d tokens as a CUDA graph (%s). Sizes that are not recorded by "
-                "now run as they are, slower. Lower --mem-fraction-static, or --cuda-graph-max-bs.",
-                size.num_tokens,
-                str(error).split(". ")[0],
+                "No memory is left to record steps of %d tokens (%d ranges) as a CUDA graph: %s. Steps of this size, "
+                "and of larger ones that are not recorded by now, run as they are, slower. Lower "
+                "--mem-fraction-static, or --cuda-graph-max-bs.",
+                size.all_tokens,
+                size.num_segments * size.num_halves,
+                error,
             )
         finally:
             self._recordings.under_way = False

@@ -22,6 +22,7 @@ from tessera.run.graphs import Size
 from tessera.run.hub import Hub
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
+from tessera.run.recording import TOGETHER, Act, record
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
@@ -64,7 +65,7 @@ class Processes:
         self._first = mesh.group(0, "dp")
         self._silence = config.serving.watchdog_timeout
         self._tell = tell
-        self._keeping: set[int] = set()  # ranks that are recording a size
+        self._kept: dict[int, str] = {}  # what ranks said after an act of a recording
         self.seats: list[Seat] = []
         self.stages = Stages()
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
@@ -151,14 +152,17 @@ class Processes:
         return len(self._all)
 
     def record(self, size: Size) -> None:
-        """Steps of `size` run as a graph from now on. Waits until every rank has recorded it."""
-        self._keeping = set(self._all)
-        self._hub.send(Record(size), self._all)
+        """See `Runs.record`."""
+        record(size, TOGETHER, lambda act: self._perform(act, size))
+
+    def _perform(self, act: Act, size: Size) -> dict[int, str]:
+        self._kept.clear()
+        self._hub.send(Record(size, act), self._all)
         until = time.monotonic() + self._silence
-        while self._keeping:
+        while missing := [rank for rank in self._all if rank not in self._kept]:
             if not self._take(until - time.monotonic()):
-                ranks = sorted(self._keeping)
-                raise DeadlineError(f"ranks {ranks} have not recorded steps of {size} in {self._silence:g} s")
+                raise DeadlineError(f"ranks {missing} have not recorded ({act}) steps of {size} in {self._silence:g} s")
+        return dict(self._kept)
 
     def wait(self, launched: Sent | None, news: int | None, seconds: float) -> bool:
         """See `Runs.wait`. What ranks have to tell is told meanwhile."""
@@ -186,8 +190,8 @@ class Processes:
         match message:
             case Done():
                 self._done[rank].append(message)
-            case Kept():
-                self._keeping.discard(rank)
+            case Kept(missing):
+                self._kept[rank] = missing
             case Told(told):
                 self._tell(told)
             case _:

@@ -141,9 +141,8 @@ class Steps:
                 launched = self._runner.launch(step)
                 self._flying.append(launched)
                 self._waiter.put([launched.result])
-            case Record(size):
-                self._runner.record(size)
-                self._link.tell(Kept())
+            case Record(size, act):
+                self._link.tell(Kept(self._runner.perform(act, size)))
             case Trace(order):
                 self._runner.trace(order)
             case Drop(request_id, choice):

@@ -27,6 +27,7 @@ class Recordings:
         self.under_way = False  # a size was told and is not recorded yet; who records it says when it is
         self._met: Counter[Size] = Counter()  # of those that are not recorded
         self._recorded: set[Size] = set()
+        self._below = float("inf")  # tokens of the smallest size that there was no memory for
         coming = [Size(rows, rows, one_each=True) for rows in sizes.rows if decodes]
         self._ahead = coming[:-1][::-1] + coming[-1:]  # from its end: the largest, whose memory serves all, then up
 
@@ -38,7 +39,7 @@ class Recordings:
     def due(self, step: Step) -> Size | None:
         """The size to record before `step` runs; None: it runs as what there is."""
         size = self._sizes.of(step) if step.num_tokens else None
-        if size is None or size in self._recorded or self.held:
+        if size is None or size in self._recorded or self.held or size.all_tokens >= self._below:
             return None
         self._met[size] += 1
         return self._note(size) if self._met[size] > MEETINGS else None
@@ -50,6 +51,12 @@ class Recordings:
         if self._met:
             return self._note(self._met.most_common(1)[0][0])
         return self._note(self._ahead[-1]) if self._ahead else None
+
+    def drop(self, size: Size) -> None:
+        """There was no memory for a size: neither it nor larger ones are recorded any more, smaller ones may be."""
+        self._below = min(self._below, size.all_tokens)
+        self._met = Counter({met: times for met, times in self._met.items() if met.all_tokens < self._below})
+        self._ahead = [ahead for ahead in self._ahead if ahead.all_tokens < self._below]
 
     def _note(self, size: Size) -> Size:
         self.under_way = True

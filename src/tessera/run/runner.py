@@ -24,6 +24,7 @@ from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
 from tessera.run.poster import Order, Poster
 from tessera.run.profiling import ProfileOrder, Tracer
+from tessera.run.recording import ALONE, Act, perform, record
 from tessera.run.report import Tally, tally
 from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores, scored_only
 from tessera.run.rowparams import RowParams
@@ -257,15 +258,19 @@ class Runner:
         return 1
 
     def record(self, size: Size) -> None:
-        """Steps of `size` run as a graph from now on. Waits until it is recorded."""
+        """See `Runs.record`."""
+        record(size, ALONE, lambda act: {0: self.perform(act, size)})
+
+    def perform(self, act: Act, size: Size) -> str:
+        """An act of a recording; waits until it is over. What memory is missing, empty when none is."""
         graphs = self.graphs
         assert graphs is not None
 
         @torch.inference_mode()
-        def work() -> None:
-            graphs.record(size)
+        def work() -> str:
+            return perform(graphs, act, size)
 
-        self._executor.submit(work).result()
+        return self._executor.submit(work).result()
 
     def close(self) -> None:
         """Waits for steps under way; what is being written elsewhere fails."""

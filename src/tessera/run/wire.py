@@ -21,6 +21,7 @@ from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
+from tessera.run.recording import Act
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
@@ -102,13 +103,16 @@ class Trace(msgspec.Struct, tag=True, frozen=True):
 
 
 class Record(msgspec.Struct, tag=True, frozen=True):
-    """Steps of `size` that come after this run as a graph; answered by `Kept`."""
+    """An act of recording steps of `size` (`recording.py`); answered by `Kept`."""
 
     size: Size
+    act: Act
 
 
 class Kept(msgspec.Struct, tag=True, frozen=True):
-    """A size is recorded."""
+    """An act of a recording is over. `missing`: the memory that it lacked, empty when it went well."""
+
+    missing: str = ""
 
 
 class End(msgspec.Struct, tag=True, frozen=True):

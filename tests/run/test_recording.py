@@ -1,0 +1,224 @@
+"""Promise: where one rank has no memory to record a size, no rank has it, and all go on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from assets.abacus import model as packaged
+from run.fake_recorder import FakeRecorder
+from run.test_loop import Engine
+from run.test_processes import flags_of
+from tessera.comm.rehearsal import Rehearsing
+from tessera.core.config import Resolved
+from tessera.core.errors import CapacityError
+from tessera.core.messages import Outputs, SamplingParams, Submit
+from tessera.run import build
+from tessera.run.core import EngineCore
+from tessera.run.graphs import Size, Sizes
+from tessera.run.group import Group
+from tessera.run.recording import ALONE, TOGETHER, Act, missing, record
+from tiny import resolved, serve, tiny_model
+
+SIZES = Sizes(rows=(1, 2, 4), segments=(8,), tokens=(16, 64))
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+REQUESTS = [Submit(f"r{i}", [5 + i, 9, 7 + 2 * i], GREEDY) for i in range(4)]
+DP: dict[str, Any] = {"tp": 2, "dp": 2, "enable_dp_attention": True}
+WAIT_S = 60.0
+
+
+def with_graphs(found: Resolved) -> Resolved:
+    kernels = replace(found.config.kernels, graphs=(SIZES.rows, SIZES.segments, SIZES.tokens))
+    return replace(found, config=replace(found.config, kernels=kernels))
+
+
+class Recording(Engine):
+    """An engine whose steps are recorded, on a CPU. `model`: what it serves."""
+
+    def __init__(self, model: Any, **flags: Any) -> None:
+        self.model = model
+        super().__init__(**flags)
+
+    def _make(self, **flags: Any) -> EngineCore:
+        # One step at a time: without a device to copy from, what a graph gives is overwritten by its next run.
+        found = with_graphs(resolved(self.model.spec, disable_overlap_schedule=True, **flags))
+        return EngineCore(found, self.model.spec, self.model.source, self._sink)
+
+    def answers(self) -> dict[str, list[int]]:
+        """What was answered to all requests, after all that could be recorded is."""
+        waited = threading.Event()
+        while self.core.recordings.num_left or self.core.recordings.under_way:
+            assert not waited.wait(0.01)
+            assert self.fatal() is None, self.fatal()
+        for submit in REQUESTS:
+            self.core.post(submit)
+        while sum(o.finish is not None for o in self.outputs()) < len(REQUESTS):
+            assert not waited.wait(0.01)
+            assert self.fatal() is None, self.fatal()
+        return {
+            s.request_id: [t for o in self.outputs() if o.request_id == s.request_id for t in o.tokens]
+            for s in REQUESTS
+        }
+
+    def outputs(self) -> list[Any]:
+        return [output for message in list(self.said) if isinstance(message, Outputs) for output in message.items]
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeRecorder]]:
+    """Makes the recorders of ranks fakes; those of rank `at` lack memory."""
+    made: list[FakeRecorder] = []
+    comms: list[Rehearsing] = []
+
+    def noted(comm: Any) -> Rehearsing:
+        comms.append(Rehearsing(comm))
+        return comms[-1]
+
+    def lacking(at: int, lacks: str, smallest: int) -> list[FakeRecorder]:
+        def make() -> FakeRecorder:
+            made.append(FakeRecorder(comms[-1], lacks if len(made) == at else "", smallest))
+            return made[-1]
+
+        monkeypatch.setattr(build, "Rehearsing", noted)
+        monkeypatch.setattr(build, "CudaGraphs", make)
+        return made
+
+    return lacking
+
+
+@pytest.mark.parametrize("flags", [{"tp": 2}, DP], ids=["tp", "dp"])
+@pytest.mark.parametrize(("at", "lacks"), [(0, "rehearse"), (1, "rehearse"), (0, "record"), (1, "record")])
+def test_steps_that_no_rank_could_record_run_as_they_are(
+    at: int, lacks: str, flags: dict[str, Any], recorders: Callable[..., list[FakeRecorder]]
+) -> None:
+    recorders(at, lacks, 1)
+    model = tiny_model("qwen3")
+    with Recording(model, dtype="float64", **flags) as engine:
+        found = engine.answers()
+        group = engine.core.runner
+        assert isinstance(group, Group)
+        assert not any(runner.graphs._recorded for runner in group.runners)  # type: ignore[union-attr]
+    alone = serve(model, REQUESTS, dtype="float64")
+    assert found == {s.request_id: alone.answers[s.request_id, 0].tokens for s in REQUESTS}
+
+
+@pytest.mark.parametrize("flags", [{"tp": 2}, DP], ids=["tp", "dp"])
+@pytest.mark.parametrize(("at", "lacks"), [(0, "rehearse"), (1, "record"), (-1, "")])
+def test_smaller_sizes_are_recorded_on_all_ranks(
+    at: int, lacks: str, flags: dict[str, Any], recorders: Callable[..., list[FakeRecorder]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Steps of 4 rows find no memory on one rank; those of 1 and 2 do. (What a graph computes is not asked: plain torch
+    reads a step's numbers on the host.)"""
+    made, model = recorders(at, lacks, 4), tiny_model("qwen3")
+    with caplog.at_level(logging.WARNING), Recording(model, dtype="float64", **flags) as engine:
+        group = engine.core.runner
+        assert isinstance(group, Group)
+        engine.answers()
+        recorded = [set(runner.graphs._recorded) for runner in group.runners]  # type: ignore[union-attr]
+    assert recorded[0] == recorded[1], "ranks that disagree meet in other collectives"
+    rows = {1, 2} if lacks else {1, 2, 4}
+    assert {size.num_segments for size in recorded[0] if size.one_each} == rows
+    running = len(REQUESTS) // flags.get("dp", 1)
+    assert [recorder.replayed > 0 for recorder in made] == [running in rows] * 2
+    told = [r.getMessage() for r in caplog.records]
+    expected = f"steps of 4 tokens (4 ranges) as a CUDA graph: rank {at}: Tried to allocate 2.00 GiB. GPU 1 has 1.00"
+    assert [expected in text for text in told] == [True] * bool(lacks)
+
+
+def test_a_rank_without_others_goes_on_too(
+    recorders: Callable[..., list[FakeRecorder]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("qwen3")
+    made = recorders(0, "record", 1)
+    with caplog.at_level(logging.WARNING), Recording(model, dtype="float64") as engine:
+        found = engine.answers()
+    alone = serve(model, REQUESTS, dtype="float64")
+    assert found == {s.request_id: alone.answers[s.request_id, 0].tokens for s in REQUESTS}
+    assert made[0].captured == []
+    assert len(caplog.records) == 2, "of 4 rows, and of 1"
+
+
+def test_mutant_without_a_rehearsal_the_others_wait_for_a_rank_that_has_failed(
+    recorders: Callable[..., list[FakeRecorder]],
+) -> None:
+    """What goes wrong among the others cannot be mended: it ends the engine, and says that it was memory."""
+    recorders(1, "meet", 4)
+    with Recording(tiny_model("qwen3"), tp=2) as engine:
+        engine.thread.join(WAIT_S)
+    fatal = engine.fatal()
+    assert fatal is not None
+    assert "out of memory" in fatal.error
+
+
+INJECTED = """
+import json, sys
+rank = json.loads(sys.orig_argv[-1])["rank"] if "tessera.run.rank" in sys.orig_argv else -1
+if rank >= 0:
+    from run.fake_recorder import FakeRecorder
+    from tessera.comm.rehearsal import Rehearsing
+    from tessera.run import build
+    comms = []
+    build.Rehearsing = lambda comm: comms.append(Rehearsing(comm)) or comms[-1]
+    build.CudaGraphs = lambda: FakeRecorder(comms[-1], {lacks!r} if rank == 1 else "", 1)
+"""
+
+
+@contextmanager
+def injected(folder: Path, lacks: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes of ranks have fakes for recorders; rank 1 lacks memory."""
+    (folder / "sitecustomize.py").write_text(INJECTED.replace("{lacks!r}", repr(lacks)))
+    tests = Path(__file__).parents[1]
+    paths = [str(folder), str(tests), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+    yield
+
+
+@pytest.mark.parametrize("lacks", ["rehearse", "record"])
+def test_ranks_that_are_processes(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = packaged("abacus-mla")
+    flags = flags_of("abacus-mla", tp=2, collectives="gloo")
+    with injected(tmp_path, lacks, monkeypatch), caplog.at_level(logging.WARNING), Recording(model, **flags) as engine:
+        found = engine.answers()
+    alone = serve(model, REQUESTS, dtype="float32")
+    assert found == {s.request_id: alone.answers[s.request_id, 0].tokens for s in REQUESTS}
+    told = [r.getMessage() for r in caplog.records]
+    expected = "steps of 4 tokens (4 ranges) as a CUDA graph: rank 1: Tried to allocate"
+    assert expected in told[0]
+    assert len(told) == 2, "of 4 rows, and of 1"
+
+
+@pytest.mark.parametrize("acts", [ALONE, TOGETHER])
+def test_nothing_follows_an_act_that_failed_but_its_undoing(acts: tuple[Act, ...]) -> None:
+    for failing in acts:
+        told: list[str] = []
+
+        def tell(act: Act, failing: Act = failing, told: list[str] = told) -> dict[int, str]:
+            told.append(act)
+            return {0: "", 1: "no memory" if act == failing else ""}
+
+        with pytest.raises(CapacityError, match="rank 1: no memory"):
+            record(Size(1, 1, True), acts, tell)
+        done = [*acts[: acts.index(failing) + 1]]
+        assert told == ([*done, "drop"] if failing == "record" else done)
+
+
+def test_what_is_missing_is_told_in_short() -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 1.19 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
+        "free. Including non-PyTorch memory, this process has 77.90 GiB memory in use."
+    )
+    found = missing(torch.OutOfMemoryError(said))
+    assert found == "Tried to allocate 1.19 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free"
+    assert missing(torch.OutOfMemoryError("2 GiB are needed. 1 GiB are free")) == "2 GiB are needed. 1 GiB are free"
