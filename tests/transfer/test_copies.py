@@ -18,7 +18,7 @@ from tessera.core.reshard import Copy, Span
 from tessera.core.spec import Mixer, ModelSpec
 from tessera.core.tensors import cache_table
 from tessera.transfer import copies
-from tessera.transfer.base import ByRegion, check_runs
+from tessera.transfer.base import PerRegion, check_runs
 from tessera.transfer.copies import CopyPlan, finished
 from transfer import servers
 from transfer.servers import DTYPES, FP8, HYBRID, LATENT, MODELS, Room, arrived, delta, gqa, manifest, mla, model
@@ -140,7 +140,7 @@ def test_runs_keep_the_contract_of_the_engines() -> None:
         )
         for runs in (plan.paged(a, b, [1, 8], [8, 2]), plan.slots(a, b, 4, 4), plan.paged(a, b, [], [])):
             assert runs.dtype == np.int64
-            check_runs(runs, ByRegion(own), ByRegion(theirs))
+            check_runs(runs, PerRegion(own, theirs))
 
 
 @pytest.mark.parametrize(

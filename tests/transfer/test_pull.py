@@ -16,7 +16,7 @@ import torch
 from tessera.core.errors import ConfigError, DeadlineError, PeerError
 from tessera.transfer import engines as engine_table
 from tessera.transfer import readers, wire
-from tessera.transfer.base import ByRegion, Runs
+from tessera.transfer.base import PerRegion, Runs
 from tessera.transfer.engines import make_engine
 from tessera.transfer.host import HostMover, HostSource
 from tessera.transfer.mover import Regions, addressed, calls
@@ -133,7 +133,7 @@ def test_a_copy_that_fails_is_told_with_its_reason(engines: Make, monkeypatch: p
 def hello(reader: PullEngine, **fields: object) -> wire.Message | None:
     """What the reader answers to a first word that differs in some fields; None when it just closes."""
     there = msgspec.msgpack.decode(reader.endpoint(), type=Endpoint)
-    said = {"protocol": 1, "kind": "local", "name": "me", "to": there.name, "sizes": {}, "exported": b""}
+    said = {"protocol": wire.PROTOCOL, "kind": "local", "name": "me", "to": there.name, "sizes": {}, "exported": b""}
     with dial(there.address, DEADLINE_S) as sock:
         sock.sendall(pack(Hello(**{**said, **fields})))  # type: ignore[arg-type]
         return Heard(sock).next()
@@ -142,8 +142,8 @@ def hello(reader: PullEngine, **fields: object) -> wire.Message | None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"protocol": 2}, "local with transfer protocol 1"),
-        ({"kind": "nixl"}, "local with transfer protocol 1"),
+        ({"protocol": 1}, "local with transfer protocol 2"),
+        ({"kind": "nixl"}, "local with transfer protocol 2"),
         ({"to": "local-1-ff"}, "local-1-ff is not here any more"),
         ({"exported": b""}, "truncated"),
         ({"exported": msgspec.msgpack.encode({"pid": 1 << 30, "starts": {}, "proof": 8, "nonce": b"x"})}, "has left"),
@@ -174,15 +174,15 @@ def test_a_batch_that_leaves_its_regions_is_refused_by_the_reader_too(engines: M
     reader.register(0, torch.zeros(8, dtype=torch.uint8))
     peer = writer.connect(reader.endpoint(), DEADLINE_S)
     lying = writer._peers[peer]
-    lying.sizes = ByRegion({0: 64})
+    lying.sizes = PerRegion({0: 64}, {0: 64})
     ticket = writer.write(peer, runs((0, 0, 0, 0, 64)))
     assert "has 8 bytes" in str(finish(writer, {ticket})[ticket].error)
 
 
 def test_an_endpoint_of_another_engine_is_refused(engines: Make) -> None:
     writer = engines(HostMover())
-    other = Endpoint("nixl", 1, "nixl-1-1", "127.0.0.1:1", {})
-    with pytest.raises(PeerError, match="is nixl with protocol 1, this side local"):
+    other = Endpoint("nixl", wire.PROTOCOL, "nixl-1-1", "127.0.0.1:1", {})
+    with pytest.raises(PeerError, match="is nixl with protocol 2, this side local"):
         writer.connect(msgspec.msgpack.encode(other), 1.0)
     with pytest.raises(PeerError, match="not the endpoint"):
         writer.connect(b"nonsense", 1.0)
@@ -192,7 +192,7 @@ def test_an_endpoint_of_another_engine_is_refused(engines: Make) -> None:
 
 def test_a_reader_that_says_nothing_has_a_deadline(engines: Make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        there = Endpoint("local", 1, "local-1-1", f"127.0.0.1:{silent.getsockname()[1]}", {})
+        there = Endpoint("local", wire.PROTOCOL, "local-1-1", f"127.0.0.1:{silent.getsockname()[1]}", {})
         with pytest.raises(DeadlineError, match="did not say welcome within"):
             engines(HostMover()).connect(msgspec.msgpack.encode(there), 0.1)
 
@@ -227,7 +227,7 @@ def test_a_message_may_come_in_any_pieces() -> None:
 
 def test_long_runs_are_cut_and_calls_are_bounded() -> None:
     batch = runs((1, 10, 2, 20, 25), (3, 0, 2, 100, 7), (1, 5, 2, 200, 0))
-    src, dst, lengths = addressed(batch, ByRegion({1: 1000, 3: 5000}), ByRegion({2: 9000}), 10)
+    src, dst, lengths = addressed(batch, PerRegion({1: 1000, 3: 5000}, {2: 9000}), 10)
     assert src.tolist() == [1010, 1020, 1030, 5000, 1005]
     assert dst.tolist() == [9020, 9030, 9040, 9100, 9200]
     assert lengths.tolist() == [10, 10, 5, 7, 0]

@@ -11,7 +11,7 @@ import torch
 
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.transfer import readers
-from tessera.transfer.base import ByRegion
+from tessera.transfer.base import PerRegion
 from tessera.transfer.host import HostMover
 from tessera.transfer.pull import PullEngine
 from transfer.conformance import DEADLINE_S, SETTLE_S, Conformance, finish, runs
@@ -85,7 +85,7 @@ def test_a_batch_that_fails_takes_none_before_it_along(engines: Make) -> None:
     writer.register(0, torch.ones(64, dtype=torch.uint8))
     reader.register(0, torch.zeros(8, dtype=torch.uint8))
     peer = writer.connect(reader.endpoint(), DEADLINE_S)
-    writer._peers[peer].sizes = ByRegion({0: 64})
+    writer._peers[peer].sizes = PerRegion({0: 64}, {0: 64})
     with stream.hold:
         good = writer.write(peer, runs((0, 0, 0, 0, 8)))
         bad, after = (writer.write(peer, runs((0, 0, 0, 0, n))) for n in (64, 8))

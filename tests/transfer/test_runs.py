@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.transfer.base import ByRegion, check_runs
+from tessera.core.errors import PeerError
+from tessera.transfer.base import PerRegion, check_runs
+from tessera.transfer.mover import addressed
 
 OWN, THEIRS = {0: 100, 7: 64}, {2: 80}
 LARGEST = 2**63 - 1
@@ -26,10 +28,10 @@ def test_a_run_outside_of_a_region_is_refused(runs: list[tuple[int, ...]]) -> No
     )  # fmt: skip
     table = np.array(runs, np.int64).reshape(-1, 5)
     if inside:
-        check_runs(table, ByRegion(OWN), ByRegion(THEIRS))
+        check_runs(table, PerRegion(OWN, THEIRS))
     else:
         with pytest.raises(ValueError, match="region"):
-            check_runs(table, ByRegion(OWN), ByRegion(THEIRS))
+            check_runs(table, PerRegion(OWN, THEIRS))
 
 
 @pytest.mark.parametrize(
@@ -45,12 +47,19 @@ def test_a_run_outside_of_a_region_is_refused(runs: list[tuple[int, ...]]) -> No
 )
 def test_it_says_which(run: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_runs(np.array([run]), ByRegion(OWN), ByRegion(THEIRS))
+        check_runs(np.array([run]), PerRegion(OWN, THEIRS))
 
 
 def test_no_region_has_an_address_by_default() -> None:
-    assert ByRegion(OWN)(np.array([7, 0, 7])).tolist() == [64, 100, 64]
-    for missing in (1, 8, 9, -1, -2):
-        with pytest.raises(KeyError, match=str(missing)):
-            ByRegion(OWN)(np.array([0, missing]))
-    assert ByRegion({})(np.zeros(0, np.int64)).tolist() == []
+    places = PerRegion(OWN, THEIRS)
+    runs = np.array([(7, 1, 2, 2, 3), (0, 1, 2, 2, 3), (7, 0, 2, 0, 1)])
+    assert places(runs).tolist() == [[64, 100, 64], [80, 80, 80]]
+    assert addressed(runs, places).src.tolist() == [65, 101, 64]
+    assert addressed(runs, places).dst.tolist() == [82, 82, 80]
+    for missing in (1, 8, 9, -1, -2, LARGEST, -LARGEST):
+        for run in ((missing, 0, 2, 0, 1), (0, 0, missing, 0, 1)):
+            assert -1 in places(np.array([run]))
+            with pytest.raises(PeerError, match="no address"):
+                addressed(np.array([run]), places)
+    assert PerRegion({}, {})(np.zeros((0, 5), np.int64)).tolist() == [[], []]
+    assert len(addressed(np.zeros((0, 5), np.int64), PerRegion({}, {})).src) == 0

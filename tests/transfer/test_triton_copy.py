@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.transfer import triton_copy
-from tessera.transfer.base import ByRegion
+from tessera.transfer.base import PerRegion
 from tessera.transfer.mover import Regions, addressed, starts
 
 SIZE = 5000
@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def copied(batch: np.ndarray, src: Regions, dst: Regions) -> Iterator[None]:
     """Copies, call by call."""
-    runs = addressed(batch, ByRegion(starts(src)), ByRegion(starts(dst)))
+    runs = addressed(batch, PerRegion(starts(src), starts(dst)))
     for wait in triton_copy.Copier(DEVICE, lambda: torch.cuda.synchronize if DEVICE.type == "cuda" else int)(runs):
         wait()
         yield
@@ -86,7 +86,7 @@ def test_a_table_is_not_written_while_the_one_before_it_may_be_read() -> None:
 
     copier = triton_copy.Copier(DEVICE, mark)  # 0: made ready
     memory = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
-    runs = addressed(np.array([[0, 0, 0, 32, 16]]), ByRegion(starts({0: memory})), ByRegion(starts({0: memory})))
+    runs = addressed(np.array([[0, 0, 0, 32, 16]]), PerRegion(starts({0: memory}), starts({0: memory})))
     for _ in range(triton_copy.DESKS + 2):
         list(copier(runs))
     assert waited == [0, 1, 2]

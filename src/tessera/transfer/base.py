@@ -89,38 +89,35 @@ class Engine(Protocol):
         ...
 
 
-class ByRegion:
-    """A number (bytes, address; not negative) of each region, for the regions of many runs at a time."""
+class PerRegion:
+    """A number (bytes, address; not negative) of each region of either side, for the regions of many runs at a time."""
 
-    def __init__(self, values: Mapping[int, int]) -> None:
-        self.known = sorted(values)
-        self._table = np.full(max(values, default=-1) + 2, -1, np.int64)  # the last is of regions that are too large
-        self._table[self.known] = [values[number] for number in self.known]
-        self._last = np.uint64(len(self._table) - 1)
+    def __init__(self, source: Mapping[int, int], destination: Mapping[int, int]) -> None:
+        self.sides = source, destination
+        lasts = [max(side, default=-1) + 1 for side in self.sides]  # of regions that are too large, or negative
+        firsts = [0, lasts[0] + 1]
+        self._last, self._first = np.array(lasts, np.uint64)[:, None], np.array(firsts, np.int64)[:, None]
+        self._table = np.full(sum(lasts) + 2, -1, np.int64)
+        for first, side in zip(firsts, self.sides, strict=True):
+            self._table[[first + number for number in side]] = list(side.values())
 
-    def __call__(self, regions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The number of each. Raises `KeyError` with a region that has none."""
-        at = np.minimum(regions.view(np.uint64), self._last)  # what is negative is too large as well
-        found = self._table[at.view(np.int64)]
-        if len(found) and found.min() < 0:
-            raise KeyError(int(regions[np.argmin(found)]))
-        return found
+    def __call__(self, runs: Runs) -> NDArray[np.int64]:
+        """`[2, n]`: the number of each run's source, and destination; -1 for a region that has none."""
+        at = np.minimum(runs.T[0:3:2].view(np.uint64), self._last).view(np.int64)
+        return np.take(self._table, at + self._first)
 
 
-def check_runs(runs: Runs, own: ByRegion, theirs: ByRegion) -> None:
-    """Raises `ValueError` when a run lies outside a region. `own`, `theirs`: bytes of each region."""
+def check_runs(runs: Runs, sizes: PerRegion) -> None:
+    """Raises `ValueError` when a run lies outside a region. `sizes`: bytes of each. Quick where columns are rows in
+    memory (`np.asfortranarray`)."""
     if runs.ndim != 2 or runs.shape[1] != 5:
         raise ValueError(f"runs have shape {runs.shape}, expected [n, 5]")
-    length = runs[:, 4]
-    for side, regions, region, offset in (("source", own, 0, 1), ("destination", theirs, 2, 3)):
-        try:
-            sizes = regions(runs[:, region])
-        except KeyError as error:
-            reason = f"region {error.args[0]} is not registered; registered: {regions.known}"
-            raise ValueError(f"{side} {reason}") from None
-        first = runs[:, offset]
-        wrong = (first > sizes - length) | ((first | length) < 0)  # `first + length` may be more than a number holds
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            reach = f"{length[at]} bytes from {first[at]} on"
-            raise ValueError(f"{side} region {runs[at, region]} has {sizes[at]} bytes; a run is {reach}")
+    found, first, length = sizes(runs), runs.T[1:4:2], runs.T[4]
+    wrong = (first > found - length) | ((first | length) < 0)  # `first + length` may be more than a number holds
+    if wrong.any():
+        side, at = divmod(int(np.argmax(wrong)), len(runs))
+        region, size = runs[at, 2 * side], found[side, at]
+        what = f"{('source', 'destination')[side]} region {region}"
+        if size < 0:
+            raise ValueError(f"{what} is not registered; registered: {sorted(sizes.sides[side])}")
+        raise ValueError(f"{what} has {size} bytes; a run is {length[at]} bytes from {first[side, at]} on")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import ConfigError, Conflict, PeerError
-from tessera.transfer.base import ByRegion, Runs
+from tessera.transfer.base import PerRegion, Runs
 from tessera.transfer.mover import Regions, Wait, addressed, starts
 from tessera.transfer.optional import library
 
@@ -80,7 +80,7 @@ class CudaIpcSource:
         except RuntimeError as error:
             remedy = "do both processes see GPUs of one host, and can these reach each other?"
             raise PeerError(f"the writer's GPU memory cannot be mapped on {device} ({error}): {remedy}") from error
-        self._places = ByRegion(starts(self._theirs)), ByRegion(starts(own))
+        self._places = PerRegion(starts(self._theirs), starts(own))
         self._stream = torch.cuda.Stream(device)
         torch.cuda.set_device(device)  # both of this thread, for good: to change them for each copy takes as long as
         torch.cuda.set_stream(self._stream)  # its launch
@@ -90,7 +90,7 @@ class CudaIpcSource:
         """See `Source.copy`. Of a batch of several calls the last is under way when it returns."""
         wait: Wait | None = None
         try:
-            for begun in self._copies(addressed(runs, *self._places)):
+            for begun in self._copies(addressed(runs, self._places)):
                 if wait is not None:
                     wait()
                 if stop.is_set():

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from tessera.core.errors import ConfigError, Conflict, PeerError
-from tessera.transfer.base import ByRegion, Runs
+from tessera.transfer.base import PerRegion, Runs
 from tessera.transfer.mover import Regions, addressed, calls, starts
 
 _RUNS = 1024  # the kernel's limit of one call (UIO_MAXIOV)
@@ -77,7 +77,7 @@ class HostSource:
     def __init__(self, writer: Exported, own: Regions) -> None:
         self._writer = writer
         self._own = own  # holds on to the memory
-        self._theirs, self._starts = ByRegion(writer.starts), ByRegion(starts(own))
+        self._places = PerRegion(writer.starts, starts(own))
         found = np.zeros(len(writer.nonce), np.uint8)
         size = np.array([len(found)], np.uint64)
         self._read(np.array([found.ctypes.data], np.uint64), np.array([writer.proof], np.uint64), size)
@@ -88,7 +88,7 @@ class HostSource:
 
     def copy(self, runs: Runs, stop: threading.Event) -> None:
         """See `Source.copy`."""
-        src, dst, lengths = addressed(runs, self._theirs, self._starts, _BYTES)
+        src, dst, lengths = addressed(runs, self._places, _BYTES)
         for some in calls(lengths, _RUNS, _BYTES):
             if stop.is_set():
                 return

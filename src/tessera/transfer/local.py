@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import PeerError
-from tessera.transfer.base import FENCE_S, ByRegion, Done, Runs, check_runs
+from tessera.transfer.base import FENCE_S, Done, PerRegion, Runs, check_runs
 
 
 @dataclass
@@ -67,7 +67,7 @@ class LocalEngine:
         """See `Engine.write`."""
         target = self._net.sides.get(peer)
         if target is not None:
-            check_runs(runs, ByRegion(self._sizes()), ByRegion(target._sizes()))
+            check_runs(runs, PerRegion(self._sizes(), target._sizes()))
         ticket = next(self._tickets)
         self._posted.append((ticket, peer, runs))
         return ticket

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from tessera.core.errors import ConfigError, Conflict, PeerError
-from tessera.transfer.base import ByRegion, Runs
+from tessera.transfer.base import PerRegion, Runs
 from tessera.transfer.mover import Regions, addressed, calls, starts
 from tessera.transfer.optional import library
 
@@ -96,13 +96,13 @@ class MooncakeSource:
 
     def __init__(self, writer: Exported, engine: Any, own: Regions) -> None:
         self._writer, self._engine = writer, engine
-        self._own, self._theirs, self._starts = own, ByRegion(writer.starts), ByRegion(starts(own))
+        self._own, self._places = own, PerRegion(writer.starts, starts(own))
         for memory in own.values():
             register(engine, memory)
 
     def copy(self, runs: Runs, stop: threading.Event) -> None:
         """See `Source.copy`."""
-        src, dst, lengths = addressed(runs, self._theirs, self._starts, _BYTES)
+        src, dst, lengths = addressed(runs, self._places, _BYTES)
         for some in calls(lengths, _RUNS, _BYTES):
             if stop.is_set():
                 return

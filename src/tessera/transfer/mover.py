@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.transfer.base import ByRegion, Runs
+from tessera.core.errors import PeerError
+from tessera.transfer.base import PerRegion, Runs
 
 Addresses = NDArray[np.uint64]
 Wait = Callable[[], None]
@@ -70,10 +71,15 @@ class Addressed(NamedTuple):
     lengths: Addresses
 
 
-def addressed(runs: Runs, theirs: ByRegion, own: ByRegion, most: int | None = None) -> Addressed:
-    """`theirs`, `own`: where each region begins. Runs of more than `most` bytes are cut into pieces."""
-    src = runs[:, 1] + theirs(runs[:, 0])
-    dst = runs[:, 3] + own(runs[:, 2])
+def addressed(runs: Runs, places: PerRegion, most: int | None = None) -> Addressed:
+    """`places`: where each region begins. Runs of more than `most` bytes are cut into pieces.
+
+    Raises `PeerError` for a region that has no place.
+    """
+    found = places(runs)
+    if found.size and found.min() < 0:
+        raise PeerError("a region that is copied has no address")
+    src, dst = found + runs.T[1:4:2]
     lengths = runs[:, 4]
     if most is not None and len(runs) and lengths.max() > most:
         pieces = np.maximum(-(-lengths // most), 1)
@@ -81,7 +87,7 @@ def addressed(runs: Runs, theirs: ByRegion, own: ByRegion, most: int | None = No
         offsets = (np.arange(pieces.sum()) - np.repeat(first, pieces)) * most
         src, dst = np.repeat(src, pieces) + offsets, np.repeat(dst, pieces) + offsets
         lengths = np.minimum(np.repeat(lengths, pieces) - offsets, most)
-    return Addressed(src.view(np.uint64), dst.view(np.uint64), lengths.astype(np.uint64))
+    return Addressed(src.view(np.uint64), dst.view(np.uint64), lengths.view(np.uint64))
 
 
 def calls(lengths: Addresses, num_runs: int, num_bytes: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from tessera.core.errors import PeerError
-from tessera.transfer.base import ByRegion, Runs
+from tessera.transfer.base import PerRegion, Runs
 from tessera.transfer.mover import Addresses, Regions, addressed, calls, starts
 from tessera.transfer.optional import library
 
@@ -100,14 +100,14 @@ class NixlSource:
     def __init__(self, writer: Exported, agent: Any, own: Regions) -> None:
         self._writer, self._agent = writer, agent
         self._own, self._device = own, _device(own)
-        self._theirs, self._starts = ByRegion(writer.starts), ByRegion(starts(own))
+        self._places = PerRegion(writer.starts, starts(own))
         self._handle: Any = None
         register(agent, own)
         self._peer = agent.add_remote_agent(writer.metadata)
 
     def copy(self, runs: Runs, stop: threading.Event) -> None:
         """See `Source.copy`."""
-        src, dst, lengths = addressed(runs, self._theirs, self._starts, _BYTES)
+        src, dst, lengths = addressed(runs, self._places, _BYTES)
         for some in calls(lengths, _RUNS, _BYTES):
             if stop.is_set():
                 return

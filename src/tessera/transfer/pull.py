@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import DeadlineError, PeerError
-from tessera.transfer.base import FENCE_S, ByRegion, Done, Runs, check_runs
+from tessera.transfer.base import FENCE_S, Done, PerRegion, Runs, check_runs
 from tessera.transfer.mover import Mover
 from tessera.transfer.readers import Readers, sizes_of
 from tessera.transfer.wire import (
@@ -47,7 +47,6 @@ class PullEngine:
         self._mover = mover
         self._name = f"{mover.kind}-{os.getpid()}-{secrets.token_hex(8)}"
         self._regions: dict[int, Tensor] = {}
-        self._own = ByRegion({})
         self._readers = Readers(self._name, mover, self._regions)
         self._peers: dict[str, _Peer] = {}
         self._over: deque[Done] = deque()
@@ -63,7 +62,6 @@ class PullEngine:
         if not memory.is_contiguous():
             raise ValueError(f"region {region}: only contiguous memory can be registered")
         self._regions[region] = memory.view(-1).view(torch.uint8)
-        self._own = sizes_of(self._regions)
 
     def endpoint(self) -> bytes:
         """See `Engine.endpoint`. Opens the door at the first call."""
@@ -84,14 +82,16 @@ class PullEngine:
         hello = Hello(
             PROTOCOL, self._mover.kind, self._name, there.name, self._sizes(), self._mover.export(self._regions)
         )
-        self._peers[there.name] = _Peer(there, _greet(there, hello, deadline_s))
+        sizes = PerRegion(self._sizes(), there.sizes)
+        self._peers[there.name] = _Peer(there, sizes, _greet(there, hello, deadline_s))
         return there.name
 
     def write(self, peer: str, runs: Runs) -> int:
         """See `Engine.write`."""
         if (found := self._peers.get(peer)) is None:
             raise ValueError(f"'{peer}' is no peer; connected: {sorted(self._peers)}")
-        check_runs(runs, self._own, found.sizes)
+        runs = np.asfortranarray(runs, np.int64)
+        check_runs(runs, found.sizes)
         ticket = next(self._tickets)
         found.post(ticket, runs)
         return ticket
@@ -127,7 +127,7 @@ class PullEngine:
         self._mover.close()
 
     def _sizes(self) -> dict[int, int]:
-        return {number: memory.numel() for number, memory in self._regions.items()}
+        return sizes_of(self._regions)
 
 
 def _greet(there: Endpoint, hello: Hello, deadline_s: float) -> socket.socket:
@@ -159,8 +159,8 @@ def _greet(there: Endpoint, hello: Hello, deadline_s: float) -> socket.socket:
 class _Peer:
     """A reader as its writer sees it."""
 
-    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
-        self.endpoint, self.sizes = endpoint, ByRegion(endpoint.sizes)
+    def __init__(self, endpoint: Endpoint, sizes: PerRegion, sock: socket.socket) -> None:
+        self.endpoint, self.sizes = endpoint, sizes
         self._channel = Channel(sock)
         self._pending: set[int] = set()
         self._gone: PeerError | None = None
@@ -169,7 +169,7 @@ class _Peer:
         """Asks the reader for the copies."""
         self._pending.add(ticket)
         if self._gone is None:
-            self._channel.send(Batch(ticket, np.ascontiguousarray(runs, np.int64).tobytes()))
+            self._channel.send(Batch(ticket, runs.T.tobytes()))
 
     def poll(self) -> list[Done]:
         """What is over since the last call."""

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from tessera.core.errors import DeadlineError, PeerError, TesseraError
-from tessera.transfer.base import FENCE_S, ByRegion, check_runs
+from tessera.transfer.base import FENCE_S, PerRegion, check_runs
 from tessera.transfer.mover import Mover, Source, Wait
 from tessera.transfer.wire import (
     PROTOCOL,
@@ -36,9 +36,9 @@ SAY_S = 5.0  # a word to a writer that does not listen
 AHEAD = 2  # batches of a writer under way: the next begins when one ends, and the wire is not idle meanwhile
 
 
-def sizes_of(regions: dict[int, Tensor]) -> ByRegion:
+def sizes_of(regions: dict[int, Tensor]) -> dict[int, int]:
     """Bytes of each region."""
-    return ByRegion({number: memory.numel() for number, memory in regions.items()})
+    return {number: memory.numel() for number, memory in regions.items()}
 
 
 class Writer:
@@ -58,14 +58,14 @@ class Writer:
 
     def serve(self, heard: Heard, own: dict[int, Tensor]) -> str:
         """Copies until the writer leaves, is fenced or fails; says why it ended. Nothing lands afterwards."""
-        theirs, mine = ByRegion(self.hello.sizes), sizes_of(own)
+        sizes = PerRegion(self.hello.sizes, sizes_of(own))
         try:
             self.say(Welcome())
             while True:
                 if self._under_way and (len(self._under_way) == AHEAD or not heard.ready()):
                     error = self._settle()
                 elif isinstance(message := heard.next(), Batch) and not self.stop.is_set():
-                    error = self._begin(message, theirs, mine)
+                    error = self._begin(message, sizes)
                 else:
                     return "has fenced this side"
                 if error is not None:
@@ -74,11 +74,11 @@ class Writer:
             self._source.close()
             self.quiet.set()
 
-    def _begin(self, batch: Batch, theirs: ByRegion, own: ByRegion) -> str | None:
+    def _begin(self, batch: Batch, sizes: PerRegion) -> str | None:
         """Starts the copies of a batch; what is wrong with it, or with one before it."""
         try:
-            runs = np.frombuffer(batch.runs, np.int64).reshape(-1, 5)
-            check_runs(runs, theirs, own)
+            runs = np.frombuffer(batch.runs, np.int64).reshape(5, -1).T
+            check_runs(runs, sizes)
             wait = self._source.copy(runs, self.stop)
         except (PeerError, ValueError) as failure:
             wait = _failing(failure)

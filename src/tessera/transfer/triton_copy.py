@@ -32,18 +32,17 @@ def _copy(  # type: ignore[no-untyped-def]
     table, num_runs, num_pieces, share, WORD: tl.constexpr, SIZE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`table`: `[num_runs, 4]` address of the source, of the target, length in units of `ALIGNED` bytes and number of
+    """`table`: `[4, num_runs]` address of the source, of the target, length in units of `ALIGNED` bytes and number of
     the first piece of each run; then, for each program, the run of its first piece. Pieces have `BLOCK` words."""
     i = tl.arange(0, BLOCK)
     piece = tl.program_id(0).to(tl.int64) * share
     last = tl.minimum(piece + share, num_pieces)
     run = tl.load(table + num_runs * 4 + tl.program_id(0))
     while piece < last:
-        row = table + run * 4
-        source = tl.load(row).to(tl.pointer_type(WORD))
-        target = tl.load(row + 1).to(tl.pointer_type(WORD))
-        words = tl.load(row + 2) * (ALIGNED // SIZE)
-        first = tl.load(row + 3)
+        source = tl.load(table + run).to(tl.pointer_type(WORD))
+        target = tl.load(table + num_runs + run).to(tl.pointer_type(WORD))
+        words = tl.load(table + num_runs * 2 + run) * (ALIGNED // SIZE)
+        first = tl.load(table + num_runs * 3 + run)
         end = tl.minimum(first + tl.cdiv(words, BLOCK), last)
         while piece < end:
             at = (piece - first) * BLOCK + i
@@ -73,18 +72,18 @@ class Copier:
 
     def _launch(self, runs: Addressed) -> Wait:
         num_runs = len(runs.lengths)
-        pieces = -(-runs.lengths.view(np.int64) // PIECE)
+        pieces = (runs.lengths + np.uint64(PIECE - 1)) >> np.uint64(PIECE.bit_length() - 1)
         ends = np.cumsum(pieces)
         num_pieces = int(ends[-1])
         share = max(-(-num_pieces // PROGRAMS), 1)
         programs = max(-(-num_pieces // share), 1)
         desk = self._desk(4 * num_runs + programs)
-        rows = desk.table[: 4 * num_runs].reshape(num_runs, 4)
-        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = *runs, ends - pieces
-        every = reduce(or_, np.bitwise_or.reduce(rows[:, :3]).tolist(), max(_WORDS))
+        columns = desk.table[: 4 * num_runs].reshape(4, num_runs)
+        columns[0], columns[1], columns[2], columns[3] = *runs, ends - pieces
+        every = reduce(or_, np.bitwise_or.reduce(columns[:3], axis=1).tolist(), max(_WORDS))
         aligned = every & -every
-        rows[:, 2] //= aligned
-        first = np.arange(0, programs * share, share)
+        columns[2] >>= np.uint64(aligned.bit_length() - 1)
+        first = np.arange(0, programs * share, share, dtype=np.uint64)
         desk.table[4 * num_runs : 4 * num_runs + programs] = np.searchsorted(ends, first, side="right")
         kernel, sizes = _kernel(self._device, aligned, PIECE)
         desk.there.copy_(desk.told, non_blocking=True)
@@ -107,7 +106,7 @@ class _Desk:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.told = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.table = self.told.numpy()
+        self.table = self.told.numpy().view(np.uint64)
         self.there = torch.empty(size, dtype=torch.int64, device=device)
         self.wait: Wait = _nothing
 

@@ -14,7 +14,7 @@ import msgspec
 
 from tessera.core.errors import PeerError
 
-PROTOCOL = 1
+PROTOCOL = 2
 _LENGTH = struct.Struct("<I")
 _MOST = 1 << 30
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, user, group
@@ -49,7 +49,7 @@ class Welcome(msgspec.Struct, tag=True):
 
 
 class Batch(msgspec.Struct, tag=True):
-    """Copies that the reader is asked for; `runs` as int64."""
+    """Copies that the reader is asked for; `runs`: int64, column by column."""
 
     ticket: int
     runs: bytes
