@@ -51,7 +51,10 @@ MIXED = [
     replace(triton_latent.TILES[2], short=Tile(16, *short))
     for short in ((64, 4, 3), (32, 4, 3), (32, 4, 2), (64, 2, 2))
 ] + [replace(triton_latent.TILES[2], long=Tile(64, 32, 8, 3))]
-JOINS = [Tile(16, 32, 4, 3), Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)]
+JOINS = [
+    *(Tile(16, n, warps, stages) for n, warps, stages in ((32, 4, 3), (64, 8, 2))),
+    *(Tile(32, n, 8, stages) for n, stages in ((64, 2), (32, 3), (32, 2))), Tile(64, 32, 8, 2),
+]  # fmt: skip
 MLA_OWN = [
     Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 4, 2), Tile(128, 32, 4, 3), Tile(64, 64, 4, 2),
     Tile(64, 32, 4, 3), Tile(256, 64, 16, 2),

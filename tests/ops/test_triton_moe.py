@@ -320,9 +320,12 @@ def _halved(tiles: Tiles) -> Tiles:
     return replace(tiles, up=replace(tiles.up, halved=True), down=replace(tiles.down, boxed=True, halved=True))
 
 
+APART = [replace(tiles, joined=False) for tiles in TILES if tiles.joined]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("tiles", [*TILES, *map(_halved, TILES[2:]), replace(TILES[2], joined=True)], ids=str)
+@pytest.mark.parametrize("tiles", [*TILES, *map(_halved, TILES[3:]), *APART], ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_real_tiles(choice, tiles):
     _check(lambda *inputs: grouped_experts(*inputs, tiles), 300, *REAL["a quarter"], torch.bfloat16, choice)

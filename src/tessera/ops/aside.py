@@ -14,12 +14,13 @@ MadeT = TypeVar("MadeT")
 class Aside:
     """A second stream of a device; also in graphs. What is made in `begun` may be used, and given up, after `join`.
 
-    Nothing waits for the host. Memory that the second stream gave up is written again only by what is begun later, and
-    that waits for all that the main stream had to do then.
+    It goes first where both have programs to start: what the main stream launches meanwhile is long, and what comes
+    after that needs both. Nothing waits for the host. Memory that the second stream gave up is written again only by
+    what is begun later, and that waits for all that the main stream had to do then.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @contextmanager
     def begun(self) -> Iterator[None]:

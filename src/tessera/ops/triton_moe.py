@@ -58,8 +58,8 @@ class Tiles:
 
 TILES = (
     Tiles(4, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
-    Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3)),
-    Tiles(110, Tile(64, 64, 128, 4, 2, 1, True), Tile(64, 128, 64, 4, 4)),
+    Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3), joined=True),
+    Tiles(110, Tile(64, 64, 128, 4, 2, 1, True), Tile(64, 128, 64, 4, 4), joined=True),
     Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 1, True), Tile(128, 256, 64, 8, 3, 1, True)),
 )
 FP32 = Tiles(float("inf"), Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2))
@@ -200,8 +200,10 @@ def _joined(
 ):  # fmt: skip
     """Both products: programs of the second wait until all of the first are through with their block of rows.
 
-    Programs start in the order of their numbers, and those of the first product wait for nobody.
+    Programs start in the order of their numbers, and those of the first product wait for nobody. The next launch gets a
+    place only when all have started, so it takes none from them.
     """
+    follow()
     pid = tl.program_id(0)
     is_up = pid < num_blocks * up_columns
     number, columns = tl.where(is_up, pid, pid - num_blocks * up_columns), tl.where(is_up, up_columns, down_columns)
@@ -338,6 +340,6 @@ def joined_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -
         up_columns, down_columns, x.stride(0), HIDDEN=hidden, INNER=inner, TOP_K=top_k, M=tiles.up.m,
         UP_BOXED=up_boxed, UP_N=tiles.up.n, UP_K=tiles.up.k, UP_STAGES=tiles.up.stages,
         DOWN_BOXED=down_boxed, DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
-        num_warps=tiles.up.warps,
+        num_warps=tiles.up.warps, **chained(x.device),
     )  # fmt: skip
     return y
