@@ -76,7 +76,9 @@ def _linear(size: tuple[int, int], tokens: int, name: str) -> Case:
     weight, scales = _weight(*size)
 
     def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "") -> Tensor:
-        return library(by).product(*made) if by else triton_fp8.linear(*made, tile=tile)
+        if by:
+            return library(by).product(triton_fp8_rows.quantize(made[0]), *made[1:], made[0].dtype)
+        return triton_fp8.linear(*made, tile=tile)
 
     return Case(
         name, weight.nbytes + 2 * tokens * sum(size), 2 * tokens * size[0] * size[1], weight.nbytes,

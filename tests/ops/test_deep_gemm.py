@@ -17,7 +17,7 @@ from tessera import ops
 from tessera.core.config.types import KernelConfig
 from tessera.core.errors import ConfigError
 from tessera.core.quantization import deep_gemm_misfit
-from tessera.ops import fp8, triton_fp8_rows
+from tessera.ops import fp8, triton_fp8, triton_fp8_rows, triton_fused
 from tessera.ops.backend import backend, chosen
 from tessera.ops.fused import silu_mul
 from tessera.ops.triton_sort import sort_rows
@@ -64,6 +64,20 @@ def test_many_rows_are_multiplied_by_the_library(products: Any, calls: Calls) ->
     expected = silu_mul(fp8.linear_reference(x, weight, scales))
     _close(products.gated(x, weight, scales, (128, 128)), expected, CLOSE)
     assert calls.made == ["product"] * 2
+
+
+@pytest.mark.parametrize(("num_tokens", "made"), [(2, []), (20, []), (130, ["product"])])
+def test_what_a_gate_gives_is_quantised_as_it_is_made(products: Any, calls: Calls, num_tokens: int, made: list) -> None:
+    """To the bit what it would be in two steps; few rows have no such product."""
+    w = fp8.Fp8Weight(*_weight(64, 192, block=(128, 128)), (128, 128))
+    y = torch.randn(num_tokens, 384, device=DEVICE).bfloat16()
+    for version in (products, triton_fp8):
+        after = version.after_gate(w)
+        assert (num_tokens <= after.above) == (num_tokens == 2)
+        apart = version.linear(triton_fused.silu_mul(y), w.values, w.scales, w.block)
+        calls.made.clear()
+        assert num_tokens <= after.above or torch.equal(after.product(y), apart)
+        assert calls.made == (made if version is products else [])
 
 
 def test_blocks_that_the_library_does_not_have_are_ours(products: Any, calls: Calls) -> None:

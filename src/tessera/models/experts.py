@@ -12,8 +12,7 @@ from tessera.comm.dispatch import dispatch
 from tessera.comm.waits import Waits
 from tessera.core.spec import MoESpec, RouterSpec, SharedSpec
 from tessera.models.parts import Batch, Tools, Weights
-from tessera.ops.fused import Shared
-from tessera.ops.linear import linear
+from tessera.ops.fused import Shared, gated_mlp
 from tessera.ops.moe import Router
 
 BESIDE = (16, 2048)  # tokens between which the shared expert runs beside the choice of the routed ones
@@ -58,7 +57,7 @@ class MoE:
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""
         mlp = self.shared_mlp
-        return None if mlp is None else linear(self.tools.backend.gated_product(x, mlp.w_in), mlp.w_out)
+        return None if mlp is None else gated_mlp(x, mlp.w_in, mlp.w_out, self.tools.backend.gated_product)
 
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
         """See `Experts`."""

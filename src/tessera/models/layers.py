@@ -12,7 +12,7 @@ from tessera.comm.together import together
 from tessera.comm.waits import Waits
 from tessera.core.spec import AttentionSpec, DeltaSpec, MLASpec
 from tessera.models.parts import Batch, Tools, Weights
-from tessera.ops.fused import DeltaInputs, HeadInputs, LatentInputs
+from tessera.ops.fused import DeltaInputs, HeadInputs, LatentInputs, gated_mlp
 from tessera.ops.linear import linear
 
 
@@ -121,7 +121,7 @@ class GatedMLP:
 
     def part(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> the rank's part of [T, hidden]."""
-        return linear(self.gated_product(x, self.w_in), self.w_out)
+        return gated_mlp(x, self.w_in, self.w_out, self.gated_product)
 
 
 class DenseMLP:

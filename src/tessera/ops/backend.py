@@ -53,11 +53,12 @@ class Backend:
     expand: Callable[..., Expanded]
     travel: Travel
     fp8_gated: fp8.Product | None = None
+    fp8_after_gate: Callable[[Fp8Weight], linear.AfterGate] | None = None
     compile: Callable[[ModelSpec, torch.dtype, torch.dtype], None] = nothing
 
     def pack_fp8(self, weight: Fp8Weight) -> linear.PackedLinear:
         """Prepares an fp8 weight [out, in] for `linear`."""
-        return fp8.pack(weight, self.fp8_linear, self.fp8_gated)
+        return fp8.pack(weight, self.fp8_linear, self.fp8_gated, self.fp8_after_gate)
 
     def experts_of(self, w13: Tensor | Fp8Weight) -> tuple[Callable[..., Tensor], moe.Mixture]:
         """`experts` and `mixture` for weights that are kept as this one is."""
@@ -163,6 +164,7 @@ def deep_gemm_products(base: Backend) -> Backend:
         mixture=deep_gemm.mixture,
         fp8_linear=deep_gemm_fp8.linear,
         fp8_gated=deep_gemm_fp8.gated,
+        fp8_after_gate=deep_gemm_fp8.after_gate,
         fp8_experts=deep_gemm_fp8.experts,
     )
 
@@ -178,6 +180,7 @@ def chosen(kernels: KernelConfig) -> Backend:
         base,
         fp8_linear=products.fp8_linear,
         fp8_gated=products.fp8_gated,
+        fp8_after_gate=products.fp8_after_gate,
         fp8_experts=of_experts.fp8_experts,
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,

@@ -9,11 +9,13 @@ of a weight.
 from __future__ import annotations
 
 import deep_gemm
+import torch
 from torch import Tensor
 
 from tessera.core.quantization import deep_gemm_misfit
 from tessera.ops import triton_fp8
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
+from tessera.ops.linear import AfterGate
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8_rows import Quantized, Spread, quantize, spread
 from tessera.ops.triton_fused import silu_mul
@@ -27,14 +29,26 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GRO
     """See `fp8.linear_reference`."""
     if len(x) < ROWS or deep_gemm_misfit(block, weight.shape):
         return triton_fp8.linear(x, weight, scales, block)
-    return product(x, weight, scales)
+    return product(quantize(x), weight, scales, x.dtype)
 
 
 def gated(x: Tensor, weight: Tensor, scales: Tensor, block: Block) -> Tensor:
     """silu(gate) * up of `linear` with a weight [gate | up, K]."""
     if len(x) < ROWS or deep_gemm_misfit(block, weight.shape):
         return triton_fp8.gated(x, weight, scales, block)
-    return silu_mul(product(x, weight, scales))
+    return silu_mul(product(quantize(x), weight, scales, x.dtype))
+
+
+def after_gate(w: Fp8Weight) -> AfterGate:
+    """The product with w of what a gate gives, which is quantised as it is made."""
+    ours, misfit = triton_fp8.after_gate(w), deep_gemm_misfit(w.block, w.values.shape)
+
+    def multiply(y: Tensor) -> Tensor:
+        if len(y) < ROWS or misfit:
+            return ours.product(y)
+        return product(quantize(y, gated=True), w.values, w.scales, y.dtype)
+
+    return AfterGate(ours.above, multiply)
 
 
 def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
@@ -46,10 +60,10 @@ def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tens
     return padded_experts(x, w13, w2, ids, weights)
 
 
-def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """x [T, K] times weight [N, K] -> [T, N]."""
-    y = x.new_empty(len(x), len(weight))
-    deep_gemm.fp8_gemm_nt(quantize(x), (weight, scales), y)
+def product(x: Quantized, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, K] times weight [N, K] -> [T, N] in `dtype`."""
+    y = torch.empty(len(x[0]), len(weight), dtype=dtype, device=weight.device)
+    deep_gemm.fp8_gemm_nt(x, (weight, scales), y)
     return y
 
 

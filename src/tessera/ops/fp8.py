@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
-from tessera.ops.linear import PackedLinear
+from tessera.ops.linear import AfterGate, PackedLinear
 from tessera.ops.precision import wide
 
 GROUP = 128
@@ -98,10 +98,13 @@ def experts_reference(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, wei
     return out.to(x.dtype)
 
 
-def pack(weight: Fp8Weight, product: Product = linear_reference, gated: Product | None = None) -> PackedLinear:
+def pack(
+    weight: Fp8Weight, product: Product = linear_reference, gated: Product | None = None,
+    after_gate: Callable[[Fp8Weight], AfterGate] | None = None,
+) -> PackedLinear:  # fmt: skip
     """Prepares a weight [N, K] for `linear.linear`, with `product` as its version of `linear_reference`.
 
-    `gated`: one that ends in silu(gate) * up.
+    `gated`: one that ends in silu(gate) * up; `after_gate` gives one that begins with it.
     """
     values, scales, block = weight.values, weight.scales, weight.block
 
@@ -110,4 +113,5 @@ def pack(weight: Fp8Weight, product: Product = linear_reference, gated: Product 
         return product(x, values, scales, block)
 
     once = None if gated is None else partial(gated, weight=values, scales=scales, block=block)
-    return PackedLinear(values, None, *values.shape, multiply, once)
+    after = None if after_gate is None else after_gate(weight)
+    return PackedLinear(values, None, *values.shape, multiply, once, after_gate=after)

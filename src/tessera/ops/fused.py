@@ -151,6 +151,16 @@ def gated_product(x: Tensor, packed: PackedLinear) -> Tensor:
     return silu_mul(linear(x, packed))
 
 
+def gated_mlp(
+    x: Tensor, w_in: PackedLinear, w_out: PackedLinear, gated_product: Callable[[Tensor, PackedLinear], Tensor]
+) -> Tensor:
+    """x [T, in] -> [T, out]: the product of w_out with what `gated_product` makes of x and w_in [gate | up, in]."""
+    after = w_out.after_gate
+    if after is None or len(x) <= after.above:
+        return linear(gated_product(x, w_in), w_out)
+    return after.product(linear(x, w_in))
+
+
 def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
     """x * sigmoid(gate); gate has x's shape or one column."""
     return x * gate.sigmoid()

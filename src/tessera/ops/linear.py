@@ -17,11 +17,20 @@ TURNED = 8192  # columns turned at a time: their cache lines stay until they are
 
 
 @dataclass(frozen=True, slots=True)
+class AfterGate:
+    """`product(y)`: of silu(gate) * up with a weight, from y [T, gate | up], where T is more than `above`."""
+
+    above: int
+    product: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A weight in the form that `product(x, weight, bias)` wants. Holds the only copy.
 
     `gated`: silu(gate) * up of the product with a weight [gate | up, in], where that is an op of its own. `below`: the
-    rows behind those of this weight, where they are kept in another form.
+    rows behind those of this weight, where they are kept in another form. `after_gate`: the product with what a gate
+    gives, where that is one.
     """
 
     weight: Tensor
@@ -31,6 +40,7 @@ class PackedLinear:
     product: Product
     gated: Callable[[Tensor], Tensor] | None = None
     below: PackedLinear | None = None
+    after_gate: AfterGate | None = None
 
     def tensors(self) -> list[Tensor]:
         """The weights of all rows."""

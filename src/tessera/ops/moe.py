@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from tessera.ops import linear as packed
-from tessera.ops.fused import Shared, add_gated
+from tessera.ops.fused import Shared, add_gated, gated_mlp
 from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned
 from tessera.ops.precision import wide
 
@@ -165,7 +165,7 @@ def mixture_of(
         part = experts(x, w13, w2, ids, weights)
         if shared is None:
             return part
-        rows = packed.linear(gated_product(x, shared.w_in), shared.w_out) if made is None else made()
+        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product) if made is None else made()
         return add_gated(part, rows, x, shared.gate)
 
     return mixture

@@ -38,6 +38,7 @@ TRITON = replace(
     combine=triton_combine.combine,
     fp8_linear=triton_fp8.linear,
     fp8_gated=triton_fp8.gated,
+    fp8_after_gate=triton_fp8.after_gate,
     fp8_experts=triton_fp8.experts,
     rmsnorm=triton_fused.rmsnorm,
     add_rmsnorm=triton_fused.add_rmsnorm,

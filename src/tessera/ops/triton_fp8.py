@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
+from tessera.ops.linear import AfterGate
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow, num_processors
 from tessera.ops.triton_fp8_rows import Quantized, empty, quantize, scales_of, shrunk
@@ -270,15 +271,14 @@ def linear(
     """See `fp8.linear_reference`. `block`: powers of two. `tile` overrides what the tables say."""
     if tile is None and 0 < len(x) <= few.ROWS:
         return few.linear(x, weight, scales, block)
-    if tile is None:
-        tile = spread(tiles_of(len(x)).linear, len(x), len(weight), num_processors(x.device))
-    return product(quantize(x, block[1]), weight, scales, block, tile, x.dtype)
+    return product(quantize(x, block[1]), Fp8Weight(weight, scales, block), x.dtype, tile)
 
 
-def product(x: Quantized, weight: Tensor, scales: Tensor, block: Block, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """x [T, K] times weight [N, K] -> [T, N] in `dtype`, by tiles."""
-    (values, row_scales), (out, columns) = x, weight.shape
+def product(x: Quantized, w: Fp8Weight, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """x [T, K] times w [N, K] -> [T, N] in `dtype`, by tiles."""
+    (values, row_scales), (out, columns), (weight, scales, block) = x, w.values.shape, (w.values, w.scales, w.block)
     num_rows = len(values)
+    tile = tile or spread(tiles_of(num_rows).linear, num_rows, out, num_processors(values.device))
     y = torch.empty(num_rows, out, dtype=dtype, device=weight.device)
     if num_rows:
         num_blocks, num_columns = triton.cdiv(num_rows, tile.m), triton.cdiv(out, tile.n)
@@ -296,6 +296,11 @@ def gated(x: Tensor, weight: Tensor, scales: Tensor, block: Block) -> Tensor:
     if 0 < len(x) <= few.ROWS:
         return few.linear(x, weight, scales, block, gated=True)
     return silu_mul(linear(x, weight, scales, block))
+
+
+def after_gate(w: Fp8Weight) -> AfterGate:
+    """The product with w of what a gate gives, which is quantised as it is made."""
+    return AfterGate(few.ROWS, lambda y: product(quantize(y, w.block[1], gated=True), w, y.dtype))
 
 
 def experts(

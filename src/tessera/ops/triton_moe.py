@@ -18,8 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import moe
-from tessera.ops.fused import Shared
-from tessera.ops.linear import linear
+from tessera.ops.fused import Shared, gated_mlp
 from tessera.ops.moe import Beside, Made, Mixture
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow
@@ -278,7 +277,7 @@ def mixture(
     if shared is None or not len(w13) or pays(ids.numel(), len(w13)):
         return _apart(x, w13, w2, ids, weights, shared, made)
     y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype))
-    rows = linear(gated_product(x, shared.w_in), shared.w_out) if made is None else made()
+    rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product) if made is None else made()
     return combine(y, ids.contiguous(), weights.contiguous(), beside=Beside(rows, x, shared.gate))
 
 
