@@ -68,7 +68,7 @@ def _rows(tokens: int, columns: int, gated: bool, name: str) -> Case:
 
 @cache
 def _weight(*shape: int) -> tuple[Tensor, Tensor]:
-    scales = torch.rand(*shape[:-2], shape[-2] // 128, shape[-1] // 128, device="cuda") + 0.5
+    scales = torch.rand(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128), device="cuda") + 0.5
     return (random(*shape) * 50).to(torch.float8_e4m3fn), scales / 50 * shape[-1] ** -0.5
 
 
