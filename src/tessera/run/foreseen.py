@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,34 +32,38 @@ def foreseen(config: Config) -> Iterator[Ranges | Size]:
     """Steps as they are, and sizes of recorded ones, the likeliest first.
 
     A kernel is another one for other tiles, which follow from counts of tokens and ranges by steps of two at most, so
-    powers of two stand for what lies between them.
+    powers of two stand for what lies between them; and not from both at once.
     """
     sizes, most = Sizes(*config.kernels.graphs), config.scheduling.chunk_size or config.model.context_length
+    rows, whole = config.scheduling.max_running, _doubling(2, most)
     yield ((0, 1),)
-    rows = [n for n in (1, 2, 3, 4, *sizes.rows, config.scheduling.max_running) if n <= config.scheduling.max_running]
-    for tokens in _doubling(2, most):
+    for tokens in (*whole, *_between(whole)):
         yield ((0, tokens),)
-    for count in dict.fromkeys(rows):
+    for count in dict.fromkeys(n for n in (1, 2, 3, 4, *sizes.rows, rows) if n <= rows):
         yield ((PREFIX, 1),) * count
     for size in sizes.rows:
         yield Size(size, size, one_each=True)
+    yield from (Size(segments, tokens) for segments in sizes.segments[:1] for tokens in sizes.tokens)
+    yield from (Size(segments, tokens) for segments in sizes.segments for tokens in sizes.tokens[-1:])
+    for tokens in (*whole, *_between(whole)):
+        yield from (((PREFIX, tokens // count),) * count for count in (1, 4, 16) if count <= tokens)
+        for count in (1, 16, 64):
+            if count < min(rows, tokens):
+                yield ((0, tokens - count), *((PREFIX, 1),) * count)
     for start in (PREFIX, 0):
         for length in LENGTHS:
-            for count in _doubling(1, min(config.scheduling.max_running, most // length)):
-                yield ((start, length),) * count
-    for tokens in _doubling(2, most):
-        yield ((PREFIX, tokens),)
-        for count in _doubling(1, min(config.scheduling.max_running - 1, tokens // 2)):
-            yield ((0, tokens - count), *((PREFIX, 1),) * count)
-    for segments in sizes.segments:
-        for tokens in sizes.tokens:
-            yield Size(segments, tokens)
+            yield from (((start, length),) * count for count in _doubling(1, min(rows, most // length)))
+    yield from (Size(segments, tokens) for segments in sizes.segments[1:] for tokens in sizes.tokens[:-1])
 
 
 def _doubling(first: int, last: int) -> list[int]:
-    """first, 1.5 first, 2 first, ... and last."""
-    found = [first << n >> 1 if half else (3 * first << n) >> 2 for n in range(1, 40) for half in (True, False)]
-    return sorted({n for n in found if first <= n < last} | {last})
+    """first, 2 first, 4 first, ... and last."""
+    return [first << n for n in range(40) if first << n < last] + [last]
+
+
+def _between(numbers: list[int]) -> list[int]:
+    """What lies in the middle of neighbours."""
+    return [sum(pair) >> 1 for pair in pairwise(numbers) if sum(pair) >> 1 not in pair]
 
 
 class Dry:
