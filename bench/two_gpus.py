@@ -30,6 +30,8 @@ DP = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
 MESHES: dict[str, dict[str, Any]] = {
     "one, chunk 64, mixed": {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
     "one, no graphs": {"disable_cuda_graph": True},
+    "one, one at a time": {"max_running_requests": 1},
+    "one, eight at a time": {"max_running_requests": 8},
     "tp 2": {"tp_size": 2},
     "tp 2, ep 2": {"tp_size": 2, "ep_size": 2},
     "dp 2, mixed": {**DP, "enable_mixed_chunk": True, "chunked_prefill_size": 256},
