@@ -251,6 +251,7 @@ def test_chunks_are_longer_while_nobody_decodes_and_where_experts_see_few_tokens
     assert sizes(max_prefill_tokens=9000) == (8192, 9000, 9000)
     assert sizes(chunked_prefill_size=9000) == (9000, 9000, 16384)
     assert config_of().scheduling.alone_size == 512
+    assert config_of(hardware=CUDA).scheduling.alone_size == 8192, "dense"
     assert "--max-prefill-tokens 8" in refusals(chunked_prefill_size=9, max_prefill_tokens=8)[0]
 
 

@@ -37,7 +37,6 @@ from tessera.core.spec import ModelSpec, MoESpec
 
 SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 CHUNK = {"cpu": 512, "cuda": 8192}
-ALONE = {"cpu": 1, "cuda": 2}  # times a chunk, where nobody decodes meanwhile
 EXPERT_ROWS = 512  # of an expert in a step below which reading its weights takes about as long as multiplying by them
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
@@ -143,7 +142,8 @@ def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes
         rows = _expert_rows(spec, chunk * mesh.dp)
         if device == "cuda" and rows < EXPERT_ROWS:
             chunk, why = 2 * chunk, f"twice the default on cuda: {CHUNK[device]} tokens are {rows:.0f} for each expert"
-        alone = chunk * ALONE[device]
+        # Nobody's next token waits for such a step. A dense model gains nothing from it, and first tokens come later.
+        alone = 2 * chunk if device == "cuda" and rows < float("inf") else chunk
         if values.gave("max_prefill_tokens"):
             chunk, alone = min(chunk, most), min(alone, most)
         if alone > chunk:
