@@ -88,12 +88,16 @@ def recorded(comm: Comm, device: torch.device) -> list[float]:
 
 
 def left_alone(comm: Comm, device: torch.device) -> None:
-    """One rank waits for a peer that does nothing."""
+    """One rank waits for a peer that does nothing, and says why its device has failed."""
     comm.sum([torch.ones(8, device=device)], "tp").wait().tolist()
+    assert comm.fault() is None
     if comm.rank:
         time.sleep(6)
-    else:
+        return
+    try:
         comm.sum([torch.ones(8, device=device)], "tp").wait().tolist()
+    except RuntimeError as error:
+        raise comm.fault() or error from error
 
 
 PEERS = pytest.mark.parametrize("peers", [False, True], ids=["nccl", "peers"])
@@ -128,4 +132,5 @@ def test_halves_in_a_graph_give_what_each_gives_alone(peers: bool) -> None:
 def test_a_peer_that_never_sends_is_noticed() -> None:
     """Its kernel fails after the deadline, and with it all that the process has on the device."""
     results = as_processes(2, one_rank, instance_mesh(2), free_port(), left_alone, False, True, 2.0, seconds=60)
-    assert "launch failure" in str(results[0])
+    expected = "rank 0 in a collective over 'tp' through the peers' memory: nothing came from rank 1 for 2 s"
+    assert expected in str(results[0])

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tessera.comm import peers
 from tessera.comm.base import ordered_sum
+from tessera.comm.dist import told_late
 from tessera.comm.peers import Memory, Peers, UnderWay, sizes
+from tessera.core.mesh import instance_mesh
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter works on the host's memory")
 DTYPES = (torch.bfloat16, torch.float32, torch.int32, torch.uint8)
@@ -36,7 +38,8 @@ def group(world: int) -> list[Peers]:
         own.view(torch.int32).fill_(2**31 - 3)
     addresses = torch.tensor([[t.data_ptr() for t in slots], [t.data_ptr() for t in flags]])
     counters = [torch.full((peers.CHANNELS,), 2**31 - 3, dtype=torch.int32) for _ in range(world)]
-    return [Peers(Memory(addresses, counters[at], (slots, flags)), at, world, 1.0) for at in range(world)]
+    late = torch.zeros(world, dtype=torch.int32)
+    return [Peers(Memory(addresses, counters[at], late.clone(), (slots, flags)), at, world, 1.0) for at in range(world)]
 
 
 def parts_of(number: int, kind: str, world: int) -> list[Tensor]:
@@ -107,6 +110,7 @@ def play(world: int, seed: int) -> None:
                 2.0**-7 if want.dtype == torch.bfloat16 and kind in ("sum", "scatter") else 0.0
             )  # the interpreter cuts off
             assert torch.allclose(found, want, rtol=cut, atol=0), f"rank {rank}, {kind} {number}"
+            assert not ranks[rank].late, "everybody had begun"
         at[rank] += 1
 
 
@@ -153,3 +157,22 @@ def test_what_is_forgotten_no_longer_counts_as_under_way() -> None:
     assert not first.takes(8)
     first.forget()
     assert first.takes(8)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_peer_that_does_not_come_is_named(absent: int) -> None:
+    ranks = group(3)
+    handles = {rank.at: rank.sum(parts_of(1, "sum", 3)[rank.at], 1) for rank in ranks if rank.at != absent}
+    for at, handle in handles.items():
+        assert ranks[at].late == []
+        handle.wait()  # on a device the kernel fails now
+        assert ranks[at].late == [absent]
+
+
+def test_the_error_names_ranks_and_the_deadline() -> None:
+    """Of the second attention group the second coordinate is rank 3."""
+    mesh = instance_mesh(4, dp=2)
+    assert told_late(mesh, 2, {"tp": [], "attn": []}, 300.0) is None
+    error = told_late(mesh, 2, {"tp": [], "attn": [1]}, 300.0)
+    said = "rank 2 in a collective over 'attn' through the peers' memory: nothing came from rank 3 for 300 s"
+    assert str(error) == said

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 
 from assets.abacus import model as packaged
 from run.fake_recorder import FakeRecorder
+from run.injected import inject
 from run.test_loop import Engine
 from run.test_processes import flags_of
 from tessera.comm.rehearsal import Rehearsing
@@ -160,9 +159,7 @@ def test_mutant_without_a_rehearsal_the_others_wait_for_a_rank_that_has_failed(
     assert "out of memory" in fatal.error
 
 
-INJECTED = """
-import json, sys
-rank = json.loads(sys.orig_argv[-1])["rank"] if "tessera.run.rank" in sys.orig_argv else -1
+LACKING = """
 if rank >= 0:
     from run.fake_recorder import FakeRecorder
     from tessera.comm.rehearsal import Rehearsing
@@ -173,23 +170,14 @@ if rank >= 0:
 """
 
 
-@contextmanager
-def injected(folder: Path, lacks: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Processes of ranks have fakes for recorders; rank 1 lacks memory."""
-    (folder / "sitecustomize.py").write_text(INJECTED.replace("{lacks!r}", repr(lacks)))
-    tests = Path(__file__).parents[1]
-    paths = [str(folder), str(tests), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
-    yield
-
-
 @pytest.mark.parametrize("lacks", ["rehearse", "record"])
 def test_ranks_that_are_processes(
     lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = packaged("abacus-mla")
     flags = flags_of("abacus-mla", tp=2, collectives="gloo")
-    with injected(tmp_path, lacks, monkeypatch), caplog.at_level(logging.WARNING), Recording(model, **flags) as engine:
+    inject(LACKING.replace("{lacks!r}", repr(lacks)), tmp_path, monkeypatch)  # rank 1 lacks memory
+    with caplog.at_level(logging.WARNING), Recording(model, **flags) as engine:
         found = engine.answers()
     alone = serve(model, REQUESTS, dtype="float32")
     assert found == {s.request_id: alone.answers[s.request_id, 0].tokens for s in REQUESTS}

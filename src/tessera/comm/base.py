@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tessera.core.errors import DeadlineError
 from tessera.core.mesh import Mesh
 
 
@@ -65,6 +66,10 @@ class Comm(Protocol):
 
     def forget(self) -> None:
         """What was begun and not waited for never will be: it was to be recorded, has not run, and is thrown away."""
+        ...
+
+    def fault(self) -> DeadlineError | None:
+        """Why the device has failed, if it did so in a collective: naming who did not come, and the deadline."""
         ...
 
     def close(self) -> None:

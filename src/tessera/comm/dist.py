@@ -17,8 +17,8 @@ two ranks there is one, so it is the same sum).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -83,6 +83,16 @@ def _explained(what: str, deadline_s: float) -> Iterator[None]:
         if waited >= 0.9 * deadline_s:
             raise DeadlineError(f"{what}: nothing came for {waited:.1f} s") from error
         raise PeerError(f"{what}: a rank has ended or left ({str(error).splitlines()[0]})") from error
+
+
+def told_late(mesh: Mesh, rank: int, late: Mapping[str, Sequence[int]], deadline_s: float) -> DeadlineError | None:
+    """What a failed wait of a rank's kernels means. `late`: who did not come, by axis, as coordinates."""
+    for axis, coordinates in late.items():
+        if coordinates:
+            missing = [mesh.group(rank, axis)[at] for at in coordinates]
+            what = f"rank {rank} in a collective over '{axis}' through the peers' memory"
+            return DeadlineError(f"{what}: nothing came from rank {', '.join(map(str, missing))} for {deadline_s:g} s")
+    return None
 
 
 class DistComm:
@@ -200,13 +210,19 @@ class DistComm:
             if peers is not None:
                 peers.forget()
 
+    def fault(self) -> DeadlineError | None:
+        """See `Comm.fault`."""
+        late = {axis: peers.late for axis, peers in self._peers.items() if peers is not None}
+        return told_late(self.mesh, self.rank, late, self._deadline_s)
+
     def close(self) -> None:
         """See `Comm.close`. Waits, up to the deadline, for what the GPU has still to do: the others may need it."""
         if self._device.type == "cuda":
-            done, until = torch.cuda.Event(), time.monotonic() + self._deadline_s
-            done.record()
-            while not done.query() and time.monotonic() < until:
-                time.sleep(0.001)
+            with suppress(RuntimeError):  # a device that has failed does nothing more
+                done, until = torch.cuda.Event(), time.monotonic() + self._deadline_s
+                done.record()
+                while not done.query() and time.monotonic() < until:
+                    time.sleep(0.001)
         for group in {id(group): group for group in self._groups.values() if group is not None}.values():
             group.abort()
         self._meeting = None

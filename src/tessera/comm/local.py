@@ -173,6 +173,9 @@ class LocalComm:
     def forget(self) -> None:
         """See `Comm.forget`. Nothing is recorded here."""
 
+    def fault(self) -> None:
+        """See `Comm.fault`. It raises at once."""
+
     def close(self) -> None:
         """See `Comm.close`."""
         self.group.fail(self.rank, None)

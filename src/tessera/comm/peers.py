@@ -35,10 +35,12 @@ SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 @dataclass(frozen=True)
 class Memory:
     """Of one rank: `addresses` [2, W] int64 of the slots and of the flags of all ranks as it sees them, its own
-    `counters` [C] int32. `kept`: what keeps all that alive."""
+    `counters` [C] int32; in the host's memory `late` [W] int32: 1 for peers that did not come in time. `kept`: what
+    keeps all that alive."""
 
     addresses: Tensor
     counters: Tensor
+    late: Tensor
     kept: Any
 
 
@@ -81,6 +83,11 @@ class Peers:
         kept = part.new_empty(part.shape if pieces == 1 else (share(len(part), pieces),))
         return self._begin(_flat(part), kept.view(-1), kept, pieces > 1, True)
 
+    @property
+    def late(self) -> list[int]:
+        """Whom a wait that failed was for, by their places in the group; also when the device can tell nothing more."""
+        return [at for at, is_late in enumerate(self.memory.late.tolist()) if is_late]
+
     def forget(self) -> None:
         """Nothing is under way: what was begun was never launched."""
         self._waiting.clear()
@@ -104,7 +111,8 @@ class Peers:
         def finish() -> Tensor:
             later = self._begun - number
             self._waiting.remove(number)
-            receive[CHANNELS,](x_ptr=x, out_ptr=out, later=later, limit_ns=self._limit, SUMS=sums, **shared)
+            timed = {"late_ptr": self.memory.late, "later": later, "limit_ns": self._limit}
+            receive[CHANNELS,](x_ptr=x, out_ptr=out, SUMS=sums, **timed, **shared)
             return result
 
         return UnderWay(finish)
@@ -137,6 +145,7 @@ def connect_peers(meeting: Meeting, ranks: tuple[int, ...], device: torch.device
         return None
     slots, flags = (torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes(world))
     counters = torch.zeros(CHANNELS, dtype=torch.int32, device=device)
+    late = torch.zeros(world, dtype=torch.int32, pin_memory=True)
     torch.cuda.synchronize(device)
     mine = [slots, flags]
     told = [(own.untyped_storage()._share_cuda_(), own.storage_offset()) for own in mine]
@@ -148,7 +157,7 @@ def connect_peers(meeting: Meeting, ranks: tuple[int, ...], device: torch.device
         remedy = "Give --disable-custom-all-reduce: all collectives go through NCCL then."
         raise ConfigError([Conflict(("collectives", str(device)), reason, remedy)]) from error
     addresses = torch.tensor([[pair[i].data_ptr() for pair in theirs] for i in range(len(mine))], device=device)
-    return Peers(Memory(addresses, counters, theirs), at, world, deadline_s)
+    return Peers(Memory(addresses, counters, late, theirs), at, world, deadline_s)
 
 
 def _mapped(told: str, device: torch.device) -> list[Tensor]:

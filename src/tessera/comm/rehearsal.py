@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.comm.base import Comm, Handle, Ready, ordered_sum
+from tessera.core.errors import DeadlineError
 from tessera.core.mesh import Mesh
 
 
@@ -54,6 +55,10 @@ class Rehearsing:
         """See `Comm.forget`."""
         self._together.forget()
 
+    def fault(self) -> DeadlineError | None:
+        """See `Comm.fault`."""
+        return self._together.fault()
+
     def close(self) -> None:
         """See `Comm.close`."""
         self._together.close()
@@ -85,6 +90,9 @@ class _Alone:
 
     def forget(self) -> None:
         """Nothing was begun with others."""
+
+    def fault(self) -> None:
+        """Nobody is waited for."""
 
     def close(self) -> None:
         """Nobody to leave."""

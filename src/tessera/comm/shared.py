@@ -174,6 +174,9 @@ class SharedComm:
     def forget(self) -> None:
         """See `Comm.forget`. Nothing is recorded here."""
 
+    def fault(self) -> None:
+        """See `Comm.fault`. It raises at once."""
+
     def close(self) -> None:
         """See `Comm.close`."""
         self._segment.leave(self.rank)

@@ -38,5 +38,8 @@ class SingleComm:
     def forget(self) -> None:
         """Nothing is ever under way."""
 
+    def fault(self) -> None:
+        """See `Comm.fault`. Nobody is waited for."""
+
     def close(self) -> None:
         """Nobody to leave."""

@@ -18,6 +18,7 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 from triton.language.target_info import cuda_capability_geq
 
+TELLING_NS = tl.constexpr(10_000_000)  # between telling that a peer is late and failing
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -64,30 +65,43 @@ def send(
 
 
 @triton.jit
-def _wait(flag, use, limit_ns):
-    """Until a peer's number is no older than `use` (they wrap). After `limit_ns` the kernel fails, and so the rank."""
-    if INTERPRETED:
-        tl.device_assert(tl.load(flag) - use >= 0, "the peer has not sent")
+def _wait(flag, use, late, limit_ns):
+    """Until a peer's number is no older than `use` (they wrap). After `limit_ns` the kernel fails, and so the rank.
+
+    A device that failed can be asked for nothing, so `late`, in the host's memory, is 1 by then. Threads read the clock
+    apart and one of them writes: the others fail later.
+    """
+    if INTERPRETED:  # ranks take turns in one thread: nobody comes while one waits
+        if tl.load(flag) - use < 0:
+            tl.store(late, 1)
     else:
         began = globaltimer()
         while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - use < 0:
-            if globaltimer() - began > limit_ns:
-                tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+            waited = globaltimer() - began
+            if waited > limit_ns:
+                tl.store(late, 1)
+            if waited > limit_ns + TELLING_NS:
+                tl.inline_asm_elementwise(
+                    "membar.sys; trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+                )
+        if globaltimer() - began > limit_ns:
+            tl.store(late, 0)  # it came after all
 
 
 @triton.jit(do_not_specialize=["later", "limit_ns"])
 def receive(
-    x_ptr, out_ptr, memory_ptr, flags_ptr, counters_ptr, num, chunk, later, limit_ns,
+    x_ptr, out_ptr, memory_ptr, flags_ptr, counters_ptr, late_ptr, num, chunk, later, limit_ns,
     RANK: tl.constexpr, WORLD: tl.constexpr, SCATTERS: tl.constexpr, SUMS: tl.constexpr,
     SLOTS: tl.constexpr, REGION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [W, n], or (SUMS) [n], of what was sent `later` uses before the last. x as in `send`."""
+    """out [W, n], or (SUMS) [n], of what was sent `later` uses before the last. x as in `send`, late [W]: see
+    `_wait`."""
     _follow()
     channel, channels = tl.program_id(0), tl.num_programs(0)
     use = tl.load(counters_ptr + channel) - later
     for peer in tl.static_range(WORLD):
         if peer != RANK:
-            _wait(_address(flags_ptr, RANK, tl.int32) + peer * channels + channel, use, limit_ns)
+            _wait(_address(flags_ptr, RANK, tl.int32) + peer * channels + channel, use, late_ptr + peer, limit_ns)
     tl.debug_barrier()
     lane, first = tl.arange(0, BLOCK), channel * chunk
     memory = _address(memory_ptr, RANK, x_ptr.dtype.element_ty)

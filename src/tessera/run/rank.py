@@ -219,7 +219,8 @@ def serve(link: Link, spawn: Spawn) -> int:
         stages.follow([runner.stages])
         link.tell(Loaded(runner.post.seat if runner.post is not None else None, stages))
         Steps(link, runner, news, spawn.rank in mesh.mesh.group(0, "dp")).run()
-    except Exception as error:
+    except Exception as raised:
+        error = (comm.fault() if comm is not None else None) or raised
         if not isinstance(error, TesseraError):
             log.exception("it has failed")
         elif begin is None:  # and so nobody else may say it
