@@ -59,7 +59,7 @@ TILES = (
     Tiles(4, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
     Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3), joined=True),
     Tiles(110, Tile(64, 64, 128, 4, 2, 1, True), Tile(64, 128, 64, 4, 4), joined=True),
-    Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 1, True), Tile(128, 256, 64, 8, 3, 1, True)),
+    Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 1, True, True), Tile(128, 256, 64, 8, 3, 1, True, True)),
 )
 FP32 = Tiles(float("inf"), Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2))
 
