@@ -204,6 +204,19 @@ def test_a_visitor_that_says_nothing_is_sent_away(engines: Make, monkeypatch: py
         assert sock.recv(1) == b""
 
 
+def test_a_writer_that_does_not_listen_is_given_up(engines: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "SAY_S", 0.1)
+    reader, mover, memory = engines(HostMover()), HostMover(), torch.zeros(8, dtype=torch.uint8)
+    there = msgspec.msgpack.decode(reader.endpoint(), type=Endpoint)
+    hello = Hello(wire.PROTOCOL, "local", "deaf", there.name, {0: 8}, mover.export({0: memory}))
+    with dial(there.address, DEADLINE_S) as sock:
+        sock.sendall(pack(hello))
+        assert Heard(sock).next() == Welcome()
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            sock.sendall(100_000 * pack(Batch(0, b"")))
+    reader.fence("deaf", DEADLINE_S)
+
+
 class OverTcp(HostMover):
     """The same, met by TCP."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -34,6 +35,7 @@ from tessera.transfer.wire import (
 HELLO_S = 10.0  # from the connection to the first word
 SAY_S = 5.0  # a word to a writer that does not listen
 AHEAD = 2  # batches of a writer under way: the next begins when one ends, and the wire is not idle meanwhile
+_TIME = struct.Struct("ll")  # a timeval: seconds and microseconds
 
 
 def sizes_of(regions: dict[int, Tensor]) -> dict[int, int]:
@@ -46,6 +48,8 @@ class Writer:
 
     def __init__(self, hello: Hello, sock: socket.socket, source: Source) -> None:
         self.hello, self._sock, self._source = hello, sock, source
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(*divmod(int(1e6 * SAY_S), 10**6)))
         self.stop, self.quiet = threading.Event(), threading.Event()
         self._under_way: deque[tuple[int, Wait | None]] = deque()
 
@@ -99,9 +103,7 @@ class Writer:
 
     def say(self, message: Message) -> None:
         """Waits a while for a writer that does not listen, then gives it up (`OSError`)."""
-        self._sock.settimeout(SAY_S)
         self._sock.sendall(pack(message))
-        self._sock.settimeout(None)
 
 
 def _failing(error: Exception) -> Wait:

@@ -201,6 +201,8 @@ class Channel:
             self._flush()
             while data := self._sock.recv(_TAKEN):
                 found += self._inbox.take(data)
+                if len(data) < _TAKEN:
+                    return found, True
         except BlockingIOError:
             return found, True
         except (OSError, PeerError):
