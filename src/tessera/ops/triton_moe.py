@@ -15,17 +15,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import moe
 from tessera.ops.fused import Shared, gated_mlp
 from tessera.ops.moe import Beside, Made, Mixture
 from tessera.ops.triton_combine import combine
-from tessera.ops.triton_common import chained, dot, follow
+from tessera.ops.triton_common import INTERPRETED, chained, dot, follow
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import gated_product
 from tessera.ops.triton_moe_few import few_experts, joins, pays
 from tessera.ops.triton_sort import sort_rows
+
+PATIENCE_NS = tl.constexpr(5_000_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,18 @@ def _down(
     _down_tile(h, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, BOXED, M, N, K, STAGES)
 
 
+@triton.jit
+def _wait(count_ptr, wanted):
+    """Until so many are counted, which takes microseconds. After `PATIENCE_NS` the kernel fails, and so the rank."""
+    if INTERPRETED:
+        tl.device_assert(tl.load(count_ptr) >= wanted, "a program waits for one that has not begun")
+    else:
+        began = globaltimer()
+        while tl.atomic_add(count_ptr, 0, sem="acquire") < wanted:
+            if globaltimer() - began > PATIENCE_NS:
+                tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
 def _joined(
     x_ptr, w13, h_ptr, w2, y_ptr, rows_ptr, blocks_ptr, done_ptr, num_blocks, up_columns, down_columns, stride_x,
@@ -199,13 +214,14 @@ def _joined(
 ):  # fmt: skip
     """Both products: programs of the second wait until all of the first are through with their block of rows.
 
-    Programs start in the order of their numbers, and those of the first product wait for nobody. The next launch gets a
-    place only when all have started, so it takes none from them.
+    A program draws its number, since CUDA does not say in which order programs start: the first to run take the first
+    product's tiles, which wait for nobody, so whoever waits, waits for programs that run. The next launch gets a place
+    only when all have started.
     """
     follow()
-    pid = tl.program_id(0)
-    is_up = pid < num_blocks * up_columns
-    number, columns = tl.where(is_up, pid, pid - num_blocks * up_columns), tl.where(is_up, up_columns, down_columns)
+    drawn = tl.atomic_add(done_ptr, 1, sem="relaxed")
+    is_up = drawn < num_blocks * up_columns
+    number, columns = tl.where(is_up, drawn, drawn - num_blocks * up_columns), tl.where(is_up, up_columns, down_columns)
     block, tile = number // columns, number % columns
     at = blocks_ptr + block * 3
     expert, first, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
@@ -216,10 +232,9 @@ def _joined(
                 HIDDEN, INNER, TOP_K, UP_BOXED, M, UP_N, UP_K, UP_STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # all that the program wrote before it says so
-            tl.atomic_add(done_ptr + block, 1, sem="release")
+            tl.atomic_add(done_ptr + 1 + block, 1, sem="release")
         else:
-            while tl.atomic_add(done_ptr + block, 0, sem="acquire") < up_columns:
-                pass
+            _wait(done_ptr + 1 + block, up_columns)
             tl.debug_barrier()
             _down_tile(
                 h_ptr, w2, y_ptr, rows_ptr, expert, first, end, tile,

@@ -25,7 +25,8 @@ class Sorted:
     """`rows` [R] int32: routed rows, those of an expert together; rows of -1 are left out and the end is not written.
 
     `blocks` [B, 3] int32: expert (-1: none), first and end in `rows` of at most M rows of one expert; all of an
-    expert's blocks are neighbours. B is the most that there can be. `done` [B] int32, zeros: for who counts blocks.
+    expert's blocks are neighbours. B is the most that there can be. `done` [1 + B] int32, zeros: for who counts
+    programs and blocks.
     `ends` [E] int32: where each expert's rows end when those of every expert begin with a block, and where they would
     begin if it has none.
     """
@@ -82,7 +83,9 @@ def _list_blocks(
     tl.store(at, tl.where(expert < BINS, expert, -1), mask=valid)
     tl.store(at + 1, first, mask=valid)
     tl.store(at + 2, tl.minimum(first + M, end), mask=valid)
-    tl.store(done_ptr + block, tl.zeros([LISTED], tl.int32), mask=valid)
+    tl.store(done_ptr + 1 + block, tl.zeros([LISTED], tl.int32), mask=valid)
+    if which == 0:
+        tl.store(done_ptr, 0)
     if which == 0:
         tl.store(ends_ptr + bins, (block_end - count) * M + total)
 
@@ -130,7 +133,8 @@ def sort_rows(ids: Tensor, num_experts: int, block: int) -> Sorted:
     num_chunks, num_blocks = triton.cdiv(num_rows, chunk), most_blocks(num_rows, num_experts, block)
     ints = {"dtype": torch.int32, "device": ids.device}
     counts, taken = torch.empty(2, num_chunks, bins, **ints)
-    rows, blocks, done, ends = (torch.empty(*n, **ints) for n in ((num_rows,), (num_blocks, 3), (num_blocks,), (bins,)))
+    sizes = (num_rows,), (num_blocks, 3), (1 + num_blocks,), (bins,)
+    rows, blocks, done, ends = (torch.empty(*n, **ints) for n in sizes)
     if not alone:
         _count[num_chunks,](ids, counts, taken, num_rows, BINS=bins, CHUNK=chunk, num_warps=8, **chained(ids.device))
     _place[num_chunks + triton.cdiv(num_blocks, LISTED),](
