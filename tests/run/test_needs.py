@@ -24,7 +24,7 @@ from tessera.ops.rope import rope_bytes, rope_tables
 from tessera.ops.sample import Adjustments, Drawing, Penalties, adjust, draw_reference, token_counts, token_logprobs
 from tessera.run.graphs import graph_bytes
 from tessera.run.hardware import CONTEXT, device_bytes
-from tessera.run.needs import NEEDS
+from tessera.run.needs import NEEDS, kept_for_steps
 from tessera.run.sampler import draw_bytes
 from tessera.run.table import RowTable, table_bytes
 
@@ -133,5 +133,6 @@ def test_the_table_has_the_rows_that_are_not_empty() -> None:
     rows = counted(NEEDS, sketch_of(ranks=ranks, kernels=kernels))
     assert [name for name, _ in rows] == [name for name, _ in NEEDS]
     assert total(rows) == sum(size for _, size in rows)
+    assert kept_for_steps(rows) == dict(rows)["largest step"] + dict(rows)["logits and drawing"]
     on_cpu = counted(NEEDS, sketch_of(ranks=MeshConfig("cpu")))
     assert [name for name, _ in on_cpu] == ["row tables", "rotations", "largest step", "logits and drawing"]

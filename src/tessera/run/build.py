@@ -29,6 +29,7 @@ from tessera.run.graphs import CudaGraphs, Graphs, Sizes
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker, finished
 from tessera.run.hugepages import gather_pages
+from tessera.run.needs import kept_for_steps
 from tessera.run.pools import Pools
 from tessera.run.poster import Poster
 from tessera.run.processes import Processes, Tell, unheard
@@ -172,7 +173,8 @@ def build_runner(
             gather_pages(weights)
         finished(device)
     executor = executor or default_executor(config)
-    args = (model, table, pools.tensors, memory.page_size, backend.expand, CudaGraphs(), mesh.size_of("dp"), shared)
+    recorder = CudaGraphs(kept_for_steps(memory.needs))
+    args = (model, table, pools.tensors, memory.page_size, backend.expand, recorder, mesh.size_of("dp"), shared)
     return Runner(
         model,
         table,

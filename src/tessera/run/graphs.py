@@ -170,10 +170,12 @@ class CudaGraphs:
     """Records with CUDA graphs, which share one pool of memory, their logits too: they run one after the other.
 
     Whether there is memory is asked before a capture begins: one that fails half way may leave streams that it forked,
-    and then PyTorch's allocator believes for good that it is still under way.
+    and then PyTorch's allocator believes for good that it is still under way. `kept`: bytes that are left free for
+    steps, of which none may fail because graphs took what it needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = 0) -> None:
+        self._kept = kept
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._needed = self._pooled = 0  # bytes that the last run held, and that the largest recorded one did
@@ -219,8 +221,9 @@ class CudaGraphs:
         torch.cuda.empty_cache()
         wanted = int(max(self._needed - self._pooled, 0) * FRAGMENTS) + SPARE
         free, whole = torch.cuda.mem_get_info()
-        if free < wanted:
-            raise torch.OutOfMemoryError(f"{gib(wanted)} are needed. {gib(free)} of {gib(whole)} are free")
+        if free < wanted + self._kept:
+            besides = f", {gib(self._kept)} of them for steps" if self._kept else ""
+            raise torch.OutOfMemoryError(f"{gib(wanted)} are needed. {gib(free)} of {gib(whole)} are free{besides}")
 
 
 def lent(tensor: Tensor) -> Tensor:
