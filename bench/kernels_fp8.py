@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tessera.ops import fp8, triton_fp8, triton_fp8_rows
 from tessera.ops.fused import silu_mul
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8 import Tile, Tiles
+from tessera.ops.triton_fp8_experts import experts
 
 LINEARS = {"4096 x 4096": (4096, 4096), "24576 x 4096": (24576, 4096), "4096 x 12288": (4096, 12288)}
 LINEARS |= {"3648 x 2048": (3648, 2048), "5632 x 2048": (5632, 2048), "2048 x 2816": (2048, 2816)}  # dsv2lite's
@@ -94,7 +96,13 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
 
     def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "", ends: bool = False) -> Tensor:
-        return library(by).padded_experts(*made, ends) if by else triton_fp8.experts(*made, tiles=tiles)
+        *routed, weights = made
+        if by:
+            y, places = library(by).padded_rows(*routed, ends)
+            return combine(y, made[3], weights, places)
+        if tiles is None:
+            return experts(*made)
+        return combine(triton_fp8.rows_of_experts(*routed, tiles), made[3], weights)
 
     touched = num * (1 - (1 - top_k / num) ** tokens)
 

@@ -19,7 +19,8 @@ from tessera.core.errors import ConfigError
 from tessera.core.quantization import deep_gemm_misfit
 from tessera.ops import fp8, triton_fp8, triton_fp8_rows, triton_fused
 from tessera.ops.backend import backend, chosen
-from tessera.ops.fused import silu_mul
+from tessera.ops.fused import Shared, gated_mlp, silu_mul
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_sort import sort_rows
 
 CLOSE = 0.01  # bfloat16's rounding
@@ -136,10 +137,30 @@ def test_experts_are_plain(products: Any, calls: Calls, choice: str, ends: bool)
     for weight in experts:
         weight.scales[-1] = float("nan")
     ids = _ids(choice, num_tokens, num)
-    found = products.padded_experts(x, *experts, ids, weights, ends).float()
+    y, places = products.padded_rows(x, *experts, ids, ends)
+    found = combine(y, ids, weights, places).float()
     expected = fp8.experts_reference(x, *experts, ids, weights).float()
     assert calls.made == ["grouped"] * 2
     assert (found - expected).norm() <= 0.1 * expected.norm()  # the interpreter cuts off, see test_fp8.py
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_tokens", [2, 40, 150])
+def test_a_shared_expert_is_added_with_the_others(products: Any, num_tokens: int, gated: bool) -> None:
+    """As where it is added afterwards, but for one rounding; also where it is under way already."""
+    block = (128, 128)
+    x, experts = _exact(num_tokens, 256).bfloat16(), _experts(4, 256, 128, block)
+    ids, weights = _ids("some held", num_tokens, 4), torch.rand(num_tokens, 2, device=DEVICE)
+    w_in, w_out = (fp8.Fp8Weight(*_weight(*size, block=block), block) for size in ((256, 256), (256, 128)))
+    gate = backend("triton").pack(torch.randn(1, 256, device=DEVICE).bfloat16() / 16) if gated else None
+    for version in (backend("triton"), chosen(kernels("deep_gemm", "deep_gemm"))):
+        shared = Shared(version.pack_fp8(w_in), version.pack_fp8(w_out), gate)
+        of_experts, mixture = version.experts_of(experts[0])
+        found = mixture(x, *experts, ids, weights, shared)
+        rows = gated_mlp(x, shared.w_in, shared.w_out, version.gated_product)
+        _close(found, version.add_gated(of_experts(x, *experts, ids, weights), rows, x, gate), CLOSE)
+        assert torch.equal(found, mixture(x, *experts, ids, weights, shared, lambda rows=rows: rows))
+        assert torch.equal(mixture(x, *experts, ids, weights, None), of_experts(x, *experts, ids, weights))
 
 
 def test_few_rows_of_experts_and_other_blocks_are_ours(products: Any, calls: Calls) -> None:
@@ -199,6 +220,7 @@ def test_real_experts(choice: str, ends: bool) -> None:
     experts = _experts(16, 2048, 1408, (128, 128))
     experts[0].scales[-1] = float("nan")
     ids = _ids(choice, 1500, 16)
-    found = deep_gemm_fp8.padded_experts(x, *experts, ids, weights, ends).float()
+    y, places = deep_gemm_fp8.padded_rows(x, *experts, ids, ends)
+    found = combine(y, ids, weights, places).float()
     expected = fp8.experts_reference(x, *experts, ids, weights).float()
     assert (found - expected).norm() <= CLOSE * expected.norm()

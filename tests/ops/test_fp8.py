@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ops.cases import TOLERANCE
-from tessera.ops import fp8, triton_fp8
+from tessera.ops import fp8, triton_fp8, triton_fp8_experts
 from tessera.ops.fused import silu_mul
+from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8 import Tile, Tiles
 from tessera.ops.triton_linear import gated_product
 
@@ -113,7 +114,7 @@ def test_experts_kernel(blocks: list[tuple[int, int]], num_tokens: int) -> None:
     ids[-1, 1] = -1
     for weight in experts:
         weight.scales[2] = float("nan")
-    found = triton_fp8.experts(x, *experts, ids, weights)
+    found = triton_fp8_experts.experts(x, *experts, ids, weights)
     _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
 
 
@@ -136,7 +137,7 @@ def test_tiles_of_experts(paired: bool, boxed: bool) -> None:
     ids, weights = torch.rand(40, 5).topk(3, -1).indices.to(DEVICE), torch.rand(40, 3, device=DEVICE)
     ids[ids == 2] = -1
     up, down = Tile(16, 32, 4, 2, 2, boxed, paired), Tile(16, 32, 4, 2, 3, boxed)
-    found = triton_fp8.experts(x, *experts, ids, weights, Tiles(0, up, up, down))
+    found = combine(triton_fp8.rows_of_experts(x, *experts, ids, Tiles(0, up, up, down)), ids, weights)
     _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
 
 
@@ -149,7 +150,7 @@ def test_real_sizes(num_tokens: int) -> None:
     experts = _experts(32, 2048, 512, (128, 128))
     ids = torch.rand(num_tokens, 32, device=DEVICE).topk(6, -1).indices
     weights = torch.rand(num_tokens, 6, device=DEVICE)
-    found = triton_fp8.experts(x, *experts, ids, weights).float()
+    found = triton_fp8_experts.experts(x, *experts, ids, weights).float()
     expected = fp8.experts_reference(x, *experts, ids, weights).float()
     # Between the products a number on the border of two fp8 numbers goes either way: few outputs differ by more.
     assert (found - expected).norm() <= TOLERANCE[torch.bfloat16] * expected.norm()

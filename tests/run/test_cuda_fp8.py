@@ -91,12 +91,12 @@ def test_deep_gemm_computes_what_our_kernels_do(graphs: bool, monkeypatch: pytes
     from tessera.ops import deep_gemm_fp8
 
     made: list[str] = []
-    for name in ("product", "padded_experts"):
+    for name in ("product", "padded_rows"):
         version = getattr(deep_gemm_fp8, name)
         monkeypatch.setattr(deep_gemm_fp8, name, lambda *a, _of=version, _name=name: (made.append(_name), _of(*a))[1])
     flags = {"quantization": "fp8", "disable_cuda_graph": not graphs, **PLAIN}
     ours = after_long(**flags)
     assert not made
     theirs = after_long(fp8_gemm_backend="deep_gemm", **flags)
-    assert {"product", "padded_experts"} == set(made)
+    assert {"product", "padded_rows"} == set(made)
     assert abs(theirs - ours).mean() < 0.7 * abs(ours - after_long(**PLAIN)).mean()

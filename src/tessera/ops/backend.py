@@ -53,6 +53,7 @@ class Backend:
     expand: Callable[..., Expanded]
     travel: Travel
     fp8_gated: fp8.Product | None = None
+    fp8_mixture: moe.Mixture | None = None
     fp8_after_gate: Callable[[Fp8Weight], linear.AfterGate] | None = None
     compile: Callable[[ModelSpec, torch.dtype, torch.dtype], None] = nothing
 
@@ -63,7 +64,8 @@ class Backend:
     def experts_of(self, w13: Tensor | Fp8Weight) -> tuple[Callable[..., Tensor], moe.Mixture]:
         """`experts` and `mixture` for weights that are kept as this one is."""
         if isinstance(w13, Fp8Weight):
-            return self.fp8_experts, moe.mixture_of(self.fp8_experts, self.gated_product, self.add_gated)
+            apart = moe.mixture_of(self.fp8_experts, self.gated_product, self.add_gated)
+            return self.fp8_experts, self.fp8_mixture or apart
         return self.experts, self.mixture
 
 
@@ -166,6 +168,7 @@ def deep_gemm_products(base: Backend) -> Backend:
         fp8_gated=deep_gemm_fp8.gated,
         fp8_after_gate=deep_gemm_fp8.after_gate,
         fp8_experts=deep_gemm_fp8.experts,
+        fp8_mixture=deep_gemm_fp8.mixture,
     )
 
 
@@ -182,6 +185,7 @@ def chosen(kernels: KernelConfig) -> Backend:
         fp8_gated=products.fp8_gated,
         fp8_after_gate=products.fp8_after_gate,
         fp8_experts=of_experts.fp8_experts,
+        fp8_mixture=of_experts.fp8_mixture,
         delta_net=backend(kernels.delta).delta_net,
         route=moe_runner.route,
         experts=moe_runner.experts,

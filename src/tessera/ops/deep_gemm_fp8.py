@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tessera.core.quantization import deep_gemm_misfit
-from tessera.ops import triton_fp8
+from tessera.ops import triton_fp8, triton_fp8_experts
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.linear import AfterGate
-from tessera.ops.triton_combine import combine
+from tessera.ops.triton_fp8_experts import Rows, experts_of, mixture_of
 from tessera.ops.triton_fp8_rows import Quantized, Spread, quantize, spread
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_sort import sort_rows
@@ -51,15 +51,6 @@ def after_gate(w: Fp8Weight) -> AfterGate:
     return AfterGate(ours.above, multiply)
 
 
-def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
-    """See `fp8.experts_reference`."""
-    num_experts = len(w2.values)
-    misfit = any(deep_gemm_misfit(w.block, w.values.shape) for w in (w13, w2))
-    if misfit or not num_experts or ids.numel() < EXPERT_ROWS * num_experts:
-        return triton_fp8.experts(x, w13, w2, ids, weights)
-    return padded_experts(x, w13, w2, ids, weights)
-
-
 def product(x: Quantized, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """x [T, K] times weight [N, K] -> [T, N] in `dtype`."""
     y = torch.empty(len(x[0]), len(weight), dtype=dtype, device=weight.device)
@@ -67,18 +58,26 @@ def product(x: Quantized, weight: Tensor, scales: Tensor, dtype: torch.dtype) ->
     return y
 
 
-def padded_experts(
-    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, ends: bool = False
-) -> Tensor:
-    """See `fp8.experts_reference`: sort, quantise into blocks, two grouped products with a gate between, sum.
+def routed(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor) -> Rows:
+    """See `triton_fp8_experts.Routed`."""
+    misfit = any(deep_gemm_misfit(w.block, w.values.shape) for w in (w13, w2))
+    if misfit or ids.numel() < EXPERT_ROWS * len(w2.values):
+        return triton_fp8_experts.routed(x, w13, w2, ids)
+    return padded_rows(x, w13, w2, ids)
+
+
+experts, mixture = experts_of(routed), mixture_of(routed)
+
+
+def padded_rows(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, ends: bool = False) -> Rows:
+    """What each expert makes of its tokens [P, H]: sort, quantise into blocks, two grouped products with gates between.
 
     `ends`: the products are told where each expert's rows end, not whose each row is, and pass by blocks of none.
     """
-    block, x = deep_gemm.get_mk_alignment_for_contiguous_layout(), x if x.stride(1) == 1 else x.contiguous()
-    ids = ids.contiguous()
+    block = deep_gemm.get_mk_alignment_for_contiguous_layout()
     found = spread(x, sort_rows(ids, len(w2.values), block), ids.shape[1], block)
     h = quantize(_grouped(found.rows, w13, found, x, ends), gated=True, groups=found.groups)
-    return combine(_grouped(h, w2, found, x, ends), ids, weights.contiguous(), found.places)
+    return _grouped(h, w2, found, x, ends), found.places
 
 
 def _grouped(rows: Quantized, w: Fp8Weight, spread: Spread, like: Tensor, ends: bool) -> Tensor:

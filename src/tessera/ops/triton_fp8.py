@@ -18,7 +18,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.linear import AfterGate
-from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow, num_processors
 from tessera.ops.triton_fp8_rows import Quantized, empty, quantize, scales_of, shrunk
 from tessera.ops.triton_fused import silu_mul
@@ -303,23 +302,11 @@ def after_gate(w: Fp8Weight) -> AfterGate:
     return AfterGate(few.ROWS, lambda y: product(quantize(y, w.block[1], gated=True), w, y.dtype))
 
 
-def experts(
-    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, tiles: Tiles | None = None
-) -> Tensor:
-    """See `fp8.experts_reference`. Blocks are powers of two; the rows of w13's divide I. `tiles`: others than usual."""
-    (num_experts, _, inner), x = w2.values.shape, x if x.stride(1) == 1 else x.contiguous()
-    if not ids.numel() or not num_experts:
-        return torch.zeros_like(x)
+def rows_of_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles: Tiles | None = None) -> Tensor:
+    """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written. Of each weight [E, ..]
+    the blocks are powers of two, the rows of w13's divide I. `tiles` override what the tables say."""
+    inner, tiles = w2.values.shape[2], tiles or tiles_of(ids.numel() / len(w2.values))
     assert inner % w13.block[0] == 0, f"a block of {w13.block[0]} rows would hold both halves of {inner}"
-    ids, weights = ids.contiguous(), weights.contiguous()
-    if tiles is None and few.pays(ids.numel(), num_experts):
-        return few.experts(x, w13, w2, ids, weights)
-    y = rows_of_experts(x, w13, w2, ids, tiles or tiles_of(ids.numel() / num_experts))
-    return combine(y, ids, weights)
-
-
-def rows_of_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles: Tiles) -> Tensor:
-    """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written."""
     by_expert = sort_rows(ids, len(w2.values), tiles.up.m)
     h = _gate_up(x, w13, by_expert, ids.shape[1], w2.block[1], tiles.up)
     (out, columns), tile, (values, scales) = w2.values.shape[1:], tiles.down, h
