@@ -39,8 +39,3 @@ def shapes(comm: Comm, device: str) -> list[tuple[int, ...]]:
 def test_shapes_are_those_among_others(mesh: Any) -> None:
     together = as_threads(mesh, lambda comm: shapes(comm, "cpu"))
     assert [shapes(Alone(mesh, rank), "meta") for rank in range(mesh.size)] == together
-
-
-def test_rows_that_are_counted_first_cannot_be_known_alone() -> None:
-    with pytest.raises(AssertionError, match="counted"):
-        Alone(MESHES[1]).exchange(torch.zeros(2, 2), "tp", [1, 1])

@@ -150,3 +150,12 @@ def test_auto_says_what_it_took_and_why() -> None:
     assert "triton" in told["attention-backend"]
     assert "flashinfer is ahead in long prompts only" in told["attention-backend"]
     assert "triton" in told["moe-runner-backend"]
+
+
+def test_kernels_are_compiled_ahead_where_they_are_tritons_and_there_is_a_device() -> None:
+    assert config_of(spec_of(HYBRID), CUDA).kernels.ahead == 10.0
+    assert config_of(spec_of(HYBRID), CUDA, compile_ahead=0).kernels.ahead == 0.0
+    for hardware, asked in ((None, {}), (CUDA, {"attention_backend": "torch"})):
+        assert config_of(spec_of(HYBRID), *([hardware] if hardware else []), **asked).kernels.ahead == 0.0
+        found = resolved(spec_of(HYBRID), *([hardware] if hardware else []), compile_ahead=5, **asked)
+        assert {d.what: d.value for d in found.decisions}["--compile-ahead"] == "ignored"

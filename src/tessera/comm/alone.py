@@ -1,10 +1,11 @@
-"""Collectives without the others: for a dry run of the layers on tensors that have nothing but a shape ("meta")."""
+"""Collectives without the others: a rank runs its layers alone, for the memory they take, or for what they launch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tessera.comm.base import Handle, Ready, ordered_sum
@@ -13,7 +14,7 @@ from tessera.core.mesh import Mesh
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """The `Comm` of `rank` of `mesh`, of which no other rank is there: a result has the shape that it would have."""
+    """Shapes of the collectives of `rank` of `mesh`, and as much memory: what would come from others is zero."""
 
     mesh: Mesh
     rank: int = 0
@@ -23,25 +24,28 @@ class Alone:
         return Ready(ordered_sum(parts))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
-        """Room for the parts of the group."""
-        if lengths is None:
-            lengths = [part.shape[dim]] * self.mesh.size_of(axis)
-        return Ready(_like(part, dim, sum(lengths)))
+        """The rank's own part, and zeros."""
+        members = self.mesh.size_of(axis)
+        found = [part.shape[dim]] * members if lengths is None else list(lengths)
+        found[self.mesh.coordinate(self.rank, axis)] = 0
+        pieces = [part.new_zeros(*part.shape[:dim], n, *part.shape[dim + 1 :]) for n in found if n]
+        return Ready(torch.cat([part, *pieces], dim))
 
     def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
-        """Room for what this rank keeps."""
-        return Ready(_like(parts[0], dim, lengths[self.mesh.coordinate(self.rank, axis)]))
+        """What it keeps of its own share."""
+        at = self.mesh.coordinate(self.rank, axis)
+        whole = ordered_sum(parts)
+        return Ready(whole.narrow(dim, sum(lengths[:at]), lengths[at]).clone())
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
-        """Room for the rows that would come. Who does not know how many is alone for good."""
-        assert received is not None, "rows that are counted first cannot be known alone"
-        return Ready(_like(part, 0, sum(received)))
+        """Zeros; as many as it sends where nobody knows how many come."""
+        return Ready(part.new_zeros(sum(sent if received is None else received), *part.shape[1:]))
+
+    def forget(self) -> None:
+        """Nothing was begun with others."""
+
+    def fault(self) -> None:
+        """Nobody is waited for."""
 
     def close(self) -> None:
         """Nobody to leave."""
-
-
-def _like(part: Tensor, dim: int, length: int) -> Tensor:
-    shape = list(part.shape)
-    shape[dim] = length
-    return part.new_empty(shape)

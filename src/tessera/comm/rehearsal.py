@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-from tessera.comm.base import Comm, Handle, Ready, ordered_sum
+from tessera.comm.alone import Alone
+from tessera.comm.base import Comm, Handle
 from tessera.core.errors import DeadlineError
 from tessera.core.mesh import Mesh
 
@@ -24,7 +24,7 @@ class Rehearsing:
         self.mesh: Mesh = comm.mesh
         self.rank: int = comm.rank
         self._together = self._now = comm
-        self._alone = _Alone(comm.mesh, comm.rank)
+        self._alone = Alone(comm.mesh, comm.rank)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -62,37 +62,3 @@ class Rehearsing:
     def close(self) -> None:
         """See `Comm.close`."""
         self._together.close()
-
-
-class _Alone:
-    """Shapes of a rank's collectives, and as much memory: what would come from others is zero."""
-
-    def __init__(self, mesh: Mesh, rank: int) -> None:
-        self.mesh, self.rank = mesh, rank
-
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
-        return Ready(ordered_sum(parts))
-
-    def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
-        members = self.mesh.size_of(axis)
-        found = [part.shape[dim]] * members if lengths is None else list(lengths)
-        found[self.mesh.coordinate(self.rank, axis)] = 0
-        pieces = [part.new_zeros(*part.shape[:dim], n, *part.shape[dim + 1 :]) for n in found if n]
-        return Ready(torch.cat([part, *pieces], dim))
-
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
-        at = self.mesh.coordinate(self.rank, axis)
-        whole = ordered_sum(parts)
-        return Ready(whole.narrow(dim, sum(lengths[:at]), lengths[at]).clone())
-
-    def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
-        return Ready(part.new_zeros(sum(sent if received is None else received), *part.shape[1:]))
-
-    def forget(self) -> None:
-        """Nothing was begun with others."""
-
-    def fault(self) -> None:
-        """Nobody is waited for."""
-
-    def close(self) -> None:
-        """Nobody to leave."""

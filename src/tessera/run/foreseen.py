@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tessera.comm.alone import Alone
 from tessera.core.config.types import Config
@@ -18,7 +17,7 @@ from tessera.ops.backend import Backend
 from tessera.ops.segments import make_segments
 from tessera.run.batch import Input
 from tessera.run.build import Driven, load_decoder
-from tessera.run.graphs import Graphs, Size, Sizes
+from tessera.run.graphs import Graphs, Results, Size, Sizes
 from tessera.run.pools import Pools
 from tessera.run.table import RowTable
 
@@ -76,14 +75,14 @@ class Dry:
         self._model, self._page_size, self._num_dp = Driven(decoder), memory.page_size, mesh.size_of("dp")
         self._pools = Pools(cache_table(spec, memory.page_size, memory.dtypes), 2, 2, NOWHERE, mesh, rank).tensors
         table = RowTable(rows, config.model.context_length, memory.page_size, spec.eos, NOWHERE, mirror_pages=True)
-        args = (self._model, table, self._pools, memory.page_size, backend.expand, _once, self._num_dp)
+        args = (self._model, table, self._pools, memory.page_size, backend.expand, Once(), self._num_dp)
         self._graphs = Graphs(Sizes(*config.kernels.graphs), *args)
 
     @torch.inference_mode()
     def run(self, step: Ranges | Size) -> None:
         """Launches what a step would."""
         if isinstance(step, Size):
-            self._graphs.record(step)
+            self._graphs.rehearse(step)
             return
         starts, lengths = (np.array(column, np.int32) for column in zip(*step, strict=True))
         pages = np.zeros((len(step), -(-int((starts + lengths).max()) // self._page_size)), np.int32)
@@ -105,6 +104,13 @@ def kinds(config: Config, spec: ModelSpec) -> list[int]:
     return list(first.values())
 
 
-def _once(stage: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
-    """A `Recorder` whose record is never played."""
-    return stage(), lambda: None
+class Once:
+    """A `Recorder` that records nothing."""
+
+    def warm(self, stage: Callable[[], Results]) -> None:
+        """See `Recorder`."""
+        stage()
+
+    def capture(self, stage: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+        """See `Recorder`: the same again."""
+        return stage(), lambda: None
