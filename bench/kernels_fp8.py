@@ -26,7 +26,9 @@ LINEARS |= {"3648 x 2048": (3648, 2048), "5632 x 2048": (5632, 2048), "2048 x 28
 EXPERTS = {"dsv2lite": (64, 2048, 1408, 6), "qwen3next": (512, 2048, 512, 10)}
 TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
 SWEPT = 512  # tokens up to which the tiles of few rows are tried
-LIBRARIES = [{"by": name} for name in ("deep_gemm",) if importlib.util.find_spec(name)]
+LIBRARIES: list[dict[str, Any]] = [
+    {"by": "deep_gemm", "early": early} for early in (False, True) if importlib.util.find_spec("deep_gemm")
+]
 WIDE = [
     Tile(128, 128, 8, stages, group, boxed) for boxed in (False, True) for group in (1, 8) for stages in (3, 4)
 ]  # fmt: skip
@@ -50,9 +52,9 @@ def cases() -> dict[str, Callable[[str], Case]]:
     return made
 
 
-@cache
-def library(name: str) -> Any:
-    """Products of fp8 weights by name, for any number of rows."""
+def library(name: str, early: bool) -> Any:
+    """Products of fp8 weights by name, for any number of rows. `early`: they start while what comes before them ends."""
+    importlib.import_module(name).set_pdl(early)
     return importlib.import_module(f"tessera.ops.{name}_fp8")
 
 
@@ -77,9 +79,9 @@ def _weight(*shape: int) -> tuple[Tensor, Tensor]:
 def _linear(size: tuple[int, int], tokens: int, name: str) -> Case:
     weight, scales = _weight(*size)
 
-    def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "") -> Tensor:
+    def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "", early: bool = False) -> Tensor:
         if by:
-            return library(by).product(triton_fp8_rows.quantize(made[0]), *made[1:], made[0].dtype)
+            return library(by, early).product(triton_fp8_rows.quantize(made[0]), *made[1:], made[0].dtype)
         return triton_fp8.linear(*made, tile=tile)
 
     return Case(
@@ -95,10 +97,12 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     block = (fp8.GROUP, fp8.GROUP)
     weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
 
-    def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "", ends: bool = False) -> Tensor:
+    def run(
+        made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "", early: bool = False, ends: bool = False
+    ) -> Tensor:
         *routed, weights = made
         if by:
-            y, places = library(by).padded_rows(*routed, ends)
+            y, places = library(by, early).padded_rows(*routed, ends)
             return combine(y, made[3], weights, places)
         if tiles is None:
             return experts(*made)
