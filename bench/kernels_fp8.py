@@ -53,7 +53,7 @@ def cases() -> dict[str, Callable[[str], Case]]:
 
 
 def library(name: str, early: bool) -> Any:
-    """Products of fp8 weights by name, for any number of rows. `early`: they start while what comes before them ends."""
+    """Products of fp8 weights by name, for any number of rows. `early`: they start as what is before them ends."""
     importlib.import_module(name).set_pdl(early)
     return importlib.import_module(f"tessera.ops.{name}_fp8")
 
