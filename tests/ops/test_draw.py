@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 
 from tessera.ops import draw as fast
+from tessera.ops import sample as plain
 from tessera.ops.draw import draw, likeliest
 from tessera.ops.sample import Drawing, draw_reference, gumbel
 
@@ -52,10 +53,11 @@ def test_fast_is_plain(data: st.DataObject) -> None:
     choices = {n: data.draw(st.lists(st.sampled_from(FILTERS[n]), min_size=size, max_size=size)) for n in used}
     drawing = _drawing(rows, choices, data.draw(st.integers(0, 1 << 40))) if rows else None
     candidates, fast.CANDIDATES = fast.CANDIDATES, data.draw(st.sampled_from([1, 3, 64, 1024]))
+    at_once, plain.DRAW_ELEMENTS = plain.DRAW_ELEMENTS, data.draw(st.sampled_from([1, 200, 6000, 1 << 20]))
     try:
         assert draw(logits, drawing).tolist() == draw_reference(logits, drawing).tolist()
     finally:
-        fast.CANDIDATES = candidates
+        fast.CANDIDATES, plain.DRAW_ELEMENTS = candidates, at_once
 
 
 @pytest.mark.parametrize("kind", LOGITS)

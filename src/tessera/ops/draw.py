@@ -6,8 +6,6 @@ is the same function of (seed, position, id) wherever it is computed.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import torch
 from torch import Tensor
 
@@ -39,14 +37,8 @@ def _drawn(scaled: Tensor, probs: Tensor | None, drawing: Drawing) -> Tensor:
         if len(rows) == len(scaled):
             return among(scaled, probs, drawing)
         if len(rows):
-            out[rows] = among(scaled[rows], None if probs is None else probs[rows], _of(drawing, rows))
+            out[rows] = among(scaled[rows], None if probs is None else probs[rows], drawing.part(rows))
     return out
-
-
-def _of(drawing: Drawing, rows: Tensor) -> Drawing:
-    """The drawing of some of its rows."""
-    columns = {f.name: getattr(drawing, f.name) for f in fields(drawing)}
-    return replace(drawing, **{name: c[rows] for name, c in columns.items() if isinstance(c, Tensor)})
 
 
 def _among_all(scaled: Tensor, probs: Tensor | None, drawing: Drawing) -> Tensor:
@@ -74,7 +66,7 @@ def _among_likeliest(scaled: Tensor, probs: Tensor | None, drawing: Drawing) -> 
     if len(left):
         ordered, order = scaled[left].sort(dim=-1, descending=True, stable=True)
         own = None if probs is None else probs[left].gather(1, order)
-        tokens[left] = choose(ordered, own, order, _of(drawing, left))
+        tokens[left] = choose(ordered, own, order, drawing.part(left))
     return tokens
 
 

@@ -6,12 +6,14 @@ on nothing else, so batching, preemption, a sharded vocabulary, speculation and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-DRAW_BYTES = 60  # held at most for each logit of fp32, while all rows are drawn by all filters (`draw_reference`)
+DRAW_ELEMENTS = 1 << 24  # logits that are drawn from at once: what that holds would else be gigabytes
+DRAW_BYTES = 60  # held at most for each of them, in fp32, while rows are drawn by all filters (`draw_reference`)
+ADJUST_BYTES = 27  # and for each logit of a step, while all rows are penalised (`adjust`)
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -53,6 +55,11 @@ class Drawing:
     top_p: Tensor | None = None
     min_p: Tensor | None = None
     max_top_k: int = 0  # the largest top_k when every row has one, else 0
+
+    def part(self, rows: Tensor | slice) -> Drawing:
+        """The drawing of some of its rows."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: c[rows] for name, c in columns.items() if isinstance(c, Tensor)})
 
 
 def token_counts(tokens: Tensor, first: Tensor, last: Tensor, vocab_size: int) -> Tensor:
@@ -153,11 +160,18 @@ def draw_reference(logits: Tensor, drawing: Drawing | None) -> Tensor:
     """Tokens int64 [N] drawn from adjusted logits [N, V]; None: every row is greedy (ties go to the lowest id)."""
     tokens = logits.argmax(-1)
     if drawing is not None:
-        scaled = scaled_rows(logits, drawing)
-        probs = probabilities(scaled, drawing)
-        ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-        tokens[drawing.rows] = choose(ordered, None if probs is None else probs.gather(1, ids), ids, drawing)
+        block = max(DRAW_ELEMENTS // logits.shape[1], 1)
+        for first in range(0, len(drawing.rows), block):
+            part = drawing.part(slice(first, first + block))
+            tokens[part.rows] = _drawn(logits, part)
     return tokens
+
+
+def _drawn(logits: Tensor, drawing: Drawing) -> Tensor:
+    scaled = scaled_rows(logits, drawing)
+    probs = probabilities(scaled, drawing)
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    return choose(ordered, None if probs is None else probs.gather(1, ids), ids, drawing)
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, top_n: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from tessera.core.config.needs import Sketch
 from tessera.core.tensors import DTYPE_BYTES, wide_dtype
-from tessera.ops.sample import DRAW_BYTES, Adjustments, Drawing, Penalties, adjust, token_counts, token_logprobs
+from tessera.ops.sample import (
+    ADJUST_BYTES,
+    DRAW_BYTES,
+    DRAW_ELEMENTS,
+    Adjustments,
+    Drawing,
+    Penalties,
+    adjust,
+    token_counts,
+    token_logprobs,
+)
 from tessera.ops.upload import upload
 from tessera.run.batch import Wanted
 from tessera.run.rowparams import BIAS, DRAW, LOGPROB, MIN_NEW, MIN_P, PENALTY, TOP_K, TOP_P, RowParams
@@ -34,11 +44,12 @@ ToLogits = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 def draw_bytes(sketch: Sketch) -> int:
     """Bytes of what a step holds from the product with the head on, when every row draws and asks for all filters:
-    logits as the product gives them, as they come together and as they are, in fp32 or wider, then drawing; or beside
-    these logits a block of those of a prompt that is scored."""
+    logits as the product gives them, as they come together and as they are, in fp32 or wider; then penalties, the
+    drawing of a block of rows, or the scores of a block of prompt positions."""
     logits, wide = sketch.rows * sketch.spec.vocab_size, DTYPE_BYTES[wide_dtype(sketch.dtype)]
-    drawn = logits * (3 * sketch.element + wide + DRAW_BYTES)
-    return max(drawn, logits * wide + BLOCK_ELEMENTS * SCORED)
+    block = min(logits, max(DRAW_ELEMENTS, sketch.spec.vocab_size))
+    after = max(logits * ADJUST_BYTES, block * DRAW_BYTES, BLOCK_ELEMENTS * SCORED)
+    return logits * (3 * sketch.element + wide) + after
 
 
 @dataclass(frozen=True, slots=True)
