@@ -16,6 +16,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import tessera
 from tessera.core.config.types import Hardware
 from tessera.ops import triton_fused, upload
 from tessera.ops.backend import chosen
@@ -107,11 +108,30 @@ def compiled() -> dict[str, Any]:
     return {"results": results, "hits": heard}
 
 
+def served(folder: str) -> dict[str, Any]:
+    """Which kernels an engine on the device compiles although it waited for those that were foreseen."""
+    missed: list[str] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        missed.extend([] if cache_hit else [src.name])
+
+    knobs.compilation.listener = listen
+    flags = {"device": "cuda", "load_format": "dummy", "skip_tokenizer_init": True, "max_running_requests": 16}
+    with tessera.Engine(folder, compile_ahead=100, **flags) as engine:
+        for lengths in ((1,), (7, 60, 3), (200, 1, 9, 30, 100)):
+            asked = [list(range(3, 3 + length % 90)) * (1 + length // 90) for length in lengths]
+            engine.generate(input_ids=asked, sampling_params={"max_new_tokens": 6, "temperature": 0})
+    return {"missed": missed, "marks": len(list(Path(knobs.cache.dir).glob("tessera-*")))}
+
+
 def nothing() -> None:
     """A worker needs no beginning here."""
 
 
 if __name__ == "__main__":
-    driver.set_active(Stand(H100))
-    CHIPS[NOWHERE] = Chip(H100, PROCESSORS)
-    json.dump({"cover": cover, "columns": columns, "compiled": compiled}[sys.argv[1]](), sys.stdout)
+    what, *folder = sys.argv[1:]
+    if what != "served":
+        driver.set_active(Stand(H100))
+        CHIPS[NOWHERE] = Chip(H100, PROCESSORS)
+    told = {"cover": cover, "columns": columns, "compiled": compiled, "served": served}[what](*folder)
+    sys.stdout.write(json.dumps(told) + "\n")

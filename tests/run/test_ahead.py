@@ -18,41 +18,49 @@ import pytest
 from tessera.ops.compiling import Result
 from tessera.run import ahead, compiler
 from tessera.run.ahead import Ahead, Job, digest
-from tiny import resolved, tiny_model
+from tiny import TINY, resolved, tiny_model
 
 MODEL = tiny_model("hybrid")
 CONFIG = resolved(MODEL.spec).config
 SCRIPT = Path(__file__).with_name("dry_runs.py")
 
 
-def dry_runs(what: str, cache: Path) -> Any:
-    """What `dry_runs.py` tells."""
+def dry_runs(cache: Path, *what: str) -> Any:
+    """What `dry_runs.py` tells, in its last line."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(SCRIPT), what]
+    command = [sys.executable, str(SCRIPT), *what]
     ran = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=110)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    return json.loads(ran.stdout)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def test_kernels_of_steps_of_any_lengths_are_foreseen(tmp_path: Path) -> None:
-    for name, told in dry_runs("cover", tmp_path).items():
+    for name, told in dry_runs(tmp_path, "cover").items():
         assert told["missed"] == [], name
         assert told["met"] > 30, name
 
 
 def test_no_kernel_is_compiled_anew_for_where_columns_begin(tmp_path: Path) -> None:
     """Known fault: columns packed without gaps, of which four begin at 16 bytes or not as the batch will have it."""
-    told = dry_runs("columns", tmp_path)
+    told = dry_runs(tmp_path, "columns")
     assert told["aligned"] < told["anywhere"]
 
 
 def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path: Path) -> None:
     """By a real compilation for sm90: launches find it in the cache, and only it."""
-    told = dry_runs("compiled", tmp_path)
+    told = dry_runs(tmp_path, "compiled")
     done = {"late": 0, "failed": []}
     assert told["results"] == [{"new": 1, "there": 0, **done}, {"new": 0, "there": 1, **done}]
     assert told["hits"] == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_an_engine_compiles_nothing_that_was_foreseen(name: str, tmp_path: Path) -> None:
+    """On a device, with an empty cache: all that it launches was compiled by others before it was ready."""
+    (tmp_path / "config.json").write_text(json.dumps({**TINY[name], "torch_dtype": "bfloat16"}))
+    assert dry_runs(tmp_path / "cache", "served", str(tmp_path)) == {"missed": [], "marks": 1}
 
 
 def job_of(mark: Path, seconds: float = 0.4) -> Job:
