@@ -69,6 +69,7 @@ class Parting(msgspec.Struct, tag=True):
 
 
 Message = Hello | Welcome | Batch | Landed | Parting
+_encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Message)
 
 
 def listen(host: str | None, name: str) -> tuple[socket.socket, str]:
@@ -115,7 +116,7 @@ def still_there(sock: socket.socket) -> bool:
 
 def pack(message: Message) -> bytes:
     """A message as it goes over the wire."""
-    data = msgspec.msgpack.encode(message)
+    data = _encoder.encode(message)
     return _LENGTH.pack(len(data)) + data
 
 
@@ -135,12 +136,13 @@ class Inbox:
                 raise PeerError(f"a message of {length} bytes announced, at most {_MOST} are taken")
             if len(self._data) < end:
                 return
-            body = bytes(memoryview(self._data)[_LENGTH.size : end])
-            del self._data[:end]
             try:
-                yield msgspec.msgpack.decode(body, type=Message)
+                with memoryview(self._data)[_LENGTH.size : end] as body:
+                    message = _decoder.decode(body)
             except msgspec.DecodeError as error:
                 raise PeerError(f"not a message of transfer protocol {PROTOCOL}: {error}") from error
+            del self._data[:end]
+            yield message
 
 
 class Heard:
