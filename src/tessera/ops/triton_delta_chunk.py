@@ -197,11 +197,11 @@ class Chunks:
 
 
 def _tile(num_states: int, value_dim: int, device: torch.device) -> tuple[int, int]:
-    """(columns, stages) of `_run`: narrow tiles where the states are too few to fill the device.
+    """(columns, stages) of `_run`: narrow tiles where their programs all fit on the device, of which each takes one.
 
     (One stage is for products without tensor cores: with them Triton 3.6 then reads beyond its shared memory.)
     """
-    few = num_states * triton.cdiv(value_dim, 64) <= num_processors(device)
+    few = num_states * triton.cdiv(value_dim, 32) <= num_processors(device)
     return (min(32, value_dim), 3) if few else (min(64, value_dim), 2)
 
 
