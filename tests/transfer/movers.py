@@ -41,11 +41,11 @@ class Gate(HostMover):
 
 class Stream(HostMover):
     """Copies as a GPU does: `copy` hands them to a stream, which is waited for. `under_way`: what was begun and is not
-    over, at each copy; `hold`: the stream stands still while it is taken."""
+    over, at each copy; the stream stands still while `hold` is taken, and nothing is handed to it while `door` is."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.hold, self.under_way = threading.Lock(), [0]
+        self.hold, self.door, self.under_way = threading.Lock(), threading.Lock(), [0]
         self._now = 0
 
     def open(self, exported: bytes, own: Regions) -> HostSource:
@@ -57,9 +57,10 @@ class Stream(HostMover):
                 copy(batch, threading.Event())  # a launch cannot be broken off
 
         def launch(batch: Runs, stop: threading.Event) -> Wait:
-            stream._now += 1
-            stream.under_way.append(stream._now)
-            done = queue.submit(on_stream, batch)
+            with stream.door:
+                stream._now += 1
+                stream.under_way.append(stream._now)
+                done = queue.submit(on_stream, batch)
 
             def wait() -> None:
                 done.result()

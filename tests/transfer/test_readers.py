@@ -32,7 +32,8 @@ def queued(engines: Make, stream: Stream, num: int) -> tuple[PullEngine, PullEng
     writer.register(0, torch.ones(num, dtype=torch.uint8))
     reader.register(0, target)
     peer = writer.connect(reader.endpoint(), DEADLINE_S)
-    return writer, reader, target, [writer.write(peer, runs((0, i, 0, i, 1))) for i in range(num)]
+    with stream.door:  # all have come when the first is begun
+        return writer, reader, target, [writer.write(peer, runs((0, i, 0, i, 1))) for i in range(num)]
 
 
 def until(told: Callable[[], bool]) -> None:
