@@ -20,9 +20,16 @@ from models.harness import make_rank
 from tessera.comm.waits import drain
 from tessera.core.config.needs import Sketch
 from tessera.core.config.types import KernelConfig, MeshConfig
+from tessera.core.families import read_spec
+from tessera.core.mesh import SINGLE
+from tessera.core.weights import weight_table
 from tessera.models import activations
 from tessera.models.activations import recorded_bytes, step_bytes
-from tessera.ops import triton_attention, triton_latent
+from tessera.models.experts import MoE
+from tessera.models.load import stored_shapes
+from tessera.models.noise import Noise
+from tessera.models.parts import Batch
+from tessera.ops import triton_attention, triton_latent, triton_moe
 from tessera.ops.backend import backend
 from tessera.ops.segments import make_segments
 
@@ -111,3 +118,22 @@ def test_ranks_share_what_is_cut_and_see_the_tokens_of_all(
     alone, cut = (step_bytes(sketch_of(family, 512, 8, ranks=r)) for r in (MeshConfig("cuda"), ranks))
     assert cut < dp * alone * (3 if travels else 1.01)
     assert cut > alone / tp
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text", "deepseek_v3"])
+def test_experts_hold_no_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone: in a step of a tiny model other parts hold more. Grouped products of seven rows a token."""
+    chosen = {"num_experts_per_tok": 7, "n_group": 1, "topk_group": 1}
+    spec = read_spec({**layouts.random_config(family, 0), **chosen})
+    source = Noise(stored_shapes(weight_table(spec, SINGLE)), spec.zero_centred, 0)
+    rank = make_rank(spec, source, backend=backend("triton"))
+    at, moe = next((i, layer.mlp) for i, layer in enumerate(rank.decoder.layers) if isinstance(layer.mlp, MoE))
+    monkeypatch.setattr(triton_moe, "pays", lambda *sizes: False)
+    x = torch.randn(64, spec.hidden)
+    batch = Batch(None, {}, None, (len(x),))  # type: ignore[arg-type]
+    with counted(monkeypatch) as held:
+        drain(moe(x, batch))
+    sketch = sketch_of(family, len(x), len(x), spec=spec)
+    shapes = activations._under(sketch.shapes(), f"layers.{at}.mlp.")
+    found = activations._experts(activations._Step(sketch, len(x), len(x), len(x), 0), shapes, spec.layers[at].mlp)
+    assert held.peak <= found <= 2 * held.peak, f"{found / held.peak:.2f} times what is held"
