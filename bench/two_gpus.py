@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from tessera.bench.gpu import Workload, prompts
 from tessera.bench.ours import Ours
+from tessera.core.messages import StepReport
 from tessera.evals.tasks import TASKS
 from tessera.serve.engine import Engine
 
@@ -117,9 +119,14 @@ def seed1(num: int, flags: dict[str, Any], name: str, turns: int) -> None:
         for turn in range(turns):
             measured = ours(prompts(Workload("seed1", num, 512, 128), ours.core.spec.vocab_size, turn), 128)
             seconds = max(t[-1] for t in measured.times)
-            steps = sorted(step.seconds for step in ours.steps)
-            median = steps[len(steps) // 2] * 1e3
-            say(name=name, ready_s=ready, turn=turn, tokens_per_s=num * 128 / seconds, seconds=seconds, step_ms=median)
+            steps = {label: kind(ours.steps, label) for label in ("EXTEND", "MIXED", "DECODE")}
+            say(name=name, ready_s=ready, turn=turn, tokens_per_s=num * 128 / seconds, seconds=seconds, steps=steps)
+
+
+def kind(steps: list[StepReport], label: str) -> dict[str, float]:
+    """Of the steps of a kind, by the busiest rank's label: how many, their median, and all together."""
+    taken = [step.seconds for step in steps if step.busiest and step.label == label]
+    return {"steps": len(taken), "median_ms": statistics.median(taken) * 1e3 if taken else 0.0, "s": sum(taken)}
 
 
 def main() -> None:
