@@ -142,6 +142,8 @@ def test_sorting(one, choice, num_rows, monkeypatch):
             seen.append(rows)
     placed = torch.cat(seen) if seen else flat[:0]
     assert sorted(placed.tolist()) == (flat >= 0).nonzero().flatten().tolist()
+    assert by_expert.tally.tolist() == [0, len(seen)] + [0] * len(by_expert.blocks)
+    assert all(expert < 0 for expert, *_ in by_expert.blocks[len(seen) :].tolist()), "blocks of none come last"
 
 
 ROUTERS = [

@@ -205,9 +205,9 @@ def _wait(count_ptr, wanted):
                 tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit
 def _joined(
-    x_ptr, w13, h_ptr, w2, y_ptr, rows_ptr, blocks_ptr, done_ptr, num_blocks, up_columns, down_columns, stride_x,
+    x_ptr, w13, h_ptr, w2, y_ptr, rows_ptr, blocks_ptr, tally_ptr, up_columns, down_columns, stride_x,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, M: tl.constexpr,
     UP_BOXED: tl.constexpr, UP_N: tl.constexpr, UP_K: tl.constexpr, UP_STAGES: tl.constexpr,
     DOWN_BOXED: tl.constexpr, DOWN_N: tl.constexpr, DOWN_K: tl.constexpr, DOWN_STAGES: tl.constexpr,
@@ -215,26 +215,26 @@ def _joined(
     """Both products: programs of the second wait until all of the first are through with their block of rows.
 
     A program draws its number, since CUDA does not say in which order programs start: the first to run take the first
-    product's tiles, which wait for nobody, so whoever waits, waits for programs that run. The next launch gets a place
-    only when all have started.
+    product's tiles, which wait for nobody, so whoever waits, waits for programs that run. Numbers for which there is no
+    block come last. The next launch gets a place only when all have started.
     """
     follow()
-    drawn = tl.atomic_add(done_ptr, 1, sem="relaxed")
+    drawn, num_blocks = tl.atomic_add(tally_ptr, 1, sem="relaxed"), tl.load(tally_ptr + 1)
     is_up = drawn < num_blocks * up_columns
     number, columns = tl.where(is_up, drawn, drawn - num_blocks * up_columns), tl.where(is_up, up_columns, down_columns)
     block, tile = number // columns, number % columns
-    at = blocks_ptr + block * 3
-    expert, first, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    if expert >= 0:
+    if block < num_blocks:
+        expert, first = tl.load(blocks_ptr + block * 3), tl.load(blocks_ptr + block * 3 + 1)
+        end = tl.load(blocks_ptr + block * 3 + 2)
         if is_up:
             _up_tile(
                 x_ptr, w13, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
                 HIDDEN, INNER, TOP_K, UP_BOXED, M, UP_N, UP_K, UP_STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # all that the program wrote before it says so
-            tl.atomic_add(done_ptr + 1 + block, 1, sem="release")
+            tl.atomic_add(tally_ptr + 2 + block, 1, sem="release")
         else:
-            _wait(done_ptr + 1 + block, up_columns)
+            _wait(tally_ptr + 2 + block, up_columns)
             tl.debug_barrier()
             _down_tile(
                 h_ptr, w2, y_ptr, rows_ptr, expert, first, end, tile,
@@ -350,7 +350,7 @@ def joined_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -
     h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
     up_columns, down_columns = triton.cdiv(inner, tiles.up.n), triton.cdiv(hidden, tiles.down.n)
     _joined[num_blocks * (up_columns + down_columns),](
-        x, up, h, down, y, by_expert.rows, by_expert.blocks, by_expert.done, num_blocks,
+        x, up, h, down, y, by_expert.rows, by_expert.blocks, by_expert.tally,
         up_columns, down_columns, x.stride(0), HIDDEN=hidden, INNER=inner, TOP_K=top_k, M=tiles.up.m,
         UP_BOXED=up_boxed, UP_N=tiles.up.n, UP_K=tiles.up.k, UP_STAGES=tiles.up.stages,
         DOWN_BOXED=down_boxed, DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
