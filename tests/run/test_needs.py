@@ -117,6 +117,8 @@ def test_graphs() -> None:
     assert graph_bytes(sketch_of()) == 0
     small, large = (graph_bytes(sketch_of(kernels=replace(PLAIN, graphs=g))) for g in (((1,), (), ()), GRAPHED.graphs))
     assert 0 < small < large
+    whole, halves = (graph_bytes(sketch_of(kernels=GRAPHED, split_from=n)) for n in (32768, 64))
+    assert large == whole < halves
     assert large < graph_bytes(replace(sketch_of("qwen3", kernels=GRAPHED), dtype="float64"))
 
 

@@ -125,9 +125,10 @@ def graph_bytes(sketch: Sketch) -> int:
     sizes = Sizes(*sketch.kernels.graphs)
     if not sketch.graphed:
         return 0
-    ranges = max((*sizes.rows, *sizes.segments), default=0)
-    shared = recorded_bytes(sketch, max((*sizes.rows, *sizes.tokens), default=0))
-    logits = 3 * ranges * sketch.spec.vocab_size * sketch.element
+    ranges, tokens = max((*sizes.rows, *sizes.segments), default=0), max((*sizes.rows, *sizes.tokens), default=0)
+    halves = 2 if 0 < sketch.split_from <= 2 * tokens else 1  # of such a size each
+    shared = recorded_bytes(sketch, halves * tokens)
+    logits = 3 * halves * ranges * sketch.spec.vocab_size * sketch.element
     num_graphs = len(sizes.rows) + len(sizes.segments) * len(sizes.tokens)
     return shared + logits + num_graphs * len(sketch.spec.layers) * LAYER_BYTES
 

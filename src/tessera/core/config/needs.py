@@ -21,7 +21,8 @@ from tessera.core.weights import weight_table
 class Sketch:
     """An instance before its pools are sized. `tokens`: of the largest step of a DP rank; `rows`: of the row table.
 
-    `kernels`: with the graphs that so many rows may have.
+    `kernels`: with the graphs that so many rows may have. `split_from`: tokens from which on a step runs as two halves
+    (0: none does).
     """
 
     spec: ModelSpec
@@ -33,6 +34,7 @@ class Sketch:
     rows: int
     context: int
     page_size: int
+    split_from: int = 0
 
     @property
     def mesh(self) -> Mesh:
