@@ -81,6 +81,20 @@ def test_what_a_gate_gives_is_quantised_as_it_is_made(products: Any, calls: Call
         assert calls.made == (made if version is products else [])
 
 
+def test_scales_that_lie_row_by_row_are_found(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known fault: right in value, and copied into another order by every product."""
+    made = triton_fp8_rows.empty
+
+    def row_by_row(*asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = made(*asked)
+        return values, scales.new_empty(scales.shape)
+
+    monkeypatch.setattr(triton_fp8_rows, "empty", row_by_row)
+    weight, scales = _weight(64, 256, block=(128, 128))
+    with pytest.raises(AssertionError, match="else it copies them"):
+        products.linear(_exact(products.ROWS, 256).bfloat16(), weight, scales)
+
+
 def test_blocks_that_the_library_does_not_have_are_ours(products: Any, calls: Calls) -> None:
     weight, scales = _weight(160, 192, block=(64, 128))
     x = _exact(products.ROWS, 192).bfloat16()
