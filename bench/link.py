@@ -81,7 +81,7 @@ class Link:
             self._engine.register(region, memory)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_reader, args=(theirs, kind, devices[1], sizes))
+        self._process = context.Process(target=_reader, args=(theirs, kind, devices[1], sizes), daemon=True)
         self._process.start()
         theirs.close()  # so that its end is heard
         self._peer = self._engine.connect(self._pipe.recv(), DEADLINE_S)

@@ -124,7 +124,11 @@ def _failed(error: RuntimeError) -> PeerError:
 
 
 def _mapped(region: Shared, device: torch.device) -> Tensor:
-    """The writer's memory as a row of bytes on `device`."""
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, *region.storage[1:])
+    """The writer's memory as a row of bytes on `device`.
+
+    What is posted is computed, so the event that comes with the memory is not waited for: its GPU may be one that this
+    process does not see, as when either server was given one of its own.
+    """
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *region.storage[1:-1], False)
     whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     return whole[region.first : region.first + region.length]
