@@ -53,6 +53,29 @@ class TestBetweenGpus(Apart):
         assert not target[2][: 1 << 22].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
+def test_a_process_need_not_see_the_gpu_of_the_other() -> None:
+    """As servers that were given a GPU each: there and back again."""
+    size = 1 << 20
+    engine, side = make_engine("cuda_ipc"), Side(partial(make_engine, "cuda_ipc"), {"CUDA_VISIBLE_DEVICES": "1"})
+    try:
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda:0")
+        target = torch.zeros(size, dtype=torch.uint8, device="cuda:0")
+        engine.register(0, source)
+        engine.register(1, target)
+        side._call("register", 7, "cuda:0", np.zeros(size, np.uint8))
+        torch.cuda.synchronize()
+        there = engine.write(engine.connect(side.endpoint(), DEADLINE_S), np.array([[0, 0, 7, 0, size]]))
+        assert finish(engine, {there})[there].error is None
+        back = side.write(side.connect(engine.endpoint(), DEADLINE_S), np.array([[7, 0, 1, 0, size]]))
+        assert finish(side, {back})[back].error is None
+        assert torch.equal(source, target)
+    finally:
+        engine.close()
+        side.end()
+
+
 def test_memory_of_the_host_is_refused_by_name() -> None:
     writer, reader = make_engine("cuda_ipc"), make_engine("cuda_ipc")
     writer.register(0, torch.zeros(8))
