@@ -108,19 +108,28 @@ def test_a_key_is_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "hunter2" not in msgspec.json.encode(ahead.job(tmp_path, config, (9, 0), 132, tmp_path / "m")).decode()
 
 
-FULL, FAILED = Result(3, 1, 0, ()), Result(2, 0, 0, ("ValueError: no",))
+FULL, FAILED, LATE = Result(3, 1, 0, ()), Result(2, 0, 0, ("ValueError: no",)), Result(0, 0, 1, ())
 
 
-@pytest.mark.parametrize(("result", "code"), [(FULL, 0), (FAILED, 1), (Result(0, 0, 1, ()), 1)])
-def test_what_was_not_compiled_is_not_marked(
-    result: Result, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("result", "codes", "tried"), [(FULL, [0, 0], 1), (FAILED, [1, 0], 1), (LATE, [1, 1], 2), (None, [1, 0], 1)]
+)
+def test_what_is_late_is_tried_again_and_what_failed_is_told_once(
+    result: Result | None, codes: list[int], tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Else every start would wait for what fails."""
     calls: list[Job] = []
-    monkeypatch.setattr(compiler, "compile_all", lambda job: calls.append(job) or result)
+
+    def compile_all(job: Job) -> Result:
+        calls.append(job)
+        if result is None:
+            raise AttributeError("a fault of ours")
+        return result
+
+    monkeypatch.setattr(compiler, "compile_all", compile_all)
     mark = tmp_path / "cache" / "mark"
-    assert [compiler.run(job_of(mark)) for _ in range(2)] == [code, code]
-    assert mark.exists() == (code == 0)
-    assert len(calls) == (1 if code == 0 else 2)  # who comes second finds the mark
+    assert [compiler.run(job_of(mark)) for _ in range(2)] == codes
+    assert (mark.exists(), len(calls)) == (result is not LATE, tried)
 
 
 def test_one_at_a_time_compiles_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

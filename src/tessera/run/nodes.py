@@ -13,6 +13,7 @@ import msgspec
 
 from tessera.core.errors import PeerError
 from tessera.core.mesh import ranks_of
+from tessera.run import ahead
 from tessera.run.children import Children
 from tessera.run.startup import Prepared
 from tessera.run.wire import Spawn
@@ -52,6 +53,7 @@ def follow(prepared: Prepared) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(tell, b"."))
     mesh = config.mesh
+    compiling = ahead.start(prepared.folder, prepared.spec, config)  # each host has a cache of its own
     children = start(f"tcp://{mesh.meeting}", ranks, mesh.devices, str(prepared.folder), mesh.meet_within)
     log.info("ranks %d to %d wait for the engine at %s", ranks[0], ranks[-1], config.mesh.meeting)
     try:
@@ -66,5 +68,7 @@ def follow(prepared: Prepared) -> None:
             raise PeerError("; ".join(f"rank {ranks[i]} {how}" for i, how in failed.items()))
     finally:
         children.close()
+        if compiling is not None:
+            compiling.close()
         os.close(told)
         os.close(tell)
