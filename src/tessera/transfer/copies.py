@@ -133,23 +133,26 @@ class _Template:
 
     def expand(self, src: Ints, dst: Ints) -> Runs:
         """Runs of units `src[i]` to `dst[i]`. Only whole units can be neighbours, and these join."""
-        parts = _placed(self._parts, src, dst, 1)
-        if not len(self._whole):
-            return parts
-        first = np.ones(len(src), bool)
-        first[1:] = (src[1:] != src[:-1] + 1) | (dst[1:] != dst[:-1] + 1)
-        starts = np.flatnonzero(first)
-        joined = np.diff(np.append(starts, len(src)))
-        return np.concatenate([_placed(self._whole, src[starts], dst[starts], joined), parts])
+        found = []
+        if len(self._whole):
+            first = np.ones(len(src), bool)
+            first[1:] = (src[1:] != src[:-1] + 1) | (dst[1:] != dst[:-1] + 1)
+            starts = np.flatnonzero(first)
+            joined = np.diff(np.append(starts, len(src)))
+            found.append(_placed(self._whole, src[starts], dst[starts], joined))
+        if len(self._parts):
+            found.append(_placed(self._parts, src, dst, 1))
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def _placed(rows: NDArray[np.int64], src: Ints, dst: Ints, count: Ints | int) -> Runs:
-    """Every row at every unit, `count` units long."""
-    runs = np.repeat(rows[:, None, :5], len(src), axis=1)
-    runs[:, :, 1] += rows[:, 5, None] * src
-    runs[:, :, 3] += rows[:, 6, None] * dst
-    runs[:, :, 4] *= count
-    return runs.reshape(-1, 5)
+    """Every row at every unit, `count` units long. Columns are rows in memory, as engines want them."""
+    columns = np.empty((5, len(rows), len(src)), np.int64)
+    columns[:] = rows.T[:5, :, None]
+    columns[1] += rows[:, 5, None] * src
+    columns[3] += rows[:, 6, None] * dst
+    columns[4] *= count
+    return columns.reshape(5, -1).T
 
 
 def _checked(what: str, src: Sequence[int] | Ints, dst: Sequence[int] | Ints, *limits: int) -> tuple[Ints, Ints]:
