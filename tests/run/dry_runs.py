@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import DependenciesFinder, JITFunction
 
 import tessera
 from tessera.core.config.types import Hardware
 from tessera.ops import triton_fused, upload
 from tessera.ops.backend import chosen
 from tessera.ops.compiling import Compilers, Stand, Wanted, finding
-from tessera.ops.triton_common import CHIPS, Chip
+from tessera.ops.triton_backend import OURS
+from tessera.ops.triton_common import CHIPS, Chip, settle
 from tessera.run.foreseen import NOWHERE, Dry, Ranges, foreseen
 from tessera.run.startup import prepare
 
@@ -108,6 +109,27 @@ def compiled() -> dict[str, Any]:
     return {"results": results, "hits": heard}
 
 
+def hashed() -> dict[str, Any]:
+    """How often a kernel's key is made before that of something it calls: after `settle`, and without (the fault)."""
+    functions = [f for module in OURS for f in vars(module).values() if isinstance(f, JITFunction)]
+    early: list[str] = []
+    update = DependenciesFinder._update_hash
+
+    def watched(self: Any, called: Any) -> None:
+        early.extend([called.__name__] if called.hash is None else [])
+        update(self, called)
+
+    DependenciesFinder._update_hash = watched
+    told = {}
+    for name, hash_all in (("settled", settle), ("as they come", lambda all_: [f.cache_key for f in all_])):
+        early.clear()
+        for function in functions:
+            function.hash = None
+        hash_all(reversed(functions))
+        told[name] = len(early)
+    return told
+
+
 def served(folder: str) -> dict[str, Any]:
     """Which kernels an engine on the device compiles although it waited for those that were foreseen."""
     missed: list[str] = []
@@ -133,5 +155,5 @@ if __name__ == "__main__":
     if what != "served":
         driver.set_active(Stand(H100))
         CHIPS[NOWHERE] = Chip(H100, PROCESSORS)
-    told = {"cover": cover, "columns": columns, "compiled": compiled, "served": served}[what](*folder)
+    told = {"cover": cover, "columns": columns, "compiled": compiled, "hashed": hashed, "served": served}[what](*folder)
     sys.stdout.write(json.dumps(told) + "\n")

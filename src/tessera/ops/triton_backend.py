@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 from tessera.ops import (
@@ -20,6 +21,7 @@ from tessera.ops import (
     triton_travel,
 )
 from tessera.ops.backend import TORCH
+from tessera.ops.triton_common import settle
 
 TRITON = replace(
     TORCH,
@@ -50,3 +52,6 @@ TRITON = replace(
     expand=triton_expand.expand,
     travel=triton_travel.TRAVEL,
 )
+
+OURS = [module for name, module in sys.modules.items() if name.startswith("tessera.ops.triton_")]
+settle(value for module in OURS for value in vars(module).values())

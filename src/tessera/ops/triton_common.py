@@ -14,6 +14,7 @@ Weights may be read before: nobody writes them while steps run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,6 +26,27 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+def settle(functions: Iterable[object]) -> None:
+    """Hashes kernels, what they call first.
+
+    Triton 3.6 hashes a kernel with the constants of what it calls, or without, as that was hashed before or was not: so
+    the cache knew a kernel by other keys where kernels were first launched in another order.
+    """
+    settled: set[int] = set()
+
+    def visit(function: object) -> None:
+        if not isinstance(function, triton.JITFunction) or id(function) in settled:
+            return
+        settled.add(id(function))
+        for name in function.fn.__code__.co_names:
+            visit(function.fn.__globals__.get(name))
+        assert function.cache_key
+
+    for function in functions:
+        visit(function)
+
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
