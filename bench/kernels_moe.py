@@ -215,6 +215,7 @@ def _variants(tokens: int) -> list[dict[str, Any]]:
     tried += [
         Tiles(t.rows, replace(t.up, boxed=not t.up.boxed), replace(t.down, boxed=not t.down.boxed)) for t in tried
     ]
+    tried += [replace(tiles, joined=True) for tiles in TILES[1:3]]
     if tokens >= SWEPT_MANY:
         tried += _many_rows()
     few: list[dict[str, Any]] = [{"few": True}] if tokens <= SWEPT_FEW else []

@@ -58,11 +58,11 @@ class Tiles:
     joined: bool = False
 
 
-TILES = (
+TILES = (  # nothing is `joined` or `halved` before a device has run and timed it as it is now
     Tiles(4, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
-    Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3), joined=True),
-    Tiles(110, Tile(64, 64, 128, 4, 2, 1, True), Tile(64, 128, 64, 4, 4), joined=True),
-    Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 1, True, True), Tile(128, 256, 64, 8, 3, 1, True, True)),
+    Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3)),
+    Tiles(110, Tile(64, 64, 128, 4, 2, 1, True), Tile(64, 128, 64, 4, 4)),
+    Tiles(float("inf"), Tile(128, 128, 64, 8, 3, 1, True), Tile(128, 256, 64, 8, 3, 1, True)),
 )
 FP32 = Tiles(float("inf"), Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2))
 
