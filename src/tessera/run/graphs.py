@@ -192,9 +192,11 @@ class CudaGraphs:
         self._stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with torch.cuda.stream(self._stream):
-            stage()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                stage()
+        finally:  # also of a stage that had no memory: what was launched still reads what is given up now
+            torch.cuda.current_stream().wait_stream(self._stream)
         self._needed = torch.cuda.max_memory_allocated() - before
 
     def capture(self, stage: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
@@ -215,6 +217,8 @@ class CudaGraphs:
             if missing is None and "out of memory" in str(error):  # said by CUDA itself
                 missing = torch.OutOfMemoryError(str(error))
             raise missing or error from None
+        finally:
+            missing = None  # a frame that its own traceback holds: tensors of the stage would live until the collector
         self._pool, self._pooled = graph.pool(), max(self._pooled, self._needed)
         return (tokens, lent(logits)), graph.replay
 
