@@ -10,14 +10,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import torch
+from triton import knobs
 
 from tessera.ops.compiling import Result
 from tessera.run import ahead, compiler
 from tessera.run.ahead import Ahead, Job, digest
+from tessera.run.foreseen import foreseen
+from tessera.run.graphs import Size
 from tiny import TINY, resolved, tiny_model
 
 MODEL = tiny_model("hybrid")
@@ -91,6 +96,33 @@ def test_nothing_is_compiled_ahead_without_a_device(tmp_path: Path) -> None:
     for device, seconds in (("cpu", 10.0), ("cuda", 0.0)):
         kernels, mesh = replace(CONFIG.kernels, ahead=seconds), replace(CONFIG.mesh, device=device)
         assert ahead.start(tmp_path, MODEL.spec, replace(CONFIG, kernels=kernels, mesh=mesh)) is None
+
+
+def test_a_start_goes_on_where_nothing_can_be_compiled_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known fault: no process, and no start."""
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(ahead, "COMMAND", (str(tmp_path / "missing"),))
+    chip = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    config = replace(job_of(tmp_path).config, mesh=replace(CONFIG.mesh, device="cuda"))
+    assert ahead.start(tmp_path, MODEL.spec, config) is None
+    assert "No such file" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert compiler.run(job_of(tmp_path / "file" / "mark")) == 1
+    assert "Triton's cache cannot be written" in caplog.text
+
+
+def test_steps_of_prompts_alone_are_foreseen() -> None:
+    """Known fault: up to a chunk only, and twice that is planned while nobody decodes."""
+    config = replace(CONFIG, scheduling=replace(CONFIG.scheduling, chunk_size=64, alone_size=128))
+    steps = [step for step in foreseen(config) if not isinstance(step, Size)]
+    assert max(sum(length for _, length in step) for step in steps) == 128
 
 
 def test_a_mark_stands_for_all_that_kernels_follow_from() -> None:

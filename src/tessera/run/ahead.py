@@ -74,9 +74,11 @@ def start(folder: Path, spec: ModelSpec, config: Config) -> Ahead | None:
     properties = torch.cuda.get_device_properties(config.mesh.devices[0])
     capability, processors = (properties.major, properties.minor), properties.multi_processor_count
     mark = Path(knobs.cache.dir) / f"tessera-{digest(spec, config, capability, processors)}"
-    if mark.exists():
+    try:
+        return None if mark.exists() else Ahead(job(folder, config, capability, processors, mark))
+    except OSError as error:
+        log.warning("no kernels are compiled ahead: %s", error)
         return None
-    return Ahead(job(folder, config, capability, processors, mark))
 
 
 def job(folder: Path, config: Config, capability: tuple[int, int], processors: int, mark: Path) -> Job:

@@ -85,6 +85,15 @@ def _held(file: int) -> bool:
 
 def run(job: Job) -> int:
     """Compiles, tells, and marks that it was done; the exit code."""
+    try:
+        return marked(job)
+    except OSError as error:  # Triton may read a cache that it cannot write
+        log.warning("no kernels are compiled ahead: Triton's cache cannot be written (%s)", error)
+        return 1
+
+
+def marked(job: Job) -> int:
+    """See `run`. Raises `OSError` where the cache takes no lock or no mark."""
     mark, began = Path(job.mark), time.perf_counter()
     mark.parent.mkdir(parents=True, exist_ok=True)
     with only_one(mark.parent / "tessera.lock") as alone:

@@ -33,8 +33,9 @@ def foreseen(config: Config) -> Iterator[Ranges | Size]:
     A kernel is another one for other tiles, which follow from counts of tokens and ranges by steps of two at most, so
     powers of two stand for what lies between them; and not from both at once.
     """
-    sizes, most = Sizes(*config.kernels.graphs), config.scheduling.chunk_size or config.model.context_length
-    rows, whole = config.scheduling.max_running, _doubling(2, most)
+    sizes, scheduling = Sizes(*config.kernels.graphs), config.scheduling
+    most = max(scheduling.chunk_size, scheduling.alone_size) or config.model.context_length
+    rows, whole = scheduling.max_running, _doubling(2, most)
     yield ((0, 1),)
     for tokens in (*whole, *_between(whole)):
         yield ((0, tokens),)
