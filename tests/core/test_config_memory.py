@@ -86,6 +86,16 @@ def test_what_cannot_fit_is_refused_with_the_table() -> None:
     text = str(caught.value)
     assert "no pool of use; besides them: a step 30.00 MiB, graphs 10.00 MiB" in text
     assert "It needs 40." in text
+    for flag in ("--chunked-prefill-size", "--max-running-requests", "--context-length"):
+        assert flag in text, "each makes a row of the table smaller"
+
+
+def test_fewer_rows_are_not_advised_where_they_would_not_do() -> None:
+    """Known fault: "Use --max-running-requests 1" where what is needed besides leaves nothing for any."""
+    with pytest.raises(ConfigError) as caught:
+        on_cuda(SPECS[1], 40 * MIB, {"a step": 40 * MIB}, max_running_requests=16)
+    assert "It needs 40." in str(caught.value)
+    assert "Use --max-running-requests" not in str(caught.value)
 
 
 @given(st.integers(1, 4096), st.integers(1, 300), st.sampled_from(["cpu", "cuda"]))

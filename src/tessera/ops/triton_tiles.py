@@ -57,8 +57,8 @@ def splits_of(segments: Segments, programs: int, n: int, waves: int, any_length:
 
     `any_length`: as many as there could be if sequences were longer.
 
-    Kernels are compiled for their number: steps that run without a graph are of any size, and would stall for seconds
-    at each number that comes for the first time.
+    Kernels that join them are compiled for how many they have room for: steps that run without a graph are of any size,
+    and would stall for seconds at each number that comes for the first time.
     """
     wanted = waves * num_processors(segments.device) // max(programs, 1)
     most = MAX_SPLITS if any_length else triton.cdiv(segments.page_table.shape[1] * segments.page_size, n)

@@ -39,8 +39,8 @@ class EngineCore:
 
     `sink(message)` is called from the thread in `run()`: `Ready` first, then `Outputs`, `StepReport`, `Tick`, and
     `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. `compiling`: its kernels, which it
-    waits for before it is built. With `--debug-checks` the position
-    of every recurrent state is watched, and the planner checks itself at every turn.
+    waits for once its weights are loaded. With `--debug-checks` the position of every recurrent state is watched, and
+    the planner checks itself at every turn.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ CPU_POOL = 2 << 30
 STATE_SHARE = 0.5  # of the pools, for recurrent states, when nobody said how many requests run
 SET_ASIDE = {"cpu": False, "cuda": True}  # whether what a rank needs besides comes off what pools may take
 GIB = 1 << 30
-SMALLER = "a smaller --chunked-prefill-size, --max-running-requests, --dtype or model"
+SMALLER = "a smaller --chunked-prefill-size, --max-running-requests, --context-length, --dtype or model"
 KV_DTYPES = {"auto": None, "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
@@ -149,11 +149,11 @@ def _rows(values: Asked, spec: ModelSpec, sizes: Sizes, pools: int, rows: int, n
         )
     affordable = max(int(max(pools, 0) * STATE_SHARE) // sizes.slot - 1, 1)
     wanted = max(asked or 0, states or 0) or min(rows, affordable)
-    if (wanted + 1) * sizes.slot > max(pools, 0) and wanted > 1:
+    if (wanted + 1) * sizes.slot > pools > 0 and wanted > 1:  # with nothing left fewer would not do: see `_fit`
         name = "--max-running-requests" if wanted == asked else "--max-mamba-cache-size"
         notes.refuse(
             (f"{name} {wanted}",),
-            f"its states need {gib((wanted + 1) * sizes.slot)} of {gib(max(pools, 0))} beside the weights",
+            f"its states need {gib((wanted + 1) * sizes.slot)} of {gib(pools)} beside the weights",
             f"Use {name} {affordable}, or raise --mem-fraction-static.",
         )
         return affordable, affordable
