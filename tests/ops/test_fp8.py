@@ -6,17 +6,18 @@ one of it, where the device rounds. Between the experts' products it therefore l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from ops.cases import TOLERANCE
-from tessera.ops import fp8, triton_fp8, triton_fp8_experts
+from tessera.ops import fp8, triton_fp8, triton_fp8_experts, triton_fp8_rows
 from tessera.ops.fused import silu_mul
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8 import Tile, Tiles
 from tessera.ops.triton_linear import gated_product
+from tessera.ops.triton_sort import Sorted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS = 1e-3 if DEVICE == "cuda" else 1e-5  # Hopper's tensor cores keep about 14 bits while they add products of fp8
@@ -73,6 +74,27 @@ def test_quantize_kernel(columns: int) -> None:
     x[1] = 0
     for found, expected in zip(triton_fp8.quantize(x), fp8.quantize(x), strict=True):
         torch.testing.assert_close(found.float(), expected.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["_quantize", "_spread"])
+def test_rows_may_be_more_than_a_grid_has_in_its_second_dimension(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """65,535 on CUDA. Known fault: 16 groups of 16,384 tokens that visit 8 experts each could not be launched."""
+    grids: list[tuple[int, ...]] = []
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(triton_fp8_rows, kernel, Launched())
+    x, num_rows, block = torch.empty(1 << 22, 256, device="meta"), 1 << 22, 128
+    if kernel == "_quantize":
+        triton_fp8_rows.quantize(x)
+    else:
+        ints = {"dtype": torch.int32, "device": "meta"}
+        listed = (torch.empty(*size, **ints) for size in ((num_rows,), (num_rows // block, 3), (1,), (1,)))
+        triton_fp8_rows.spread(x, Sorted(*listed), 1, block)
+    assert grids == [(2 * num_rows // triton_fp8_rows.ROWS,)]
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from assets.abacus import model as packaged
-from run.fake_recorder import LACKING, FakeRecorder
+from run.fake_recorder import FakeRecorder
 from run.injected import inject
 from run.test_loop import Engine
 from run.test_processes import flags_of
@@ -248,7 +248,7 @@ def no_memory() -> Any:
     """A stage that holds a tensor when it finds none; `held` tells whether anybody still does."""
     tensor = torch.zeros(1)
     held.append(weakref.ref(tensor))
-    raise torch.OutOfMemoryError(LACKING)
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.fixture

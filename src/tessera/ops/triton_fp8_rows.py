@@ -69,15 +69,24 @@ def store(x, row, group, held, values_ptr, scales_ptr, across, COLUMNS: tl.const
     tl.store(scales_ptr + group.to(tl.int64) * across + row, scale, mask=held)
 
 
+@triton.jit
+def _place(ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Group and rows of a program: all groups of some rows are neighbours. By one number, of which there may be more
+    than 65,535 for rows alone."""
+    count: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
+    first = tl.program_id(0) // count * ROWS
+    return tl.program_id(0) % count, first, first + tl.arange(0, ROWS)
+
+
 @triton.jit(do_not_specialize=["num_rows", "across"])
 def _quantize(
     x_ptr, groups_ptr, values_ptr, scales_ptr, stride, num_rows, across,
     COLUMNS: tl.constexpr, GATED: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, rows); GATED: of silu(x[:, :COLUMNS]) * x[:, COLUMNS:], rounded to x's dtype; GROUPED: but for
-    rows of group -1."""
+    """Program: a group of some rows; GATED: of silu(x[:, :COLUMNS]) * x[:, COLUMNS:], rounded to x's dtype; GROUPED:
+    but for rows of group -1."""
     follow()
-    group, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    group, _, row = _place(ROWS, COLUMNS, GROUP)
     column, held = group * GROUP + tl.arange(0, GROUP), row < num_rows
     if GROUPED:
         held = tl.load(groups_ptr + row, mask=held, other=-1) >= 0
@@ -95,10 +104,10 @@ def _spread(
     x_ptr, rows_ptr, blocks_ptr, values_ptr, scales_ptr, groups_ptr, places_ptr, stride, across,
     COLUMNS: tl.constexpr, FOLD: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, rows of a block); those of group 0 also say where the rows are."""
+    """Program: a group of some rows of a block; those of group 0 also say where the rows are."""
     follow()
-    group, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    block = blocks_ptr + tl.program_id(1) * ROWS // M * 3
+    group, top, row = _place(ROWS, COLUMNS, GROUP)
+    block = blocks_ptr + top // M * 3
     expert, first, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     at = first + row % M
     held = (expert >= 0) & (at < end)
@@ -133,7 +142,7 @@ def quantize(x: Tensor, group: int = GROUP, gated: bool = False, groups: Tensor 
     assert x.stride(1) == 1 or columns == 1, "whole rows"
     values, scales = empty(rows, columns, group, x.device)
     if rows:
-        _quantize[scales.shape[1], triton.cdiv(rows, ROWS)](
+        _quantize[scales.shape[1] * triton.cdiv(rows, ROWS),](
             x, groups, values, scales, x.stride(0), rows, scales.stride(1), GATED=gated, GROUPED=groups is not None,
             **_sizes(columns, group, x.device),
         )  # fmt: skip
@@ -151,7 +160,7 @@ def spread(x: Tensor, by_expert: Sorted, top_k: int, block: int, group: int = GR
         by_expert.ends,
     )  # fmt: skip
     values, scales = found.rows
-    _spread[scales.shape[1], padded // ROWS](
+    _spread[scales.shape[1] * (padded // ROWS),](
         x, by_expert.rows, by_expert.blocks, values, scales, found.groups, found.places, x.stride(0), scales.stride(1),
         FOLD=top_k, M=block, **_sizes(columns, group, x.device),
     )  # fmt: skip
