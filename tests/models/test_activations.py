@@ -76,7 +76,7 @@ def sketch_of(family: str, tokens: int, rows: int, context: int = LENGTH, **chan
     kernels = KernelConfig("triton", "triton", "triton", "torch")
     ranks = MeshConfig("cuda")
     return Sketch(**{
-        "spec": spec, "quantization": None, "ranks": ranks, "dtype": "float32", "kernels": kernels, "tokens": tokens,
+        "spec": spec, "ranks": ranks, "dtype": "float32", "kernels": kernels, "tokens": tokens,
         "rows": rows, "context": context, "page_size": 4, **changes,
     })  # fmt: skip
 

@@ -38,7 +38,7 @@ ALONE = MeshConfig("cuda")
 
 def sketch_of(model: str = "qwen3", **changes: Any) -> Sketch:
     return Sketch(**{
-        "spec": read_spec(tiny.TINY[model]), "quantization": None, "ranks": ALONE, "dtype": "float32",
+        "spec": read_spec(tiny.TINY[model]), "ranks": ALONE, "dtype": "float32",
         "kernels": PLAIN, "tokens": 256, "rows": 8, "context": 200, "page_size": 16, **changes,
     })  # fmt: skip
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -71,16 +70,9 @@ def finding(found: Callable[[Wanted], None]) -> Iterator[None]:
         knobs.runtime.jit_cache_hook = None
 
 
-class Compiled(NamedTuple):
-    """A kernel is in the cache. `new`: it was not before; `seconds`: what that took."""
-
-    new: bool
-    seconds: float
-
-
-def compile_one(wanted: Wanted, launchers: bool) -> Compiled:
-    """Compiles a specialisation, unless it is in Triton's cache. `launchers`: and what launches it, where Triton makes
-    that for each signature; needs CUDA's driver library."""
+def compile_one(wanted: Wanted, launchers: bool) -> bool:
+    """Compiles a specialisation, unless it is in Triton's cache; whether it was not. `launchers`: and what launches it,
+    where Triton makes that for each signature; needs CUDA's driver library."""
     module, name, data = wanted
     hits: list[bool] = []
 
@@ -88,11 +80,10 @@ def compile_one(wanted: Wanted, launchers: bool) -> Compiled:
         hits.append(cache_hit)
 
     knobs.compilation.listener = listen
-    began = time.perf_counter()
     kernel = getattr(importlib.import_module(module), name).preload(data)
     if launchers:
         driver.active.launcher_cls(kernel.src, kernel.metadata)
-    return Compiled(not all(hits), time.perf_counter() - began)
+    return not all(hits)
 
 
 def _begin(prepare: Callable[[], None], stand: Stand) -> None:
@@ -120,7 +111,7 @@ class Compilers:
         # Forked, before there are threads: they have all modules from the start.
         self._pool = ProcessPoolExecutor(number, get_context("fork"), _begin, (begin, stand))
         self._launchers = launchers
-        self._work: list[Future[Compiled]] = []
+        self._work: list[Future[bool]] = []
         self._pool.submit(os.getpid).result()
 
     def add(self, wanted: Wanted) -> None:
@@ -133,5 +124,5 @@ class Compilers:
         self._pool.shutdown(wait=False, cancel_futures=True)
         failed = tuple(f"{type(e).__name__}: {e}" for f in done if (e := f.exception()) is not None)
         over = [f.result() for f in done if f.exception() is None]
-        new = sum(compiled.new for compiled in over)
+        new = sum(over)
         return Result(new, len(over) - new, len(late), failed)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tessera.core.config.types import KernelConfig, MeshConfig
 from tessera.core.mesh import Mesh
-from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import DTYPE_BYTES
 from tessera.core.weights import weight_table
@@ -26,7 +25,6 @@ class Sketch:
     """
 
     spec: ModelSpec
-    quantization: Quantization | None
     ranks: MeshConfig
     dtype: str
     kernels: KernelConfig

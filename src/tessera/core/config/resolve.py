@@ -69,7 +69,7 @@ def resolve(
         """For as many rows as were asked for: if fewer fit, less is needed."""
         tokens = max(limits.most, 0 if limits.chunk else context, rows)
         known, split = kernels_of(rows, Notes()), _halves(values, mesh, Notes())[0]
-        sketch = Sketch(spec, quantization, mesh, dtype, known, tokens, rows, context, page, split)
+        sketch = Sketch(spec, mesh, dtype, known, tokens, rows, context, page, split)
         return counted(needs, sketch) if fits else ()
 
     memory, context, max_running = memory_phase(values, model, each, held, dtype, besides, rows, notes)
