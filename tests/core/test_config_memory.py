@@ -98,6 +98,36 @@ def test_fewer_rows_are_not_advised_where_they_would_not_do() -> None:
     assert "Use --max-running-requests" not in str(caught.value)
 
 
+def by_tokens(sketch: Sketch) -> int:
+    """What a step needs: 10 KiB a token."""
+    return sketch.tokens * 10240
+
+
+@pytest.mark.parametrize(
+    ("mib", "sizes"), [(400, (8192, 16384)), (150, (8192, 8192)), (70, (4096, 4096)), (40, (2048, 2048))]
+)
+def test_a_default_chunk_is_cut_before_it_leaves_no_memory(mib: int, sizes: tuple[int, int]) -> None:
+    """Known fault: the default was refused, with the advice to give a smaller one."""
+    asked, needs = {"model_path": "m", "max_running_requests": 4}, (("a step", by_tokens),)
+    result = resolve(asked, SPECS[1], replace(CUDA, memory=mib * MIB), needs)
+    scheduling = result.config.scheduling
+    assert (scheduling.chunk_size, scheduling.alone_size) == sizes
+    assert ("leave no memory" in decided(result, "chunked-prefill-size").why) == (mib < 400)
+    with pytest.raises(ConfigError, match="hold weights"):
+        resolve({**asked, "chunked_prefill_size": 3 * sizes[1]}, SPECS[1], replace(CUDA, memory=mib * MIB), needs)
+
+
+def test_no_chunk_is_small_enough_for_too_little_memory() -> None:
+    with pytest.raises(ConfigError, match=r"besides them: a step 20\.00 MiB"):
+        resolve({"model_path": "m"}, SPECS[1], replace(CUDA, memory=20 * MIB), (("a step", by_tokens),))
+
+
+def test_a_default_chunk_is_cut_for_a_share_that_was_asked_for() -> None:
+    asked, memory = {"model_path": "m", "mem_fraction_static": 0.7}, replace(CUDA, memory=150 * MIB)
+    found = resolve(asked, SPECS[1], memory, (("a step", by_tokens),)).config
+    assert (found.memory.budget, found.scheduling.alone_size) == (105 * MIB, 4096)
+
+
 @given(st.integers(1, 4096), st.integers(1, 300), st.sampled_from(["cpu", "cuda"]))
 def test_rows_are_counted_for_the_largest_step(chunk: int, rows: int, device: str) -> None:
     seen: list[Sketch] = []

@@ -9,7 +9,7 @@ of full length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from tessera.core.config.ask import Asked
 from tessera.core.config.flags_engine import FRACTION, PAGE
@@ -35,14 +35,15 @@ def memory_phase(
     hardware: Hardware,
     mesh: Mesh | None,
     dtype: str,
-    needs: Callable[[int, int], Rows],
+    needs: Sequence[Callable[[int, int], Rows]],
     rows: int,
     notes: Notes,
-) -> tuple[MemoryConfig, int, int]:
-    """Pools for up to `rows` sequences; returns them with the context length and the rows that fit.
+) -> tuple[MemoryConfig, int, int, int]:
+    """Pools for up to `rows` sequences; returns them with the context length, the rows that fit, and which of `needs`.
 
     `hardware.memory` is that of one rank. `mesh` None: the model cannot be cut (refused elsewhere), so weighs nothing.
-    `needs`: what the rank's memory goes to besides, by context length and page size.
+    `needs`: what the rank's memory goes to besides, by context length and page size, for each choice that there is; the
+    first that leaves enough for the rest counts, or the last.
     """
     spec, quantization = model
     page = values.whole("page_size") or _page(hardware, notes)
@@ -56,7 +57,7 @@ def memory_phase(
     caches = cache_dtypes(spec, dtype, kv, values.text("mamba_ssm_dtype"))
     sizes = sizes_of(spec, mesh, page, dtype, caches, quantization) if mesh is not None else Sizes(0, 1, 1)
     context = _context(values, spec, notes)
-    besides = needs(context, page)
+    nth, besides = _besides(values, hardware, sizes, (counted(context, page) for counted in needs))
     budget = _budget(values, hardware, sizes.weights, besides, notes)
     pools = budget - sizes.weights
     rows, states = _rows(values, spec, sizes, pools, rows, notes)
@@ -82,7 +83,17 @@ def memory_phase(
         budget=budget,
         available=hardware.memory,
     )
-    return memory, context, rows
+    return memory, context, rows, nth
+
+
+def _besides(values: Asked, hardware: Hardware, sizes: Sizes, tables: Iterable[Rows]) -> tuple[int, Rows]:
+    """The first table that leaves what weights and pools take at least, or the last; its number first."""
+    fraction = values.real("mem_fraction_static")
+    taken = sizes.least if fraction is None else int(fraction * hardware.memory)
+    for nth, table in enumerate(tables):
+        if not SET_ASIDE[hardware.device] or total(table) + taken <= hardware.memory:
+            return nth, table
+    return nth, table
 
 
 def _budget(values: Asked, hardware: Hardware, weights: int, besides: Rows, notes: Notes) -> int:
@@ -213,7 +224,7 @@ def _fit(
         )
         return context
     if held < min(context, 2 * page):
-        need = sizes.weights + 3 * sizes.page + 2 * sizes.slot
+        need = sizes.least
         more = total(besides) if SET_ASIDE[hardware.device] else 0
         share = need / hardware.memory if need + more < hardware.memory else float("inf")
         remedy = (

@@ -38,6 +38,7 @@ from tessera.core.spec import ModelSpec, MoESpec
 SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 CHUNK = {"cpu": 512, "cuda": 8192}
 EXPERT_ROWS = 512  # of an expert in a step below which reading its weights takes about as long as multiplying by them
+LEAST_CHUNK = 2048  # CUDA: the default is halved down to this where memory is short
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
 SPLIT_FROM = {"cpu": 64, "cuda": 32768}  # CUDA: no smaller step gained on two H100s (bench/results/gpu2.md)
@@ -58,21 +59,23 @@ def resolve(
     dtype = _dtype(values, spec, hardware, notes)
     quantization, fp8 = quantization_phase(values, spec, hardware, dtype, notes)
     mesh, fits = mesh_phase(values, spec, quantization, hardware, notes)
-    limits = _limits(values, spec, mesh, device, notes)
+    choices = _limits(values, spec, mesh, device, notes)
     rows = _max_running(values, device)
     each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
     held = mesh.mesh if fits else None
     model = (spec, quantization)
     kernels_of = partial(kernels_phase, values, spec, hardware, dtype, fp8)
 
-    def besides(context: int, page: int) -> Rows:
+    def besides(limits: Limits, context: int, page: int) -> Rows:
         """For as many rows as were asked for: if fewer fit, less is needed."""
         tokens = max(limits.most, 0 if limits.chunk else context, rows)
         known, split = kernels_of(rows, Notes()), _halves(values, mesh, Notes())[0]
         sketch = Sketch(spec, mesh, dtype, known, tokens, rows, context, page, split)
         return counted(needs, sketch) if fits else ()
 
-    memory, context, max_running = memory_phase(values, model, each, held, dtype, besides, rows, notes)
+    tables = [partial(besides, limits) for limits in choices]
+    memory, context, max_running, nth = memory_phase(values, model, each, held, dtype, tables, rows, notes)
+    limits = _decided(choices, nth, notes)
     kernels = kernels_of(max_running, notes)
     deep_gemm_phase(spec, quantization, held, kernels, hardware, notes)
     config = Config(
@@ -136,7 +139,9 @@ class Limits(NamedTuple):
         return max(self.chunk, self.alone) or self.prompts
 
 
-def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes: Notes) -> Limits:
+def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes: Notes) -> dict[Limits, str]:
+    """Those that may be chosen, and why they would be: the first that memory is left beside. One that is asked for has
+    no other."""
     most, asked = values.number("max_prefill_tokens"), values.whole("chunked_prefill_size")
     if asked is None:
         chunk, why = CHUNK[device], f"default on {device}"
@@ -147,17 +152,27 @@ def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes
         alone = 2 * chunk if device == "cuda" and rows < float("inf") else chunk
         if values.gave("max_prefill_tokens"):
             chunk, alone = min(chunk, most), min(alone, most)
-        if alone > chunk:
-            why = f"{why}; {alone} while nobody decodes"
-        notes.decide("chunked-prefill-size", chunk, why)
-        return Limits(chunk, alone, max(alone, most))
+        whys = {Limits(chunk, alone, max(alone, most)): why}
+        less = f"larger steps leave no memory for pools; {why}"
+        sizes = [chunk, *(chunk >> n for n in range(1, 8) if chunk >> n >= LEAST_CHUNK and device == "cuda")]
+        return whys | {found: less for found in (Limits(n, n, max(n, most)) for n in sizes) if found not in whys}
     if asked > most and values.gave("max_prefill_tokens"):
         notes.refuse(
             (f"--chunked-prefill-size {asked}", f"--max-prefill-tokens {most}"),
             "a chunk would exceed the prompt tokens of a step",
             f"Raise --max-prefill-tokens to {asked}, or leave it out.",
         )
-    return Limits(0, 0, most) if asked == -1 else Limits(asked, asked, max(asked, most))
+    return {Limits(0, 0, most) if asked == -1 else Limits(asked, asked, max(asked, most)): ""}
+
+
+def _decided(choices: dict[Limits, str], nth: int, notes: Notes) -> Limits:
+    """The choice with that number; told unless it was asked for."""
+    limits, why = list(choices.items())[nth]
+    if limits.alone > limits.chunk:
+        why = f"{why}; {limits.alone} while nobody decodes"
+    if why:
+        notes.decide("chunked-prefill-size", limits.chunk, why)
+    return limits
 
 
 def _expert_rows(spec: ModelSpec, tokens: int) -> float:

@@ -19,6 +19,11 @@ class Sizes:
     page: int
     slot: int
 
+    @property
+    def least(self) -> int:
+        """Of weights and pools of some use: two pages and a state, besides those of scratch."""
+        return self.weights + 3 * self.page + 2 * self.slot
+
 
 def sizes_of(
     spec: ModelSpec,
