@@ -137,3 +137,18 @@ def test_experts_hold_no_more(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     shapes = activations._under(sketch.shapes(), f"layers.{at}.mlp.")
     found = activations._experts(activations._Step(sketch, len(x), len(x), len(x), 0), shapes, spec.layers[at].mlp)
     assert held.peak <= found <= 2 * held.peak, f"{found / held.peak:.2f} times what is held"
+
+
+def test_shapes_are_asked_for_once_for_each_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known fault: those of sixty layers for sixteen ranks took a second at each start."""
+    sketch, seen = sketch_of("qwen3_moe", tokens=8, rows=2), []
+    spec = replace(sketch.spec, layers=sketch.spec.layers * 20)
+
+    def shapes(self: Sketch, rank: int = 0) -> dict[str, tuple[int, ...]]:
+        seen.append(len(self.spec.layers))
+        return plain(self, rank)
+
+    plain = Sketch.shapes
+    monkeypatch.setattr(Sketch, "shapes", shapes)
+    assert step_bytes(replace(sketch, spec=spec)) == step_bytes(sketch)
+    assert seen == [len(set(spec.layers))] * 2

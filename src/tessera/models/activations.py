@@ -8,7 +8,7 @@ beside them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tessera.core.config.needs import Sketch
 from tessera.core.spec import AttentionSpec, DeltaSpec, DenseSpec, MLASpec, MoESpec
@@ -50,17 +50,15 @@ def recorded_bytes(sketch: Sketch, tokens: int) -> int:
 
 
 def _bytes(sketch: Sketch, own: int, earlier: int) -> int:
+    kinds = tuple(dict.fromkeys(sketch.spec.layers))  # the shapes of a hundred layers take a second for sixteen ranks
+    sketch = replace(sketch, spec=replace(sketch.spec, layers=kinds))
     step = _Step(sketch, own, own * sketch.mesh.size_of("dp"), min(sketch.rows, own), earlier)
     return max(_of_rank(step, sketch.shapes(rank)) for rank in range(sketch.mesh.size))
 
 
 def _of_rank(step: _Step, shapes: Shapes) -> int:
     carried, most = CARRIED * step.own * step.hidden * step.sketch.element, 0
-    seen = set()
     for i, layer in enumerate(step.sketch.spec.layers):
-        if layer in seen:
-            continue
-        seen.add(layer)
         for part, spec in (("mixer", layer.mixer), ("mlp", layer.mlp)):
             most = max(most, _PARTS[type(spec)](step, _under(shapes, f"layers.{i}.{part}."), spec))
     return int((carried + most) * FRAGMENTS) + PIECES
