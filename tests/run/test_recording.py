@@ -148,7 +148,9 @@ def test_a_rank_without_others_goes_on_too(
     alone = serve(model, REQUESTS, dtype="float64")
     assert found == {s.request_id: alone.answers[s.request_id, 0].tokens for s in REQUESTS}
     assert made[0].captured == []
-    assert len(caplog.records) == 2, "of 4 rows, and of 1"
+    told = [r.getMessage() for r in caplog.records]
+    assert 1 <= len(told) <= 3, "4, 2 and 1 rows, in whatever order they were met; larger ones are not tried any more"
+    assert all("rank 0: Tried to allocate" in text for text in told), told
 
 
 def test_mutant_without_a_rehearsal_the_others_wait_for_a_rank_that_has_failed(
