@@ -23,6 +23,10 @@ from tessera.transfer.optional import library
 REMEDY = "Install the extra: pip install 'tessera-llm[nixl]' (without a GPU the wheel nixl-cu12 alone does)."
 _RUNS, _BYTES = 4096, 1 << 28  # of a call
 _SHORT_S, _LONG_S = 50e-6, 1e-3  # between two looks at a call
+# What is under way may take so long to end when stopped. Over TCP a writer answers reads one by one, and one whose
+# reader was torn down meanwhile has aborted (UCX: "stubs.c:107 Assertion `0' failed"). A writer that hangs is torn down
+# all the same.
+_DRAIN_S = 1.0
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -130,9 +134,11 @@ class NixlSource:
         return self._agent.get_xfer_descs(rows, _kind(device))
 
     def _wait(self, stop: threading.Event) -> str:
-        """The state of the handle when it is over (DONE or ERR), or when `stop` is set (PROC)."""
-        state, pause = str(self._agent.transfer(self._handle)), _SHORT_S
-        while state == "PROC" and not stop.is_set():
+        """The state of the handle when it is over (DONE or ERR), or `_DRAIN_S` after `stop` was set (PROC)."""
+        state, pause, until = str(self._agent.transfer(self._handle)), _SHORT_S, float("inf")
+        while state == "PROC" and time.monotonic() < until:
+            if stop.is_set():
+                until = min(until, time.monotonic() + _DRAIN_S)
             time.sleep(pause)
             pause = min(pause * 1.2, _LONG_S)
             state = str(self._agent.check_xfer_state(self._handle))
