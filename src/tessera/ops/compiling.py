@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cached_property
 from multiprocessing import get_context
@@ -93,8 +94,8 @@ def _begin(prepare: Callable[[], None], stand: Stand) -> None:
 
 
 class Result(NamedTuple):
-    """What became of kernels: how many are new in the cache, were there, or are not there in time; and why some could
-    not be compiled."""
+    """What became of kernels: how many are new in the cache, were there, or are late: not there in time, or not at all,
+    since a process that compiled was killed; and why some could not be compiled."""
 
     new: int
     there: int
@@ -116,13 +117,19 @@ class Compilers:
 
     def add(self, wanted: Wanted) -> None:
         """Has a kernel compiled."""
-        self._work.append(self._pool.submit(compile_one, wanted, self._launchers))
+        try:
+            work = self._pool.submit(compile_one, wanted, self._launchers)
+        except BrokenProcessPool as error:
+            work = Future()
+            work.set_exception(error)
+        self._work.append(work)
 
     def finish(self, seconds: float) -> Result:
         """Waits so long for all; what has not begun by then is left out."""
         done, late = wait(self._work, seconds)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        failed = tuple(f"{type(e).__name__}: {e}" for f in done if (e := f.exception()) is not None)
-        over = [f.result() for f in done if f.exception() is None]
+        errors = [error for work in done if (error := work.exception()) is not None]
+        failed = tuple(f"{type(e).__name__}: {e}" for e in errors if not isinstance(e, BrokenProcessPool))
+        over = [work.result() for work in done if work.exception() is None]
         new = sum(over)
-        return Result(new, len(over) - new, len(late), failed)
+        return Result(new, len(over) - new, len(late) + len(errors) - len(failed), failed)

@@ -107,7 +107,8 @@ def marked(job: Job) -> int:
         seconds = time.perf_counter() - began
         log.info("%d kernels compiled ahead in %.1f s; %d were there", result.new, seconds, result.there)
         if result.late:
-            log.warning("%d kernels could not be compiled ahead in %g s", result.late, LIMIT_S)
+            why = f"it took longer than {LIMIT_S:g} s, or a process that compiled was killed"
+            log.warning("%d kernels are not compiled yet, the next start goes on: %s", result.late, why)
         else:
             mark.touch()  # what failed would fail again, and every start would wait for it
         if result.failed:
