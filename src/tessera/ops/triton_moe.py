@@ -320,9 +320,9 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
 
 def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
     """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written."""
+    _expect_whole(x, w13, w2)
     if tiles.joined:
         return joined_rows(x, w13, w2, ids, tiles)
-    _expect_whole(x, w13, w2)
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x, up, down = x if x.stride(1) == 1 else x.contiguous(), tiles.up, tiles.down
     by_expert = sort_rows(ids, num_experts, up.m)
