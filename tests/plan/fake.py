@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tessera.core.messages import Abort, Flush, Output, SamplingParams, Stop, Submit, choice_seed
+from tessera.plan.handoff import scored
 from tessera.plan.scheduler import Planner, PlannerConfig
 from tessera.plan.step import Clock, Enter, Part, PartDone, Step, StepDone
 
@@ -237,7 +238,7 @@ class World:
     def collect(self) -> None:
         """The oldest step in flight comes back."""
         step, results = self.running.popleft()
-        parts, outputs = [], []
+        parts, outputs = [], list[Output]()
         for part, drawn in zip(step.parts, results, strict=True):
             finished = []
             for occupant, token in drawn:
@@ -248,8 +249,9 @@ class World:
                 finished.append(occupant.finished)
             tokens = np.array([token for _, token in drawn], np.int32).reshape(-1, 1)
             parts.append(PartDone(part.rows[part.samples], tokens, np.array(finished, np.bool_)))
-        self.receive(outputs)
-        self.receive(self.driver.apply([StepDone(step.index, tuple(parts))]))
+        self.receive([output for output in outputs if not output.parting])
+        told = [scored(output) for output in outputs if output.parting]
+        self.receive(self.driver.apply([*told, StepDone(step.index, tuple(parts))]))
         self.planner.check()
 
     def output(self, occupant: Occupant, token: int) -> Output:
@@ -260,7 +262,8 @@ class World:
             finish = "stop"
         elif num_new == params.max_new_tokens or occupant.enter.num_prompt + num_new == self.config.max_context:
             finish = "length"
-        return Output(*occupant.key, [token], finish=finish, num_cached=occupant.enter.num_cached)
+        leaves, num_cached = occupant.enter.leaves, occupant.enter.num_cached
+        return Output(*occupant.key, [token], finish=finish, num_cached=num_cached, parting=leaves)
 
     def turn(self) -> bool:
         """Launches what may be launched, then collects one step. False: nothing is left to do."""

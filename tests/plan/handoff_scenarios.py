@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plan.fake import request
+from plan.fake import EOS, request
 from plan.pair import HOME, Pair, Side, Write, config, paired
 from tessera.core.messages import Submit
 from tessera.plan.handoff import Closed, Gone, Over, Unmet, Why
@@ -267,7 +267,7 @@ def overshoot_in_flight() -> Pair:
 
 def twins() -> Pair:
     """Two prompts share pages at prefill once the first is done; what the second wrote from stays until it is sent."""
-    p = pair(prefill=tight(6, num_slots=0, prefix_cache=True, chunk_size=0), decode={"num_slots": 0})
+    p = pair(prefill=tight(8, num_slots=0, prefix_cache=True, chunk_size=0), decode={"num_slots": 0})
     both(p, "first", 1)
     both(p, "second", 2)
     carry(p)
@@ -333,7 +333,78 @@ def aborted_before_it_is_asked_for() -> Pair:
     return p
 
 
+def told_before_a_step() -> Pair:
+    """The first token comes with the record: its client has it while decode's steps run, and before a row is free."""
+    p = pair(decode={"max_running": 2, "max_in_flight": 2})
+    decode = p.sides["decode"]
+    writing(p)
+    for name in ("own", "more"):
+        decode.submit(request(name, [5, 4, 3], 6, ignore_eos=True))
+    while decode.launch():
+        pass
+    for write in p.writes[:]:
+        p.writes.remove(write)
+        p.land(write)
+    p.run_errands()
+    num_steps = len(decode.steps)
+    carry(p)
+    assert len(decode.got["first", 0]) == 1, "it waits for a step"
+    assert len(decode.steps) == num_steps
+    p.drain()
+    return p
+
+
+def written_before_it_is_told() -> Pair:
+    """Ranks write when they have run a step, of which the planner has not heard yet: nor of the token."""
+    p = pair()
+    both(p, "first", 1, [1, 2, 3])
+    carry(p)
+    prefill = p.sides["prefill"]
+    while prefill.launch():
+        pass
+    prefill.execute()
+    p.run_errands()
+    for write in p.writes[:]:
+        p.writes.remove(write)
+        p.land(write)
+    p.run_errands()
+    carry(p)
+    assert not p.sides["decode"].got["first", 0]
+    p.drain()
+    return p
+
+
+def ended_by_its_first_token() -> Pair:
+    """A request that wants one token, and one whose first token is EOS, take no row at decode."""
+    p = pair()
+    both(p, "one", 1, max_new=1)
+    submit = paired(request("eos", [1, 2, 1], 3, seed=1), [1, 2, 1], 2)
+    for side in p.sides.values():
+        side.submit(submit)
+    p.run_errands()
+    p.drain()
+    decode = p.sides["decode"]
+    assert not decode.steps
+    assert decode.ends["one", 0].finish == "length"
+    assert (decode.ends["eos", 0].finish, decode.ends["eos", 0].matched) == ("stop", EOS)
+    assert [decode.ends[name, 0].tokens for name in ("one", "eos")] == [decode.got["one", 0], [EOS]]
+    return p
+
+
+def one_token_left_of_a_prompt() -> Pair:
+    """A chunk ends one token short of the prompt: the last one is sent too."""
+    p = pair()
+    both(p, "first", 1, PROMPT[:6])
+    p.drain()
+    assert p.sides["decode"].ends["first", 0].finish == "length"
+    return p
+
+
 ALL = (
+    told_before_a_step,
+    written_before_it_is_told,
+    ended_by_its_first_token,
+    one_token_left_of_a_prompt,
     one_write_fails,
     refused_at_prefill,
     aborted_before_it_is_asked_for,

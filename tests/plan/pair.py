@@ -54,21 +54,21 @@ class Side(World):
         return drawn
 
     def execute(self) -> None:
-        """The oldest step runs on the ranks, as far as it has not."""
+        """The oldest step runs on the ranks, as far as it has not. They may write before the planner hears of it."""
         left = len(self.running) - 1
         while len(self.unrun) > left * len(self.ranks):
             rank, parts, drawn = self.unrun.popleft()
             drawn += super().run(rank, parts)
+            part = self.running[0][0].parts[self.ranks.index(rank)]
+            self.posted += [(rank, send) for send in part.sends]
 
     def hear_wire(self, event: Wire) -> None:
         self.receive(self.driver.apply([event]))
         self.planner.check()
 
     def collect(self) -> None:
-        step = self.running[0][0]
         self.execute()
         super().collect()
-        self.posted += [(rank, send) for rank, part in zip(self.ranks, step.parts, strict=True) for send in part.sends]
 
     def verify(self) -> None:
         """Everything was answered, rightly or not at all, and everything is free."""

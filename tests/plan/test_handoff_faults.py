@@ -10,8 +10,10 @@ import pytest
 
 from plan import handoff_scenarios as scenarios
 from plan.pair import Pair
+from tessera.core.messages import Output
 from tessera.plan import handoff_giver, handoff_taker
-from tessera.plan.handoff import Action, Arrive, Closed, End, Free, Prompt, Sent, Tell, Why, Written
+from tessera.plan.dp_rank import DpRank
+from tessera.plan.handoff import Action, Arrive, Closed, End, Free, Opened, Prompt, Sent, Tell, Why, Written
 from tessera.plan.handoff_desk import Desk
 from tessera.plan.handoff_giver import Giver, Giving
 from tessera.plan.handoff_taker import Taker, Taking
@@ -75,6 +77,53 @@ def the_record_does_not_wait_for_all_ranks(patch: Patch) -> None:
         yield from original(self, event)
 
     patch.setattr(Giver, "_written", written)
+
+
+def the_record_does_not_wait_for_the_first_token(patch: Patch) -> None:
+    original = Giver._open
+
+    def opened(self: Giver, event: Opened) -> Iterator[Action]:
+        yield from original(self, msgspec.structs.replace(event, awaits=False))
+
+    patch.setattr(Giver, "_open", opened)
+
+
+def the_first_token_ends_nothing(patch: Patch) -> None:
+    """Decode goes on after EOS."""
+    original = Taker._heard
+
+    def heard(self: Taker, peer: str, letter: Sent | Closed) -> Iterator[Action]:
+        if isinstance(letter, Sent) and letter.first is not None:
+            letter = msgspec.structs.replace(letter, first=msgspec.structs.replace(letter.first, ends=False))
+        yield from original(self, peer, letter)
+
+    patch.setattr(Taker, "_heard", heard)
+
+
+def the_first_token_is_told_with_a_step(patch: Patch) -> None:
+    """It waits until decode has a row, as if it had been drawn there."""
+    said = Desk.said
+
+    def late(self: Desk) -> list[Output]:
+        self._said, kept = [o for o in self._said if not o.tokens], [o for o in self._said if o.tokens]
+        found = said(self)
+        self._said = kept
+        return found
+
+    patch.setattr(Desk, "said", late)
+
+
+def the_last_token_of_a_prompt_is_a_decode(patch: Patch) -> None:
+    """Where a chunk leaves one token it is computed beside other decodes, and not sent."""
+    original = DpRank._advance
+
+    def advance(self: DpRank, ranges: Any, sequence: Sequence, budget: int) -> int:
+        length = original(self, ranges, sequence, budget)
+        if sequence.num_computed == sequence.target - 1:
+            self.state.prefilling.pop(sequence, None)
+        return length
+
+    patch.setattr(DpRank, "_advance", advance)
 
 
 def a_write_that_failed_is_taken_for_done(patch: Patch) -> None:
@@ -203,6 +252,10 @@ FAULTS = [
     (generations_are_ignored, scenarios.doubled_record),
     (records_are_not_compared, scenarios.different_prompts),
     (the_record_does_not_wait_for_all_ranks, scenarios.half_written),
+    (the_record_does_not_wait_for_the_first_token, scenarios.written_before_it_is_told),
+    (the_first_token_ends_nothing, scenarios.ended_by_its_first_token),
+    (the_first_token_is_told_with_a_step, scenarios.told_before_a_step),
+    (the_last_token_of_a_prompt_is_a_decode, scenarios.one_token_left_of_a_prompt),
     (prefill_frees_while_it_writes, scenarios.aborted_at_prefill),
     (a_lease_is_told_while_steps_run, scenarios.overshoot_in_flight),
     (swapped_pages_are_freed, scenarios.twins),

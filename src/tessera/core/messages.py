@@ -151,6 +151,7 @@ class Output(msgspec.Struct, array_like=True):
     error: str | None = None
     fault: Fault | None = None  # set with `error`
     handed: HandoverTimes | None = None  # once for a request, when its prompt has gone or come
+    parting: bool = False  # drawn from a prompt that goes elsewhere, with it: nobody here is told
 
 
 class Outputs(msgspec.Struct, tag=True):

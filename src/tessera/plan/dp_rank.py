@@ -99,12 +99,14 @@ class DpRank:
             [length for _, _, length in ranges.prefill],
             [len(s.tokens) for s in sequences],
             [s.logits_from for s in sequences],
+            [s.route is None for s in sequences],
         ]
         prompts = np.array(columns, np.int32)
-        first, starts, lengths, known, logits_from = prompts[:, np.argsort(prompts[2] == 1, kind="stable")]  # ones last
+        prompts = prompts[:, np.argsort(prompts[2] == 1, kind="stable")]  # ranges of one token last
+        first, starts, lengths, known, logits_from, stays = prompts
         ends, ones = starts + lengths, self._ones[: len(ranges.rows)]
         table.computed[first] = ends
-        table.ready[first] = (ends >= known - 1) & (ends < table.goal[first])
+        table.ready[first] = (ends >= known - 1) & (ends < table.goal[first]) & (stays == 1)
         self._dirty = True
         part = Part(
             np.concatenate([first, ranges.rows]),
@@ -252,7 +254,7 @@ class DpRank:
             return 0
         end = sequence.num_computed = start + length
         ranges.prefill.append((sequence, start, length))
-        if end < len(sequence.tokens) - 1:
+        if end < len(sequence.tokens) - 1 or (sequence.route is not None and end < sequence.target):
             state.prefilling[sequence] = None
         else:
             if state.prefilling:

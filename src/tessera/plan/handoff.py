@@ -1,8 +1,10 @@
 """Hand-over of a computed prompt from a prefill server to a decode server: what the two say, hear and do.
 
-What moves is the state of every prompt token but the last. The decode server computes that one itself and draws the
-first token from it, as a choice does that was forked (see `RankState.fork`): so no token, logprob or sampling state
-travels, nothing can be drawn twice, and several choices of a prompt need nothing of their own.
+What moves is the state of the prompt, and with the record the first token, which prefill draws: so decode tells it as
+soon as the record is in, and it waits for no step there. Where several choices go on from a prompt, or where nothing is
+drawn, the last token of the prompt is decode's to compute: each choice draws its first token from it, as one does that
+was forked (see `RankState.fork`). What is drawn follows from seed, position and what came before, so no sampling state
+travels; and either server knows from the request alone who draws, so nothing is drawn twice.
 
 A *room* is one request's hand-over. Both sides run a machine of the same shape, `apply(event) -> [action]`: `Giver` at
 prefill, `Taker` at decode. Neither has a clock, a socket or a page. Four letters pass between them:
@@ -30,7 +32,7 @@ from typing import Protocol
 
 import msgspec
 
-from tessera.core.messages import Address, Fault, HandoverTimes, TokenLogprobs
+from tessera.core.messages import Address, Fault, HandoverTimes, Output, Submit, TokenLogprobs
 from tessera.plan.step import Clock, Ints
 
 
@@ -75,9 +77,23 @@ class Prompt(msgspec.Struct, frozen=True):
     checksum: int
 
 
-def prompt_of(tokens: Ints) -> Prompt:
-    """What is handed over of a prompt."""
-    return Prompt(len(tokens) - 1, zlib.crc32(tokens.tobytes()))
+def drawn_first(submit: Submit) -> bool:
+    """Prefill draws the first token; else decode computes the last one of the prompt."""
+    return submit.n == 1 and submit.params.max_new_tokens > 0
+
+
+def prompt_of(submit: Submit, tokens: Ints) -> Prompt:
+    """What is handed over of a request whose prompt is `tokens`."""
+    return Prompt(len(tokens) - (not drawn_first(submit)), zlib.crc32(tokens.tobytes()))
+
+
+class First(msgspec.Struct, frozen=True):
+    """The first token, as prefill has drawn it; its logprobs, where they were asked for. `ends`: it is EOS or a stop
+    token, so the request ends by it."""
+
+    token: int
+    logprobs: list[TokenLogprobs] | None = None
+    ends: bool = False
 
 
 class Reserve(msgspec.Struct, tag=True, frozen=True, eq=False):
@@ -94,13 +110,15 @@ class Reserve(msgspec.Struct, tag=True, frozen=True, eq=False):
 
 class Sent(msgspec.Struct, tag=True, frozen=True):
     """The record: everything has landed. Goes last, and is checked before first use. `scores`: logprobs of the prompt,
-    where they were asked for. `num_cached`: tokens of it that prefill had in its prefix cache."""
+    where they were asked for. `num_cached`: tokens of it that prefill had in its prefix cache. `first`: see
+    `drawn_first`."""
 
     generation: int
     prompt: Prompt
     times: HandoverTimes | None = None
     scores: list[TokenLogprobs] | None = None
     num_cached: int = 0
+    first: First | None = None
 
 
 class Closed(msgspec.Struct, tag=True, frozen=True):
@@ -176,22 +194,35 @@ class Written(msgspec.Struct, tag=True, frozen=True):
 
 
 class Scored(msgspec.Struct, tag=True, frozen=True):
-    """At prefill: the logprobs of a prompt have come from the ranks, with the step that computed the last of them."""
+    """At prefill: what the ranks tell of a prompt with the step that computed the last of it, for the record."""
 
     request_id: str
-    scores: list[TokenLogprobs]
+    scores: list[TokenLogprobs] | None
+    first: First | None = None
+
+
+def scored(output: Output) -> Scored:
+    """What a rank told."""
+    if not output.parting:
+        return Scored(output.request_id, output.prompt_logprobs)
+    (token,) = output.tokens
+    return Scored(
+        output.request_id, output.prompt_logprobs, First(token, output.logprobs, ends=output.finish == "stop")
+    )
 
 
 Wire = Heard | Met | Unmet | Joined | Gone | Fenced | Written  # what comes from outside the planner
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """A request came that belongs to `room`. `address`: of the prefill server, at decode."""
+    """A request came that belongs to `room`. `address`: of the prefill server, at decode. `awaits`: at prefill the
+    record is not whole before `Noted`."""
 
     key: int
     room: int
     prompt: Prompt
     address: Address | None = None
+    awaits: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -221,7 +252,8 @@ class Noted(msgspec.Struct, frozen=True):
     """At prefill: what goes into the record of a request."""
 
     key: int
-    scores: list[TokenLogprobs]
+    scores: list[TokenLogprobs] | None
+    first: First | None = None
 
 
 class Ticketed(msgspec.Struct, frozen=True):
@@ -275,12 +307,13 @@ class Want(msgspec.Struct, frozen=True):
 
 
 class Arrive(msgspec.Struct, frozen=True):
-    """At decode: the prompt is there; the request goes on."""
+    """At decode: the prompt is there, perhaps with the `first` token; the request goes on, unless that one ends it."""
 
     key: int
     times: HandoverTimes
     scores: list[TokenLogprobs] | None = None
     num_cached: int = 0
+    first: First | None = None
 
 
 class Start(msgspec.Struct, frozen=True, eq=False):

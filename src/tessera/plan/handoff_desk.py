@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from tessera.core.messages import FinishReason, Output, Submit
 from tessera.plan.dp_rank import DpRank
@@ -40,13 +41,14 @@ from tessera.plan.handoff import (
     Want,
     Why,
     Wire,
+    drawn_first,
     prompt_of,
 )
 from tessera.plan.handoff_giver import Giver
 from tessera.plan.handoff_taker import Taker
 from tessera.plan.request import Sequence
 from tessera.plan.state import Lease
-from tessera.plan.step import Send
+from tessera.plan.step import Send, ints
 
 PREFILL, DECODE = "prefill", "decode"
 MACHINES: dict[str, type[Giver] | type[Taker]] = {PREFILL: Giver, DECODE: Taker}
@@ -116,7 +118,9 @@ class Desk:
         self.cases[key] = Case(key, submit, rank, leader)
         self._homes[key] = rank
         assert submit.bootstrap_room is not None
-        self.hear(Opened(key, submit.bootstrap_room, prompt_of(leader.tokens), submit.bootstrap))
+        prompt, params = prompt_of(submit, leader.tokens), submit.params
+        awaits = drawn_first(submit) or params.prompt_logprobs >= 0
+        self.hear(Opened(key, submit.bootstrap_room, prompt, submit.bootstrap, awaits))
 
     def refuse(self, submit: Submit, why: Why) -> None:
         """A request with a room cannot be served here: whoever waits for it is told."""
@@ -129,11 +133,10 @@ class Desk:
         for action in self.machine.apply(event):
             self._do(action)
 
-    def scored(self, scored: Scored) -> None:
-        """Ranks have told the logprobs of a prompt."""
-        for case in self.cases.values():
-            if case.submit.request_id == scored.request_id:
-                self.hear(Noted(case.key, scored.scores))
+    def scored(self, sequence: Sequence, scored: Scored) -> None:
+        """Ranks have told what they have of a prompt."""
+        if sequence.key in self.cases:
+            self.hear(Noted(sequence.key, scored.scores, scored.first))
 
     def sends(self, sends: Seq[Send]) -> None:
         """A step was planned that writes."""
@@ -176,7 +179,8 @@ class Desk:
             _, key, lease = self._settling.popleft()
             if key in self.cases:
                 case = self.cases[key]
-                pages = lease.pages[: case.rank.config.pages_for(case.leader.num_prompt - 1)]
+                moved = case.leader.num_prompt - (not drawn_first(case.submit))
+                pages = lease.pages[: case.rank.config.pages_for(moved)]
                 self.hear(Leased(key, case.rank.state.load.dp_rank, pages, lease.slot))
 
     # -- orders ----------------------------------------------------------------------------------------------------
@@ -191,15 +195,8 @@ class Desk:
                 case = self.cases[key]
                 case.leader.route = action
                 case.rank.release_away(case.leader)
-            case Arrive(key, times, scores, num_cached):
-                leader = self.cases.pop(key).leader
-                leader.params = msgspec.structs.replace(leader.params, prompt_logprobs=-1)  # they are here
-                self._homes.pop(key).state.arrived.append(leader)
-                came = Output(
-                    leader.request_id, leader.choice, [], prompt_logprobs=scores, num_prompt=leader.num_prompt
-                )
-                came.num_cached, came.handed = num_cached, times
-                self._said.append(came)
+            case Arrive():
+                self._arrive(action)
             case End(key, why, times):
                 if key in self._wanting:
                     self._wanting.remove(key)
@@ -211,6 +208,28 @@ class Desk:
                     case.rank.remove(sequence)
             case Free(key):
                 self._homes.pop(key).free(key, self.cases[key].leader if key in self.cases else None)
+
+    def _arrive(self, there: Arrive) -> None:
+        """Its client hears at once; a row comes with a step, if anything is left to compute."""
+        case, state = self.cases.pop(there.key), self._homes.pop(there.key).state
+        leader, first = case.leader, there.first
+        leader.params = msgspec.structs.replace(leader.params, prompt_logprobs=-1)  # they are here
+        came = Output(leader.request_id, leader.choice, [], prompt_logprobs=there.scores, num_prompt=leader.num_prompt)
+        came.num_cached, came.handed = there.num_cached, there.times
+        if first is not None:
+            came.tokens, came.logprobs = [first.token], first.logprobs
+            leader.tokens = np.concatenate([leader.tokens, ints([first.token])])
+            if first.ends:
+                came.finish, came.matched = "stop", first.token
+            elif leader.goal == leader.num_prompt:
+                came.finish = "length"
+        if came.finish is None:
+            state.arrived.append(leader)
+            self._said.append(came)
+        else:
+            state.lapse(there.key)
+            case.rank.remove(leader)
+            self._ended.append((leader.request_id, [came]))
 
     def said(self) -> list[Output]:
         """What is said of requests that go on, since it was asked last."""

@@ -14,6 +14,7 @@ from tessera.plan.handoff import (
     Closed,
     Computed,
     End,
+    First,
     Free,
     Gone,
     HandoffConfig,
@@ -45,7 +46,8 @@ NUM_BEFORE, NUM_MARKS = 2, 5  # marks of a room of which nothing is planned yet,
 
 @dataclass(slots=True)
 class Giving:
-    """A room at prefill. `key` -1: no request. `tickets`: ranks that still write, by ticket; `last`: all are out."""
+    """A room at prefill. `key` -1: no request. `tickets`: ranks that still write, by ticket; `last`: all are out.
+    `awaits`: the ranks have not told yet what goes into the record."""
 
     room: int
     stage: str
@@ -61,7 +63,9 @@ class Giving:
     writing: float = 0.0
     slowest: float = 0.0  # rank of a ticket, so far
     why: Why = ABORTED
+    awaits: bool = False
     scores: list[TokenLogprobs] | None = None
+    first: First | None = None
     marks: list[float] = field(default_factory=list)  # when it came, was asked for, begun, computed, and written
 
 
@@ -103,8 +107,8 @@ class Giver:
     def apply(self, event: Wire | Inner) -> list[Action]:
         """Takes what happened and says what is to be done, in order."""
         match event:
-            case Opened(key, room, prompt):
-                return list(self._open(key, room, prompt))
+            case Opened():
+                return list(self._open(event))
             case Refused(room, why):
                 return list(self._refuse(room, why))
             case Joined(peer):
@@ -117,8 +121,8 @@ class Giver:
                 self._ticketed(self.keys[key], event)
             case Computed(key) if key in self.keys:
                 self._computed(self.keys[key])
-            case Noted(key, scores) if key in self.keys:
-                self.keys[key].scores = scores
+            case Noted(key) if key in self.keys:
+                return list(self._noted(self.keys[key], event))
             case Written():
                 return list(self._written(event))
             case Cancelled(key, why):
@@ -143,7 +147,8 @@ class Giver:
 
     # -- the two halves of a pair ----------------------------------------------------------------------------------
 
-    def _open(self, key: int, number: int, prompt: Prompt) -> Iterator[Action]:
+    def _open(self, opened: Opened) -> Iterator[Action]:
+        key, number = opened.key, opened.room
         room = self.rooms.get(number)
         if room is not None and room.stage == UNWANTED:
             self._forget(room)
@@ -157,7 +162,7 @@ class Giver:
         if room is None or room.stage == REFUSED:
             room = self.rooms[number] = Giving(number, EXPECTED)
             self._wait(room, self.config.bootstrap_s)
-        room.key, room.prompt, room.marks = key, prompt, [self.now]
+        room.key, room.prompt, room.awaits, room.marks = key, opened.prompt, opened.awaits, [self.now]
         self.keys[key] = room
         if room.reserve is not None:
             yield from self._pair(room)
@@ -250,17 +255,27 @@ class Giver:
             yield from self._fail(room, Why(f"the prompt could not be written to the decode server: {written.error}"))
         elif not room.tickets and room.stage == STOPPING:
             yield from self._stopped(room)
-        elif not room.tickets and room.stage == SENDING and room.last:
-            assert room.reserve is not None
-            generation = room.reserve.generation
-            if room.peer in self.peers:
-                self.closed.setdefault(room.peer, {})[generation] = None
-            room.stage = TOLD
-            self._wait(room, self.config.reply_s)
-            yield Free(room.key)
-            room.marks += [self.now] * (NUM_MARKS - len(room.marks))
-            record = Sent(generation, room.reserve.prompt, times_of(room), room.scores, room.num_cached)
-            yield Tell(room.peer, record)
+        else:
+            yield from self._send(room)
+
+    def _noted(self, room: Giving, noted: Noted) -> Iterator[Action]:
+        room.scores, room.first, room.awaits = noted.scores, noted.first, False
+        yield from self._send(room)
+
+    def _send(self, room: Giving) -> Iterator[Action]:
+        """The record goes once all has landed and is told. Ranks may say the one before the other."""
+        if room.stage != SENDING or not room.last or room.tickets or room.awaits:
+            return
+        assert room.reserve is not None
+        generation = room.reserve.generation
+        if room.peer in self.peers:
+            self.closed.setdefault(room.peer, {})[generation] = None
+        room.stage = TOLD
+        self._wait(room, self.config.reply_s)
+        yield Free(room.key)
+        room.marks += [self.now] * (NUM_MARKS - len(room.marks))
+        record = Sent(generation, room.reserve.prompt, times_of(room), room.scores, room.num_cached, room.first)
+        yield Tell(room.peer, record)
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 

@@ -196,7 +196,7 @@ class Taker:
                 waiting=self.now - room.asked,
                 ended=self.now,
             )
-            yield Arrive(room.key, times, letter.scores, letter.num_cached)
+            yield Arrive(room.key, times, letter.scores, letter.num_cached, letter.first)
             yield Tell(peer, Over(room.key, room.room))
 
     def _cancel(self, room: Taking, why: Why) -> Iterator[Action]:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from tessera.core.messages import Fault, FinishReason, Output, SamplingParams, Submit, choice_seed
-from tessera.plan.handoff import Start
+from tessera.plan.handoff import Start, drawn_first
 from tessera.plan.prefix import Node
 from tessera.plan.step import Ints
 
@@ -66,7 +66,7 @@ class Sequence(msgspec.Struct, eq=False):
     def target(self) -> int:
         """Position that the computation of its prompt runs to: one short of the known tokens where whoever forks from
         it, or takes it over, computes the last one."""
-        return len(self.tokens) - (bool(self.forks) or self.route is not None)
+        return min(len(self.tokens) - bool(self.forks), self.goal)
 
     @property
     def reusable(self) -> int:
@@ -98,8 +98,9 @@ class Sequence(msgspec.Struct, eq=False):
 def given(submit: Submit, max_context: int, arrival: int) -> Sequence:
     """The sequence of a request whose prompt another server will have: all choices go on from there."""
     (sequence, *_) = choices(submit, max_context, arrival)
-    sequence.params = msgspec.structs.replace(submit.params, max_new_tokens=0)
-    sequence.goal = sequence.num_prompt - 1
+    first = drawn_first(submit)
+    sequence.params = msgspec.structs.replace(submit.params, max_new_tokens=int(first))
+    sequence.goal = sequence.num_prompt - (not first)
     return sequence
 
 

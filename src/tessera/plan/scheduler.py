@@ -78,8 +78,7 @@ class Planner:
                     self.now = event.now
                     outputs += self._handoff(event)
                 case Scored():
-                    if self.desk is not None:
-                        self.desk.scored(event)
+                    outputs += self._scored(event)
                 case Heard() | Met() | Unmet() | Joined() | Gone() | Fenced() | Written():
                     outputs += self._handoff(event)
                 case Flush():
@@ -165,6 +164,13 @@ class Planner:
         if self.desk is None:
             return []
         self.desk.hear(event)
+        return self._handed()
+
+    def _scored(self, scored: Scored) -> list[Output]:
+        sequences = self._requests.get(scored.request_id)
+        if self.desk is None or sequences is None:
+            return []
+        self.desk.scored(sequences[0], scored)
         return self._handed()
 
     def _handed(self) -> list[Output]:

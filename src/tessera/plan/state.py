@@ -197,11 +197,11 @@ class RankState:
             self.slots.drop([lease.slot])
 
     def seat_arrived(self, index: int) -> bool:
-        """Who was handed over enters a row at step `index`, all of its prompt but the last token computed."""
+        """Who was handed over enters a row at step `index`, all that is known of it but the last token computed."""
         seated = False
         while self.arrived and self.table.free:
             sequence, seated = self.arrived.popleft(), True
-            lease, start = self.leases.pop(sequence.key), sequence.num_prompt - 1
+            lease, start = self.leases.pop(sequence.key), sequence.num_known - 1
             del self.away[sequence]
             self._enter((sequence,), (start,), [lease.pages], [lease.slot], index)
             sequence.num_computed, sequence.key = start, -1

@@ -35,7 +35,7 @@ class Enter(msgspec.Struct, frozen=True, eq=False, gc=False):
     `start`: position that its first range starts at; what lies before is in the pages (and in the slot) already.
     `slot` is -1 for models without recurrent state. `num_prompt` of the tokens are the prompt, `num_cached` of those
     came from the prefix cache when the sequence first entered. `arrived`: a prefill server computed it up to `start`.
-    `leaves`: it ends before its last token, which a decode server computes.
+    `leaves`: a decode server goes on with it, and tells what is drawn here.
     """
 
     row: int

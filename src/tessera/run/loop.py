@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 from tessera.core.errors import CapacityError, PeerError
 from tessera.core.messages import (
     EndProfile,
@@ -28,7 +30,7 @@ from tessera.core.messages import (
     Tick,
 )
 from tessera.plan.events import Event
-from tessera.plan.handoff import Errand, Scored
+from tessera.plan.handoff import Errand, scored
 from tessera.plan.step import Clock, Step, StepDone
 from tessera.run.graphs import Size, Sizes
 from tessera.run.inbox import Inbox, Message
@@ -148,6 +150,15 @@ def failures(choices: Iterable[tuple[str, int]], why: str, fault: Fault = "engin
     return [Output(request_id, choice, [], finish="error", error=why, fault=fault) for request_id, choice in choices]
 
 
+def shown(output: Output) -> Output | None:
+    """What is told here of an output: of a prompt that goes elsewhere its logprobs alone."""
+    if not output.parting:
+        return output
+    if output.prompt_logprobs is None:
+        return None
+    return msgspec.structs.replace(output, tokens=[], logprobs=None, finish=None, matched=None)
+
+
 class Reports(Protocol):
     """Tells what steps did."""
 
@@ -256,10 +267,10 @@ class StepLoop(Generic[TicketT]):
         self._run_errands()
 
     def _scores(self, outputs: list[Output]) -> list[Event]:
-        """Logprobs of prompts, for whoever takes the prompts over."""
+        """What goes with prompts to whoever takes them over."""
         if self._outside is None:
             return []
-        return [Scored(o.request_id, o.prompt_logprobs) for o in outputs if o.prompt_logprobs is not None]
+        return [scored(output) for output in outputs if output.parting or output.prompt_logprobs is not None]
 
     def _run_errands(self) -> None:
         if self._outside is not None:
@@ -297,7 +308,7 @@ class StepLoop(Generic[TicketT]):
         done, outputs = self.runner.collect(launched)
         now = time.monotonic()
         seconds, self._last_collect = now - self._last_collect, now
-        self._send(outputs)
+        self._send([output for output in map(shown, outputs) if output is not None])
         self._apply([Clock(now), *self._scores(outputs), done])
         self._send_reports(self.report(done, launched.tallies, seconds))
 

@@ -98,6 +98,7 @@ def finish(
                 matched=matched,
                 num_prompt=sequence.num_prompt,
                 num_cached=sequence.num_cached,
+                parting=sequence.leaves,
             )
         )
     rows = np.array([sequence.row for sequence in drawn], np.int32)

@@ -32,6 +32,7 @@ class Sequence:
     num_cached: int
     params: SamplingParams
     fresh: bool  # nothing of it was drawn yet when it entered: its prompt logprobs are still owed
+    leaves: bool = False  # another server tells what is drawn of it
     ended: bool = False  # nothing more may come out
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -103,7 +104,8 @@ class RowTable:
         row, params = enter.row, enter.params
         assert self.occupants[row] is None, f"row {row} is entered but taken"
         fresh = len(enter.tokens) == enter.num_prompt
-        sequence = Sequence(row, enter.request_id, enter.choice, enter.num_prompt, enter.num_cached, params, fresh)
+        counts = enter.num_prompt, enter.num_cached
+        sequence = Sequence(row, enter.request_id, enter.choice, *counts, params, fresh, enter.leaves)
         self.occupants[row] = sequence
         self._where[enter.request_id, enter.choice] = sequence
         self.pages[row, : len(enter.pages)] = enter.pages
