@@ -24,11 +24,9 @@ from tessera.ops.triton_fp8_experts import experts
 LINEARS = {"4096 x 4096": (4096, 4096), "24576 x 4096": (24576, 4096), "4096 x 12288": (4096, 12288)}
 LINEARS |= {"3648 x 2048": (3648, 2048), "5632 x 2048": (5632, 2048), "2048 x 2816": (2048, 2816)}  # dsv2lite's
 EXPERTS = {"dsv2lite": (64, 2048, 1408, 6), "qwen3next": (512, 2048, 512, 10)}
-TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
+TOKENS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192, 16384)
 SWEPT = 512  # tokens up to which the tiles of few rows are tried
-LIBRARIES: list[dict[str, Any]] = [
-    {"by": "deep_gemm", "early": early} for early in (False, True) if importlib.util.find_spec("deep_gemm")
-]
+LIBRARIES = [{"by": name} for name in ("deep_gemm",) if importlib.util.find_spec(name)]
 WIDE = [
     Tile(128, 128, 8, stages, group, boxed) for boxed in (False, True) for group in (1, 8) for stages in (3, 4)
 ]  # fmt: skip
@@ -52,9 +50,8 @@ def cases() -> dict[str, Callable[[str], Case]]:
     return made
 
 
-def library(name: str, early: bool) -> Any:
-    """Products of fp8 weights by name, for any number of rows. `early`: they start as what is before them ends."""
-    importlib.import_module(name).set_pdl(early)
+def library(name: str) -> Any:
+    """Products of fp8 weights by name, for any number of rows."""
     return importlib.import_module(f"tessera.ops.{name}_fp8")
 
 
@@ -79,9 +76,9 @@ def _weight(*shape: int) -> tuple[Tensor, Tensor]:
 def _linear(size: tuple[int, int], tokens: int, name: str) -> Case:
     weight, scales = _weight(*size)
 
-    def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "", early: bool = False) -> Tensor:
+    def run(made: tuple[Tensor, ...], tile: Tile | None = None, by: str = "") -> Tensor:
         if by:
-            return library(by, early).product(triton_fp8_rows.quantize(made[0]), *made[1:], made[0].dtype)
+            return library(by).product(triton_fp8_rows.quantize(made[0]), *made[1:], made[0].dtype)
         return triton_fp8.linear(*made, tile=tile)
 
     return Case(
@@ -97,12 +94,10 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     block = (fp8.GROUP, fp8.GROUP)
     weights = [fp8.Fp8Weight(*_weight(num, *size), block) for size in ((2 * inner, hidden), (hidden, inner))]
 
-    def run(
-        made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "", early: bool = False, ends: bool = False
-    ) -> Tensor:
+    def run(made: tuple[Any, ...], tiles: Tiles | None = None, by: str = "") -> Tensor:
         *routed, weights = made
         if by:
-            y, places = library(by, early).padded_rows(*routed, ends)
+            y, places = library(by).padded_rows(*routed)
             return combine(y, made[3], weights, places)
         if tiles is None:
             return experts(*made)
@@ -120,8 +115,7 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
         make=make, run=run,
         check=lambda made, found: _apart(found, fp8.experts_reference(*made)),
         variants=[
-            *LIBRARIES, *({**by, "ends": True} for by in LIBRARIES),
-            *({"tiles": tiles} for tiles in _tiles() if tokens > SWEPT),
+            *LIBRARIES, *({"tiles": tiles} for tiles in _tiles() if tokens > SWEPT),
         ],
     )  # fmt: skip
 

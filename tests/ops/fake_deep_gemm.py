@@ -74,17 +74,13 @@ def make(calls: Calls) -> ModuleType:
         assert d.is_contiguous()
         d.copy_(_left(a) @ _right(b).T)
 
-    def m_grouped_fp8_gemm_nt_contiguous(
-        a: Pair, b: Pair, d: Tensor, groups: Tensor, use_psum_layout: bool = False
-    ) -> None:
+    def m_grouped_fp8_gemm_nt_contiguous(a: Pair, b: Pair, d: Tensor, ends: Tensor, use_psum_layout: bool) -> None:
         calls.made.append("grouped")
         rows, weights = _left(a), _right(b)
-        if use_psum_layout:
-            groups = _groups(groups, len(weights), len(rows))
+        assert use_psum_layout, "else the integers would be whose each row is"
+        groups = _groups(ends, len(weights), len(rows))
         assert d.dtype == torch.bfloat16
         assert d.is_contiguous()
-        assert groups.dtype == torch.int32
-        assert groups.shape == (len(rows),)
         assert len(rows) % BLOCK == 0
         for first in range(0, len(rows), HALF):
             block, half = first - first % BLOCK, slice(first, first + HALF)
@@ -92,7 +88,7 @@ def make(calls: Calls) -> ModuleType:
             held = [group for group in own if group >= 0]
             assert len(set(held)) <= 1, "one expert a block"
             assert own[: len(held)] == held, "padding follows rows"
-            if use_psum_layout and not held:
+            if not held:
                 continue  # passed by
             d[half] = rows[half] @ weights[own[0]].T if groups[first] >= 0 else 0
         d[groups < 0] = float("nan")
@@ -101,5 +97,6 @@ def make(calls: Calls) -> ModuleType:
         fp8_gemm_nt=fp8_gemm_nt,
         m_grouped_fp8_gemm_nt_contiguous=m_grouped_fp8_gemm_nt_contiguous,
         get_mk_alignment_for_contiguous_layout=lambda: BLOCK,
+        set_pdl=lambda on: None,
     )
     return module

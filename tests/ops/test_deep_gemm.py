@@ -141,9 +141,8 @@ def _ids(choice: str, num_tokens: int, num_experts: int) -> torch.Tensor:
     return torch.full_like(ids, -1) if choice == "none held" else ids
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["whose", "ends"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_experts_are_plain(products: Any, calls: Calls, choice: str, ends: bool) -> None:
+def test_experts_are_plain(products: Any, calls: Calls, choice: str) -> None:
     """Blocks are full, half full and less; activations between the products are rounded as ours are."""
     num_tokens, num = 150, 4
     x, weights = _exact(num_tokens, 264).bfloat16()[:, :256], torch.rand(num_tokens, 2, device=DEVICE)
@@ -151,7 +150,7 @@ def test_experts_are_plain(products: Any, calls: Calls, choice: str, ends: bool)
     for weight in experts:
         weight.scales[-1] = float("nan")
     ids = _ids(choice, num_tokens, num)
-    y, places = products.padded_rows(x, *experts, ids, ends)
+    y, places = products.padded_rows(x, *experts, ids)
     found = combine(y, ids, weights, places).float()
     expected = fp8.experts_reference(x, *experts, ids, weights).float()
     assert calls.made == ["grouped"] * 2
@@ -225,16 +224,15 @@ def test_real_products(num_tokens: int) -> None:
 @pytest.mark.gpu
 @library
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ends", [False, True], ids=["whose", "ends"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_real_experts(choice: str, ends: bool) -> None:
+def test_real_experts(choice: str) -> None:
     from tessera.ops import deep_gemm_fp8
 
     x, weights = torch.randn(1500, 2048, device=DEVICE).bfloat16(), torch.rand(1500, 2, device=DEVICE)
     experts = _experts(16, 2048, 1408, (128, 128))
     experts[0].scales[-1] = float("nan")
     ids = _ids(choice, 1500, 16)
-    y, places = deep_gemm_fp8.padded_rows(x, *experts, ids, ends)
+    y, places = deep_gemm_fp8.padded_rows(x, *experts, ids)
     found = combine(y, ids, weights, places).float()
     expected = fp8.experts_reference(x, *experts, ids, weights).float()
     assert (found - expected).norm() <= CLOSE * expected.norm()

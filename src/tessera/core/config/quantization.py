@@ -10,6 +10,8 @@ from tessera.core.quantization import Quantization
 from tessera.core.spec import ModelSpec
 
 FP8_FROM = (8, 9)  # compute capability from which on a device knows e4m3
+OURS = "our kernels, which read half the bytes"
+FASTER = "; deep_gemm is 1.4 times faster in prompts, and compiles for half a minute at its first start"
 COLUMNS = (32, 64, 128)  # of a block, of which a product of the tensor cores is as long
 
 
@@ -46,7 +48,7 @@ def _products(values: Asked, found: Quantization, hardware: Hardware, dtype: str
     if asked != "auto":
         return asked
     chosen = "dequantize" if misfit else "triton"
-    why = misfit or "our kernels, which read half the bytes"
+    why = misfit or OURS + (FASTER if "deep_gemm" in hardware.libraries else "")
     notes.decide("fp8-gemm-backend", chosen, why)
     return chosen
 
