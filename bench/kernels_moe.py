@@ -215,7 +215,6 @@ def _variants(tokens: int) -> list[dict[str, Any]]:
     tried += [
         Tiles(t.rows, replace(t.up, boxed=not t.up.boxed), replace(t.down, boxed=not t.down.boxed)) for t in tried
     ]
-    tried += [replace(tiles, joined=True) for tiles in TILES[1:3]]
     if tokens >= SWEPT_MANY:
         tried += _many_rows()
     few: list[dict[str, Any]] = [{"few": True}] if tokens <= SWEPT_FEW else []
@@ -223,10 +222,10 @@ def _variants(tokens: int) -> list[dict[str, Any]]:
 
 
 def _many_rows() -> list[Tiles]:
-    """Each tile of one product with the first of the other; the first two also in other orders, and not halved."""
+    """Each tile of one product with the first of the other; the first two also in other orders."""
     found = []
     for m, cuts in SWEPT_TILES.items():
-        ups, downs = ([Tile(m, *cut, boxed=True, halved=m > 64) for cut in each] for each in cuts)
+        ups, downs = ([Tile(m, *cut, boxed=True) for cut in each] for each in cuts)
         up, down = ups[0], downs[0]
         found += [
             Tiles(0, up, down),
@@ -234,5 +233,4 @@ def _many_rows() -> list[Tiles]:
             *(Tiles(0, up, one) for one in downs[1:]),
         ]
         found += [Tiles(0, replace(up, group=group), replace(down, group=group)) for group in (2, 8)]
-        found += [Tiles(0, replace(up, halved=False), replace(down, halved=False))] if up.halved else []
     return found

@@ -92,7 +92,7 @@ def test_rows_may_be_more_than_a_grid_has_in_its_second_dimension(kernel: str, m
         triton_fp8_rows.quantize(x)
     else:
         ints = {"dtype": torch.int32, "device": "meta"}
-        listed = (torch.empty(*size, **ints) for size in ((num_rows,), (num_rows // block, 3), (1,), (1,)))
+        listed = (torch.empty(*size, **ints) for size in ((num_rows,), (num_rows // block, 3), (1,)))
         triton_fp8_rows.spread(x, Sorted(*listed), 1, block)
     assert grids == [(2 * num_rows // triton_fp8_rows.ROWS,)]
 

@@ -15,27 +15,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import globaltimer
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import moe
 from tessera.ops.fused import Shared, gated_mlp
 from tessera.ops.moe import Beside, Made, Mixture
 from tessera.ops.triton_combine import combine
-from tessera.ops.triton_common import INTERPRETED, chained, dot, follow
+from tessera.ops.triton_common import chained, dot, follow
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import gated_product
 from tessera.ops.triton_moe_few import few_experts, joins, pays
 from tessera.ops.triton_sort import sort_rows
 
-PATIENCE_NS = tl.constexpr(5_000_000_000)
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """How a grouped product is cut: `group` blocks of rows go through all columns before the next ones. `boxed`: what
-    lies in order is fetched by the tensor memory accelerator, in boxes, where its rows are aligned for it. `halved`: a
-    block of at most M / 2 rows is multiplied as such."""
+    lies in order is fetched by the tensor memory accelerator, in boxes, where its rows are aligned for it."""
 
     m: int
     n: int
@@ -44,21 +40,18 @@ class Tile:
     stages: int
     group: int = 1
     boxed: bool = False
-    halved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Those of the two products, for up to `rows` rows of an expert on average. Their `m` is the same. `joined`: both
-    are one launch, so that the second begins while the first ends; their warps are the same then."""
+    """Those of the two products, for up to `rows` rows of an expert on average. Their `m` is the same."""
 
     rows: float
     up: Tile
     down: Tile
-    joined: bool = False
 
 
-TILES = (  # nothing is `joined` or `halved` before a device has run and timed it as it is now
+TILES = (
     Tiles(4, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
     Tiles(16, Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3)),
     Tiles(110, Tile(64, 64, 128, 4, 2, 1, True), Tile(64, 128, 64, 4, 4)),
@@ -100,13 +93,16 @@ def _columns(w, first, column, shown, k, inner, WIDTH: tl.constexpr):
     return tl.load(at, mask=shown[None, :] & (k + inner < WIDTH)[:, None], other=0.0)
 
 
-@triton.jit
-def _up_tile(
-    x, w, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
+@triton.jit(do_not_specialize=["num_blocks"])
+def _gate_up(
+    x, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """N columns of h [R, I] = silu(x w1) * (x w3), w [E, 2I, H], for at most M rows of an expert, in their order."""
+    """h [R, I] = silu(x w1) * (x w3), w [E, 2I, H], in the order of experts."""
+    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
+    if expert < 0:
+        return
     at = first + tl.arange(0, M)
     held = at < end
     row = tl.load(rows_ptr + at, mask=held, other=0) // TOP_K
@@ -130,31 +126,15 @@ def _up_tile(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _gate_up(
-    x, w, h_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns, stride_x,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BOXED: tl.constexpr, HALVED: tl.constexpr,
+def _down(
+    h, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h [R, I] in the order of experts, a tile a program."""
+    """y [R, H] = h w2, w [E, H, I], each row at its own place."""
     expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
     if expert < 0:
         return
-    if HALVED and end - first <= M // 2:
-        _up_tile(
-            x, w, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
-            HIDDEN, INNER, TOP_K, BOXED, M // 2, N, K, STAGES,
-        )  # fmt: skip
-        return
-    _up_tile(x, w, h_ptr, rows_ptr, stride_x, expert, first, end, tile, HIDDEN, INNER, TOP_K, BOXED, M, N, K, STAGES)
-
-
-@triton.jit
-def _down_tile(
-    h, w, y_ptr, rows_ptr, expert, first, end, tile,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS_BOXED: tl.constexpr, BOXED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """N columns of y [R, H] = h w2, w [E, H, I], for at most M rows of an expert, each at its own place."""
     at = first + tl.arange(0, M)
     held = at < end
     row = tl.load(rows_ptr + at, mask=held, other=0).to(tl.int64)
@@ -162,84 +142,14 @@ def _down_tile(
     shown = column < HIDDEN
     y = tl.zeros([M, N], tl.float32)
     for k in tl.range(0, INNER, K, num_stages=STAGES):
-        if ROWS_BOXED:  # those from `end` on are another expert's: nobody uses them
-            a = h.load([first, k])
+        if BOXED:  # rows from `end` on are another expert's: nobody uses them
+            a, w2 = h.load([first, k]), w.load([expert * HIDDEN + tile * N, k]).T
         else:
             a = _rows(h, at, INNER, held, k, inner, INNER)
-        if BOXED:
-            w2 = w.load([expert * HIDDEN + tile * N, k]).T
-        else:
             w2 = _columns(w, expert * HIDDEN, column, shown, k, inner, INNER)
         y = dot(a, w2, y)
     y_at = y_ptr + row[:, None] * HIDDEN + column[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _down(
-    h, half, w, y_ptr, rows_ptr, blocks_ptr, num_blocks, num_columns,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, BOXED: tl.constexpr, HALVED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """y [R, H], a tile a program; `half`: h in boxes of M / 2 rows."""
-    expert, first, end, tile = work_of(blocks_ptr, num_blocks, num_columns, GROUP)
-    if expert < 0:
-        return
-    if HALVED and end - first <= M // 2:
-        _down_tile(
-            half, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, BOXED, M // 2, N, K, STAGES
-        )
-        return
-    _down_tile(h, w, y_ptr, rows_ptr, expert, first, end, tile, HIDDEN, INNER, BOXED, BOXED, M, N, K, STAGES)
-
-
-@triton.jit
-def _wait(count_ptr, wanted):
-    """Until so many are counted, which takes microseconds. After `PATIENCE_NS` the kernel fails, and so the rank."""
-    if INTERPRETED:
-        tl.device_assert(tl.load(count_ptr) >= wanted, "a program waits for one that has not begun")
-    else:
-        began = globaltimer()
-        while tl.atomic_add(count_ptr, 0, sem="acquire") < wanted:
-            if globaltimer() - began > PATIENCE_NS:
-                tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _joined(
-    x_ptr, w13, h_ptr, w2, y_ptr, rows_ptr, blocks_ptr, tally_ptr, up_columns, down_columns, stride_x,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, M: tl.constexpr,
-    UP_BOXED: tl.constexpr, UP_N: tl.constexpr, UP_K: tl.constexpr, UP_STAGES: tl.constexpr,
-    DOWN_BOXED: tl.constexpr, DOWN_N: tl.constexpr, DOWN_K: tl.constexpr, DOWN_STAGES: tl.constexpr,
-):  # fmt: skip
-    """Both products: programs of the second wait until all of the first are through with their block of rows.
-
-    A program draws its number, since CUDA does not say in which order programs start: the first to run take the first
-    product's tiles, which wait for nobody, so whoever waits, waits for programs that run. Numbers for which there is no
-    block come last. The next launch gets a place only when all have started.
-    """
-    follow()
-    drawn, num_blocks = tl.atomic_add(tally_ptr, 1, sem="relaxed"), tl.load(tally_ptr + 1)
-    is_up = drawn < num_blocks * up_columns
-    number, columns = tl.where(is_up, drawn, drawn - num_blocks * up_columns), tl.where(is_up, up_columns, down_columns)
-    block, tile = number // columns, number % columns
-    if block < num_blocks:
-        expert, first = tl.load(blocks_ptr + block * 3), tl.load(blocks_ptr + block * 3 + 1)
-        end = tl.load(blocks_ptr + block * 3 + 2)
-        if is_up:
-            _up_tile(
-                x_ptr, w13, h_ptr, rows_ptr, stride_x, expert, first, end, tile,
-                HIDDEN, INNER, TOP_K, UP_BOXED, M, UP_N, UP_K, UP_STAGES,
-            )  # fmt: skip
-            tl.debug_barrier()  # all that the program wrote before it says so
-            tl.atomic_add(tally_ptr + 2 + block, 1, sem="release")
-        else:
-            _wait(tally_ptr + 2 + block, up_columns)
-            tl.debug_barrier()
-            _down_tile(
-                h_ptr, w2, y_ptr, rows_ptr, expert, first, end, tile,
-                HIDDEN, INNER, False, DOWN_BOXED, M, DOWN_N, DOWN_K, DOWN_STAGES,
-            )  # fmt: skip
 
 
 def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -308,8 +218,8 @@ def _boxes(matrices: Tensor, tile: Tile, count: int = 1) -> tuple[Tensor | Tenso
 def _cut(tile: Tile, boxed: bool) -> dict[str, object]:
     """What a grouped product is launched with."""
     return {
-        "BOXED": boxed, "HALVED": tile.halved, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group,
-        "STAGES": tile.stages, "num_warps": tile.warps,
+        "BOXED": boxed, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "STAGES": tile.stages,
+        "num_warps": tile.warps,
     }  # fmt: skip
 
 
@@ -321,8 +231,6 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
 def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
     """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written."""
     _expect_whole(x, w13, w2)
-    if tiles.joined:
-        return joined_rows(x, w13, w2, ids, tiles)
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x, up, down = x if x.stride(1) == 1 else x.contiguous(), tiles.up, tiles.down
     by_expert = sort_rows(ids, num_experts, up.m)
@@ -335,25 +243,6 @@ def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) 
         x=x, w=w, h_ptr=h, num_columns=columns, stride_x=x.stride(0), TOP_K=top_k, **sizes, **_cut(up, boxed)
     )
     columns, (w, boxed) = triton.cdiv(hidden, down.n), _boxes(w2, down)
-    whole, half = (TensorDescriptor.from_tensor(h, [m, down.k]) if boxed else h for m in (down.m, down.m // 2))
-    _down[num_blocks * columns,](h=whole, half=half, w=w, y_ptr=y, num_columns=columns, **sizes, **_cut(down, boxed))
-    return y
-
-
-def joined_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
-    """See `grouped_rows`, with one launch for both products."""
-    (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
-    x = x if x.stride(1) == 1 else x.contiguous()
-    by_expert = sort_rows(ids, num_experts, tiles.up.m)
-    num_blocks, (up, up_boxed) = len(by_expert.blocks), _boxes(w13.unflatten(1, (2, inner)), tiles.up, 2)
-    down, down_boxed = _boxes(w2, tiles.down)
-    h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
-    up_columns, down_columns = triton.cdiv(inner, tiles.up.n), triton.cdiv(hidden, tiles.down.n)
-    _joined[num_blocks * (up_columns + down_columns),](
-        x, up, h, down, y, by_expert.rows, by_expert.blocks, by_expert.tally,
-        up_columns, down_columns, x.stride(0), HIDDEN=hidden, INNER=inner, TOP_K=top_k, M=tiles.up.m,
-        UP_BOXED=up_boxed, UP_N=tiles.up.n, UP_K=tiles.up.k, UP_STAGES=tiles.up.stages,
-        DOWN_BOXED=down_boxed, DOWN_N=tiles.down.n, DOWN_K=tiles.down.k, DOWN_STAGES=tiles.down.stages,
-        num_warps=tiles.up.warps, **chained(x.device),
-    )  # fmt: skip
+    h_in = TensorDescriptor.from_tensor(h, [down.m, down.k]) if boxed else h
+    _down[num_blocks * columns,](h=h_in, w=w, y_ptr=y, num_columns=columns, **sizes, **_cut(down, boxed))
     return y

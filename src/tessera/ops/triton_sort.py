@@ -25,15 +25,13 @@ class Sorted:
     """`rows` [R] int32: routed rows, those of an expert together; rows of -1 are left out and the end is not written.
 
     `blocks` [B, 3] int32: expert (-1: none), first and end in `rows` of at most M rows of one expert; all of an
-    expert's blocks are neighbours. B is the most that there can be; blocks of none come last. `tally` [2 + B] int32: 0,
-    for who counts programs; how many blocks have an expert; zeros, for who counts what becomes of each block.
-    `ends` [E] int32: where each expert's rows end when those of every expert begin with a block, and where they would
-    begin if it has none.
+    expert's blocks are neighbours. B is the most that there can be; blocks of none come last. `ends` [E] int32:
+    where each expert's rows end when those of every expert begin with a block, and where they would begin if it has
+    none.
     """
 
     rows: Tensor
     blocks: Tensor
-    tally: Tensor
     ends: Tensor
 
 
@@ -64,9 +62,8 @@ def _totals(counts_ptr, chunk, num_chunks, BINS: tl.constexpr):
 
 @triton.jit
 def _list_blocks(
-    blocks_ptr, tally_ptr, ends_ptr, which, total, num_blocks,
-    BINS: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
+    blocks_ptr, ends_ptr, which, total, num_blocks, BINS: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr
+):
     """Blocks `which * LISTED ..`: the expert of a block is the number of experts whose blocks end at or before it."""
     bins = tl.arange(0, BINS)
     count = (total + M - 1) // M
@@ -83,16 +80,13 @@ def _list_blocks(
     tl.store(at, tl.where(expert < BINS, expert, -1), mask=valid)
     tl.store(at + 1, first, mask=valid)
     tl.store(at + 2, tl.minimum(first + M, end), mask=valid)
-    tl.store(tally_ptr + 2 + block, tl.zeros([LISTED], tl.int32), mask=valid)
     if which == 0:
-        tl.store(tally_ptr, 0)
-        tl.store(tally_ptr + 1, tl.sum(count, 0))
         tl.store(ends_ptr + bins, (block_end - count) * M + total)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_chunks", "num_blocks"])
 def _place(
-    ids_ptr, counts_ptr, taken_ptr, rows_ptr, blocks_ptr, tally_ptr, ends_ptr, num_rows, num_chunks, num_blocks,
+    ids_ptr, counts_ptr, taken_ptr, rows_ptr, blocks_ptr, ends_ptr, num_rows, num_chunks, num_blocks,
     BINS: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Programs `0 .. num_chunks - 1` write the rows of their chunk, the others the list of blocks."""
@@ -106,7 +100,7 @@ def _place(
     else:
         total, before = _totals(counts_ptr, chunk, num_chunks, BINS)
     if chunk >= num_chunks:
-        _list_blocks(blocks_ptr, tally_ptr, ends_ptr, chunk - num_chunks, total, num_blocks, BINS, M, LISTED)
+        _list_blocks(blocks_ptr, ends_ptr, chunk - num_chunks, total, num_blocks, BINS, M, LISTED)
     else:
         taken = taken_ptr + chunk * BINS
         if ALONE:
@@ -133,12 +127,11 @@ def sort_rows(ids: Tensor, num_experts: int, block: int) -> Sorted:
     num_chunks, num_blocks = triton.cdiv(num_rows, chunk), most_blocks(num_rows, num_experts, block)
     ints = {"dtype": torch.int32, "device": ids.device}
     counts, taken = torch.empty(2, num_chunks, bins, **ints)
-    sizes = (num_rows,), (num_blocks, 3), (2 + num_blocks,), (bins,)
-    rows, blocks, tally, ends = (torch.empty(*n, **ints) for n in sizes)
+    rows, blocks, ends = (torch.empty(*n, **ints) for n in ((num_rows,), (num_blocks, 3), (bins,)))
     if not alone:
         _count[num_chunks,](ids, counts, taken, num_rows, BINS=bins, CHUNK=chunk, num_warps=8, **chained(ids.device))
     _place[num_chunks + triton.cdiv(num_blocks, LISTED),](
-        ids, counts, taken, rows, blocks, tally, ends, num_rows, num_chunks, num_blocks,
+        ids, counts, taken, rows, blocks, ends, num_rows, num_chunks, num_blocks,
         BINS=bins, CHUNK=chunk, ALONE=alone, M=block, LISTED=LISTED, num_warps=8, **chained(ids.device),
     )  # fmt: skip
-    return Sorted(rows, blocks, tally, ends[:num_experts])
+    return Sorted(rows, blocks, ends[:num_experts])
