@@ -132,5 +132,5 @@ def test_halves_in_a_graph_give_what_each_gives_alone(peers: bool) -> None:
 def test_a_peer_that_never_sends_is_noticed() -> None:
     """Its kernel fails after the deadline, and with it all that the process has on the device."""
     results = as_processes(2, one_rank, instance_mesh(2), free_port(), left_alone, False, True, 2.0, seconds=60)
-    expected = "rank 0 in a collective over 'tp' through the peers' memory: nothing came from rank 1 for 2 s"
+    expected = "rank 0 in a collective of ranks 0, 1 through the peers' memory: nothing came from rank 1 for 2 s"
     assert expected in str(results[0])

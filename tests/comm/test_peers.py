@@ -174,5 +174,5 @@ def test_the_error_names_ranks_and_the_deadline() -> None:
     mesh = instance_mesh(4, dp=2)
     assert told_late(mesh, 2, {"tp": [], "attn": []}, 300.0) is None
     error = told_late(mesh, 2, {"tp": [], "attn": [1]}, 300.0)
-    said = "rank 2 in a collective over 'attn' through the peers' memory: nothing came from rank 3 for 300 s"
+    said = "rank 2 in a collective of ranks 2, 3 through the peers' memory: nothing came from rank 3 for 300 s"
     assert str(error) == said

@@ -40,5 +40,5 @@ def test_who_did_not_come_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         last = engine.ended()
     fatal, said = engine.fatal(), "through the peers' memory: nothing came from rank 1 for 20 s"
     assert fatal is not None
-    assert f"rank 0: DeadlineError: rank 0 in a collective over 'tp' {said}" in fatal.error
+    assert f"rank 0: DeadlineError: rank 0 in a collective of ranks 0, 1 {said}" in fatal.error
     assert said in (last["r", 0].error or "")

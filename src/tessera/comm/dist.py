@@ -86,12 +86,16 @@ def _explained(what: str, deadline_s: float) -> Iterator[None]:
 
 
 def told_late(mesh: Mesh, rank: int, late: Mapping[str, Sequence[int]], deadline_s: float) -> DeadlineError | None:
-    """What a failed wait of a rank's kernels means. `late`: who did not come, by axis, as coordinates."""
+    """What a failed wait of a rank's kernels means. `late`: who did not come, by axis, as coordinates.
+
+    The ranks are named and not the axis: axes of the same ranks share one memory, which does not know whose turn it was.
+    """
     for axis, coordinates in late.items():
         if coordinates:
-            missing = [mesh.group(rank, axis)[at] for at in coordinates]
-            what = f"rank {rank} in a collective over '{axis}' through the peers' memory"
-            return DeadlineError(f"{what}: nothing came from rank {', '.join(map(str, missing))} for {deadline_s:g} s")
+            ranks = mesh.group(rank, axis)
+            missing = ", ".join(str(ranks[at]) for at in coordinates)
+            what = f"rank {rank} in a collective of ranks {', '.join(map(str, ranks))} through the peers' memory"
+            return DeadlineError(f"{what}: nothing came from rank {missing} for {deadline_s:g} s")
     return None
 
 
