@@ -80,7 +80,7 @@ def after_long(**flags: Any) -> np.ndarray:
     if "quantization" in flags:
         tiny = TinyModel(tiny.spec, Quantizing(tiny.source, Quantization(loading=True)))
     run = serve(tiny, asked, dtype="bfloat16", device="cuda", chunked_prefill_size=480, **flags)
-    return np.array([run.answers[str(i)].logprobs[0].top_logprobs[0] for i in range(len(LONG))])
+    return np.array([run.answers[str(i), 0].logprobs[0].top_logprobs[0] for i in range(len(LONG))])
 
 
 @pytest.mark.gpu
