@@ -9,6 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError
 
 from ops.cases import assert_close
 from tessera.ops import triton_common
@@ -31,6 +33,13 @@ def test_dot(dtype):
     out = torch.full((16, 16), float("nan"), device=DEVICE)
     _product[(1,)](a, b, out, N=16)
     assert_close(out, a.double() @ b.double(), torch.float32)
+
+
+def test_too_few_columns_for_tensor_cores():
+    """Known fault: a tile that a device refuses passed in the interpreter."""
+    a = torch.zeros(8, 8, device=DEVICE)
+    with pytest.raises((InterpreterError, CompilationError)):
+        _product[(1,)](a, a, a.clone(), N=8)
 
 
 def test_processors():

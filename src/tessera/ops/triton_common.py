@@ -55,9 +55,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def dot(a, b, acc):
     """`acc + a @ b` in fp32 (acc None: 0). fp32 operands are multiplied as such, not as tf32.
 
-    The interpreter multiplies the bit patterns of bf16, so there the operands are widened first.
+    The interpreter multiplies the bit patterns of bf16, so there the operands are widened first; and it takes shapes
+    for which Triton has no product on a device, so there they are checked.
     """
     if INTERPRETED:
+        assert a.shape[1] >= (32 if a.dtype.primitive_bitwidth == 8 else 16), "too few columns for tensor cores"
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
