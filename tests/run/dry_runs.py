@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import DependenciesFinder, JITFunction
 
 import tessera
-from tessera.core.config.types import Hardware
+from tessera.core.config.types import Config, Hardware
 from tessera.ops import triton_fused, upload
 from tessera.ops.backend import chosen
 from tessera.ops.compiling import Compilers, Stand, Wanted, finding
@@ -40,18 +41,18 @@ def dry_of(shape: str, **flags: Any) -> tuple[Any, Dry]:
     return config, Dry(config, found.spec, chosen(config.kernels))
 
 
-def launched(dry: Dry, steps: Any) -> set[Wanted]:
+def launched(run: Callable[[Any], None], steps: Any) -> set[Wanted]:
     """The kernels that steps launch."""
     found: set[Wanted] = set()
     with finding(found.add):
         for step in steps:
-            dry.run(step)
+            run(step)
     return found
 
 
-def any_step(rng: random.Random) -> Ranges:
-    """Decodes, a chunk, or a mix, as a planner makes them: longer ranges first."""
-    ranges, left = [], CHUNK
+def any_step(rng: random.Random, left: int) -> Ranges:
+    """Decodes, a chunk of up to `left` tokens, or a mix, as a planner makes them: longer ranges first."""
+    ranges = []
     for _ in range(rng.choice((1, 2, 5, ROWS))):
         length = min(rng.choice((1, 1, 1, 2, 5, 9, 40, 300, rng.randint(1, CHUNK))), left)
         ranges += [(rng.choice((0, rng.randrange(2000))) if length > 1 else rng.randrange(2000), length)] * (left > 0)
@@ -59,18 +60,36 @@ def any_step(rng: random.Random) -> Ranges:
     return tuple(sorted(ranges, key=lambda r: -r[1]))
 
 
+def any_steps(rng: random.Random, config: Config) -> list[Ranges]:
+    """One of every DP rank, of which some may have nothing to do."""
+    steps = [any_step(rng, config.scheduling.chunk_size) if rng.random() < 0.7 else () for _ in range(config.mesh.dp)]
+    return steps if any(steps) else any_steps(rng, config)
+
+
+GROUPS = {"dp_size": 2, "enable_dp_attention": True}
+MIXED = {"tp_size": 2, "enable_mixed_chunk": True, "chunked_prefill_size": 256, **GROUPS}
+FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}
+APART = {"tp_size": 4, "ep_size": 2, "moe_dense_tp_size": 1, "enable_dp_lm_head": True, **GROUPS}
+TRAVEL = {"ep_size": 2, "moe_a2a_backend": "all_to_all", "moe_a2a_padded_tokens": 128}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hybrid": ("qwen3next16", {}),
+    "latent, fp8": ("dsv2lite", {"quantization": "fp8"}),
+    "hybrid, two groups, experts apart, fp8": ("qwen3next16", {**APART, **FP8}),
+    "latent, two groups, small chunks": ("dsv2lite", MIXED),
+    "latent, tokens travel": ("dsv2lite", {**MIXED, **TRAVEL}),
+}
+
+
 def cover() -> dict[str, Any]:
     """Kernels of steps of any lengths that were not foreseen, by model and layout; and how many were."""
-    cases = {
-        "hybrid": dry_of("qwen3next16"),
-        "latent, fp8": dry_of("dsv2lite", quantization="fp8"),
-        "two groups": dry_of("qwen3next16", tp_size=4, dp_size=2, enable_dp_attention=True),
-    }
     told = {}
-    for name, (config, dry) in cases.items():
-        expected = launched(dry, foreseen(config))
+    for name, (shape, flags) in CASES.items():
+        config, dry = dry_of(shape, **flags)
+        expected = launched(dry.run, foreseen(config))
         rng = random.Random(name)
-        met = launched(dry, [any_step(rng) for _ in range(60)])
+        met = launched(
+            lambda steps, dry=dry: dry.launch(steps[0], tuple(steps[1:])), [any_steps(rng, config) for _ in range(60)]
+        )
         told[name] = {"foreseen": len(expected), "met": len(met), "missed": sorted(n for _, n, _ in met - expected)}
     return told
 
@@ -79,9 +98,9 @@ def columns() -> dict[str, Any]:
     """How many kernels the same steps take where packed columns begin at 16 bytes, and where they begin anywhere."""
     _, dry = dry_of("qwen3-8b")
     steps = [tuple((64 * n + i, 1) for i in range(n)) for n in range(5, 21)]
-    told = {"aligned": len(launched(dry, steps))}
+    told = {"aligned": len(launched(dry.run, steps))}
     upload.room = lambda length: length  # the known fault
-    return told | {"anywhere": len(launched(dry, steps))}
+    return told | {"anywhere": len(launched(dry.run, steps))}
 
 
 def compiled() -> dict[str, Any]:

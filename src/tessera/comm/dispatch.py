@@ -149,12 +149,17 @@ class Travelling:
         packed = self.carrier.pack(mine, ids, scores, places, most)
         shared = experts.shared(mine)
         num_received = yield counting
-        sent, received = places.counts.tolist(), num_received.tolist()
+        sent, received = _known(places.counts, len(packed)), _known(num_received, len(packed))
         rows = yield self.comm.exchange(packed[: sum(sent)], "tp", sent, received)
         part = experts.part(*self.carrier.unpack(rows, mine, scores))
         back = yield self.comm.exchange(part, "tp", received, sent)
         out = experts.joined(self.carrier.collect(back, places), shared, mine)
         return (yield self.comm.gather(out, "attn", 0, pieces))
+
+
+def _known(counts: Tensor, most: int) -> list[int]:
+    """Counts on the host, which waits for them; of tensors without memory as if all `most` rows went."""
+    return list(even_lengths(most, len(counts))) if counts.is_meta else counts.tolist()
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _explained(what: str, deadline_s: float) -> Iterator[None]:
 def told_late(mesh: Mesh, rank: int, late: Mapping[str, Sequence[int]], deadline_s: float) -> DeadlineError | None:
     """What a failed wait of a rank's kernels means. `late`: who did not come, by axis, as coordinates.
 
-    The ranks are named and not the axis: axes of the same ranks share one memory, which does not know whose turn it was.
+    Ranks are named and not the axis: axes of the same ranks share one memory, which does not know whose turn it was.
     """
     for axis, coordinates in late.items():
         if coordinates:

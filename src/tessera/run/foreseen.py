@@ -46,7 +46,7 @@ def foreseen(config: Config) -> Iterator[Ranges | Size]:
     yield from (Size(segments, tokens) for segments in sizes.segments[:1] for tokens in sizes.tokens)
     yield from (Size(segments, tokens) for segments in sizes.segments for tokens in sizes.tokens[-1:])
     for tokens in (*whole, *_between(whole)):
-        yield from (((PREFIX, tokens // count),) * count for count in (1, 4, 16) if count <= tokens)
+        yield from (((PREFIX, tokens // count),) * count for count in (1, 4, 16) if count <= min(rows, tokens))
         for count in (1, 16, 64):
             if count < min(rows, tokens):
                 yield ((0, tokens - count), *((PREFIX, 1),) * count)
@@ -57,8 +57,8 @@ def foreseen(config: Config) -> Iterator[Ranges | Size]:
 
 
 def _doubling(first: int, last: int) -> list[int]:
-    """first, 2 first, 4 first, ... and last."""
-    return [first << n for n in range(40) if first << n < last] + [last]
+    """first, 2 first, 4 first, ... and last; nothing where that is less than first."""
+    return [first << n for n in range(40) if first << n < last] + [last] * (first <= last)
 
 
 def _between(numbers: list[int]) -> list[int]:
@@ -81,16 +81,23 @@ class Dry:
 
     @torch.inference_mode()
     def run(self, step: Ranges | Size) -> None:
-        """Launches what a step would."""
+        """Launches what a step would: where all DP ranks have as much to do, and where the others have nothing."""
         if isinstance(step, Size):
             self._graphs.rehearse(step)
             return
-        starts, lengths = (np.array(column, np.int32) for column in zip(*step, strict=True))
-        pages = np.zeros((len(step), -(-int((starts + lengths).max()) // self._page_size)), np.int32)
-        segments = make_segments(starts, lengths, pages, pages[:, 0], self._page_size, NOWHERE)
+        for others in dict.fromkeys(((step,) * (self._num_dp - 1), ((),) * (self._num_dp - 1))):
+            self.launch(step, others)
+
+    @torch.inference_mode()
+    def launch(self, ranges: Ranges, others: tuple[Ranges, ...]) -> None:
+        """Launches what a step of `ranges` would, with those of `others` on the other DP ranks."""
+        starts, lengths = np.array(ranges, np.int32).reshape(-1, 2).T
+        pages = np.zeros((len(ranges), -(-int((starts + lengths).max(initial=0)) // self._page_size)), np.int32)
+        segments = make_segments(starts, lengths, pages, np.zeros_like(starts), self._page_size, NOWHERE)
         tokens = torch.empty(segments.num_tokens, dtype=torch.int32, device=NOWHERE)
-        hidden = self._model.forward((Input(tokens, segments, (len(tokens),) * self._num_dp),), self._pools)
-        self._model.logits(hidden[segments.starts], (len(step),) * self._num_dp)
+        counts = tuple(sum(length for _, length in each) for each in (ranges, *others))
+        hidden = self._model.forward((Input(tokens, segments, counts),), self._pools)
+        self._model.logits(hidden[segments.starts], tuple(len(each) for each in (ranges, *others)))
 
 
 def kinds(config: Config, spec: ModelSpec) -> list[int]:
