@@ -6,6 +6,11 @@ Both sides serve over HTTP, with dummy weights. *alone*: prompts one after the o
 while other requests decode; what these lose shows in the largest gaps between their tokens. Prints a line of JSON for
 each side, and what happens meanwhile on stderr; a side that fails, or is not through in its time, says why in its line,
 with what it had measured. The results kept in `bench/results/handover.md` were taken so.
+
+Apart, the first token's time is told by legs too, which follow one after the other: `arrive` (until the decode server's
+planner has the request), `reserve` (until it has set memory aside), `letters` (its reservation's way to prefill, what
+prefill waits for, and the record's way back), `prefill` (from the plan of the first chunk to the end of the last),
+`transfer` (until the last byte is there), `tell` (from the record to the client).
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
 from tessera.serve.here import free_port
 
+MS = 1e3
 SHAPES = Path(__file__).resolve().parent / "shapes"
 STOP_S, LOOK_S = 15.0, 0.1
 READY = re.compile(r"processes are ready: http|^\[[^]]*\] INFO The server is fired up")
@@ -119,6 +126,32 @@ class Server:
             self._process.wait()
 
 
+class Times(NamedTuple):
+    """Of one answer, in seconds: from the request to each chunk, and the legs of the first (none from one server)."""
+
+    chunks: list[float]
+    legs: dict[str, float]
+
+
+def legs_of(handed: dict[str, float], began: float, first: float) -> dict[str, float]:
+    """What the first token's time went to; `handed`: `HandoverTimes` of the decode server, of this host's clock."""
+    asked = handed["ended"] - handed["waiting"]
+    opened = asked - handed["queue"] - handed["meeting"]
+    return {
+        "arrive": opened - began,
+        "reserve": asked - opened,
+        "letters": handed["waiting"] - handed["prefill"] - handed["transfer"],
+        "prefill": handed["prefill"],
+        "transfer": handed["transfer"],
+        "tell": began + first - handed["ended"],
+    }
+
+
+def medians(answers: Sequence[Times]) -> dict[str, float]:
+    """Of each leg, in milliseconds."""
+    return {leg: MS * statistics.median(a.legs[leg] for a in answers) for leg in answers[0].legs}
+
+
 class Clients:
     """Requests of random tokens, streamed."""
 
@@ -126,12 +159,12 @@ class Clients:
         self._http = httpx.AsyncClient(base_url=url, timeout=seconds, trust_env=False)
         self._chance, self._vocab = random.Random(0), vocab_size
 
-    async def times(self, prompt: int, new: int) -> list[float]:
-        """Seconds from the request to each chunk of its answer."""
+    async def times(self, prompt: int, new: int) -> Times:
+        """Of one request."""
         ids = [self._chance.randrange(3, self._vocab) for _ in range(prompt)]
         params = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": ids, "sampling_params": params, "stream": True}
-        began, found = time.perf_counter(), []
+        began, found, legs = time.monotonic(), list[float](), dict[str, float]()
         async with self._http.stream("POST", "/generate", json=body) as answer:
             if answer.is_error:
                 raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode(errors='replace')[:500]}")
@@ -139,8 +172,10 @@ class Clients:
                 if '"error"' in line:
                     raise RuntimeError(line)
                 if line.startswith("data: {"):
-                    found.append(time.perf_counter() - began)
-        return found
+                    found.append(time.monotonic() - began)
+                    if len(found) == 1 and (handed := json.loads(line[6:])["meta_info"].get("handover")):
+                        legs = legs_of(handed, began, found[0])
+        return Times(found, legs)
 
     async def measure(self, prompt: int, count: int, others: int, found: dict[str, Any]) -> None:
         """Medians in milliseconds, put into `found`; `gap_ms`: over requests, of the largest gap between tokens."""
@@ -151,7 +186,9 @@ class Clients:
             )
             tell(f"warm, turn {turn}: {time.perf_counter() - began:.1f} s")
         alone = [await self.times(prompt, NEW) for _ in range(count)]
-        found["alone_first_ms"] = 1e3 * statistics.median(t[0] for t in alone)
+        found["alone_first_ms"] = MS * statistics.median(t.chunks[0] for t in alone)
+        found["alone_second_ms"] = MS * statistics.median(t.chunks[1] for t in alone)
+        found["alone_legs_ms"] = medians(alone)
         tell(f"alone: {found['alone_first_ms']:.1f} ms")
         beside = [asyncio.create_task(self.times(OTHER_PROMPT, tokens_beside(count))) for _ in range(others)]
         await asyncio.sleep(0.5)
@@ -160,10 +197,12 @@ class Clients:
             firsts.append(asyncio.create_task(self.times(prompt, NEW)))
             await asyncio.sleep(0.5)
         busy, streams = await asyncio.gather(*firsts), await asyncio.gather(*beside)
-        ticks = [[b - a for a, b in pairwise(t)] for t in streams]
-        found["beside_first_ms"] = 1e3 * statistics.median(t[0] for t in busy)
-        found["gap_ms"] = 1e3 * statistics.median(map(max, ticks))
-        found["token_ms"] = 1e3 * statistics.median(tick for t in ticks for tick in t)
+        ticks = [[b - a for a, b in pairwise(t.chunks)] for t in streams]
+        found["beside_first_ms"] = MS * statistics.median(t.chunks[0] for t in busy)
+        found["beside_second_ms"] = MS * statistics.median(t.chunks[1] for t in busy)
+        found["beside_legs_ms"] = medians(busy)
+        found["gap_ms"] = MS * statistics.median(map(max, ticks))
+        found["token_ms"] = MS * statistics.median(tick for t in ticks for tick in t)
 
 
 async def within(clients: Clients, options: argparse.Namespace, seconds: float, found: dict[str, Any]) -> None:
