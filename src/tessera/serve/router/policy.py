@@ -90,7 +90,7 @@ class CacheAware:
 
     def choose(self, loads: Loads, prompt: Prompt) -> str:
         """See `Policy`."""
-        if not self._uneven(loads) and prompt:
+        if len(loads) > 1 and not self._uneven(loads) and prompt:
             seen = self._prefixes.shares(prompt)
             best = max((seen.get(server, 0.0) for server in loads), default=0.0)
             if best > 0 and best >= self._threshold:

@@ -83,7 +83,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[int] | None:
             value = value[0]
         if isinstance(value, str):
             return value
-        if isinstance(value, list) and all(isinstance(token, int) for token in value):
+        if isinstance(value, list) and set(map(type, value)) <= {int}:
             return value
     return None
 
