@@ -247,7 +247,7 @@ def test_chunks_are_longer_while_nobody_decodes_and_where_experts_see_few_tokens
     many = {**HYBRID, "num_experts": 512, "num_experts_per_tok": 10}
     found = config_of(spec_of(many), CUDA).scheduling
     assert (found.chunk_size, found.alone_size, found.max_prefill_tokens) == (16384, 32768, 32768)
-    assert sizes() == (8192, 16384, 16384)
+    assert sizes() == (8192, 32768, 32768)
     assert sizes(max_prefill_tokens=9000) == (8192, 9000, 9000)
     assert sizes(chunked_prefill_size=9000) == (9000, 9000, 16384)
     assert config_of().scheduling.alone_size == 512

@@ -104,7 +104,8 @@ def by_tokens(sketch: Sketch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("mib", "sizes"), [(400, (8192, 16384)), (150, (8192, 8192)), (70, (4096, 4096)), (40, (2048, 2048))]
+    ("mib", "sizes"),
+    [(400, (8192, 32768)), (300, (8192, 16384)), (150, (8192, 8192)), (70, (4096, 4096)), (40, (2048, 2048))],
 )
 def test_a_default_chunk_is_cut_before_it_leaves_no_memory(mib: int, sizes: tuple[int, int]) -> None:
     """Known fault: the default was refused, with the advice to give a smaller one."""

@@ -37,6 +37,7 @@ from tessera.core.spec import ModelSpec, MoESpec
 
 SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 CHUNK = {"cpu": 512, "cuda": 8192}
+ALONE = 32768  # CUDA, experts, nobody decodes: 2.7 % ahead of half of it on an H100 (bench/results/gpu.md)
 EXPERT_ROWS = 512  # of an expert in a step below which reading its weights takes about as long as multiplying by them
 LEAST_CHUNK = 2048  # CUDA: the default is halved down to this where memory is short
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
@@ -149,13 +150,13 @@ def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes
         if device == "cuda" and rows < EXPERT_ROWS:
             chunk, why = 2 * chunk, f"twice the default on cuda: {CHUNK[device]} tokens are {rows:.0f} for each expert"
         # Nobody's next token waits for such a step. A dense model gains nothing from it, and first tokens come later.
-        alone = 2 * chunk if device == "cuda" and rows < float("inf") else chunk
+        alone = ALONE if device == "cuda" and rows < float("inf") else chunk
         if values.gave("max_prefill_tokens"):
             chunk, alone = min(chunk, most), min(alone, most)
-        whys = {Limits(chunk, alone, max(alone, most)): why}
-        less = f"larger steps leave no memory for pools; {why}"
-        sizes = [chunk, *(chunk >> n for n in range(1, 8) if chunk >> n >= LEAST_CHUNK and device == "cuda")]
-        return whys | {found: less for found in (Limits(n, n, max(n, most)) for n in sizes) if found not in whys}
+        sizes = [(chunk, n) for n in _halves_of(alone, chunk + 1)]
+        sizes += [(n, n) for n in (_halves_of(chunk, LEAST_CHUNK) if device == "cuda" else [chunk])] or [(chunk, chunk)]
+        first, *others = (Limits(n, m, max(m, most)) for n, m in sizes)
+        return {first: why} | dict.fromkeys(others, f"larger steps leave no memory for pools; {why}")
     if asked > most and values.gave("max_prefill_tokens"):
         notes.refuse(
             (f"--chunked-prefill-size {asked}", f"--max-prefill-tokens {most}"),
@@ -163,6 +164,11 @@ def _limits(values: Asked, spec: ModelSpec, mesh: MeshConfig, device: str, notes
             f"Raise --max-prefill-tokens to {asked}, or leave it out.",
         )
     return {Limits(0, 0, most) if asked == -1 else Limits(asked, asked, max(asked, most)): ""}
+
+
+def _halves_of(number: int, least: int) -> list[int]:
+    """The number, half of it and so on, down to `least`."""
+    return [number >> n for n in range(number.bit_length()) if number >> n >= least]
 
 
 def _decided(choices: dict[Limits, str], nth: int, notes: Notes) -> Limits:
