@@ -76,6 +76,19 @@ def test_quantize_kernel(columns: int) -> None:
         torch.testing.assert_close(found.float(), expected.float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu
+def test_quantising_has_the_same_bits_everywhere() -> None:
+    """By the kernel, and by the twins on either device. Known fault: on CUDA the twin's scales were half of them one
+    step off, and one number in 600, which lies between two of fp8's, went the other way."""
+    x = torch.randn(300, 2048).bfloat16()
+    for version in (triton_fp8.quantize(x.cuda()), fp8.quantize(x.cuda())):
+        for found, expected in zip(version, fp8.quantize(x), strict=True):
+            assert torch.equal(found.cpu().float(), expected.float())
+    on_both = (fp8.quantize_weight(x.to(device).float(), (128, 128)) for device in ("cpu", "cuda"))
+    for one, other in zip(*on_both, strict=True):
+        assert torch.equal(one.float(), other.cpu().float())
+
+
 @pytest.mark.parametrize("kernel", ["_quantize", "_spread"])
 def test_rows_may_be_more_than_a_grid_has_in_its_second_dimension(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """65,535 on CUDA. Known fault: 16 groups of 16,384 tokens that visit 8 experts each could not be launched."""

@@ -50,9 +50,15 @@ def quantize(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     Scales are fp32 or wider.
     """
     padded = pad(x.to(wide(x.dtype)), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
-    scales = padded.abs().amax(-1).clamp(min=SMALLEST) / LARGEST
+    scales = _scales(padded.abs().amax(-1))
     values = (padded * (1 / scales)[..., None]).clamp(-LARGEST, LARGEST).flatten(-2)[..., : x.shape[-1]]
     return values.to(torch.float8_e4m3fn), scales
+
+
+def _scales(largest: Tensor) -> Tensor:
+    """Scales by largest magnitudes, with the same bits everywhere: what is divided by a number, and not by a tensor,
+    PyTorch multiplies on CUDA with the number's rounded inverse."""
+    return largest.clamp(min=SMALLEST) / largest.new_full((), LARGEST)
 
 
 def quantize_weight(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
@@ -60,7 +66,7 @@ def quantize_weight(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     (rows, columns), (height, width) = weight.shape, block
     padded = pad(weight, (0, -columns % width, 0, -rows % height))
     boxes = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [N / bn, bn, K / bk, bk]
-    scales = boxes.abs().amax((1, 3)).clamp(min=SMALLEST) / LARGEST
+    scales = _scales(boxes.abs().amax((1, 3)))
     values = (boxes / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).flatten(2).flatten(0, 1)
     return values[:rows, :columns].to(torch.float8_e4m3fn), scales
 
