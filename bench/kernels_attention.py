@@ -57,8 +57,7 @@ JOINS = [
 ]  # fmt: skip
 MLA_OWN = [
     Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 4, 2), Tile(128, 32, 4, 3), Tile(64, 64, 4, 2),
-    Tile(64, 32, 4, 3), Tile(256, 64, 16, 2), Tile(128, 64, 8, 3, True), Tile(128, 64, 8, 2, True),
-    Tile(128, 128, 8, 2, True), Tile(64, 64, 4, 2, True),
+    Tile(64, 32, 4, 3), Tile(256, 64, 16, 2),
 ]  # fmt: skip
 MIXED_SPLITS = [(short, long) for short in (2, 3, 4, 8) for long in (1, 2, 3)]
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128

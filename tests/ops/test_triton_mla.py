@@ -52,34 +52,14 @@ def test_dims_that_are_no_powers_of_two(sizes):
     _assert_plain(*_inputs(MIXED, 16, sizes, torch.float32), splits=(3, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ranges", [*RANGES, "later"])
 @pytest.mark.parametrize("sizes", [TINY, (2, 40, 12, 24, 20)], ids=str)
-def test_keys_in_boxes(sizes, ranges, dtype):
-    """Where the dims allow it; else as they are. What precedes a range lies in boxes too, where it is expanded."""
-    inputs = _inputs((RANGES | {"later": [(70, 40), (0, 20), (33, 200)]})[ranges], 16, sizes, dtype)
+def test_many_tiles_of_a_range(sizes):
+    """Keys that all rows of a tile see and those that some do; what precedes a range is expanded too, where that pays."""
+    inputs = _inputs([(70, 40), (0, 20), (33, triton_mla.PAYS + 8)], 16, sizes, torch.bfloat16)
     segments, pool, q_nope, q_rope, kv_b = inputs
-    found = mla_expanded(q_nope, q_rope, kv_b, pool, segments, SCALE, own=Tile(16, 16, 4, 2, True))
+    found = mla_expanded(q_nope, q_rope, kv_b, pool, segments, SCALE, own=Tile(16, 16, 4, 2))
     wide = [x.double() for x in (q_nope, q_rope, kv_b, pool)]
     assert_close(found, mla_expanded_reference(*wide, segments, SCALE))
-
-
-def test_which_keys_can_be_boxed():
-    """Rows aligned to 16 bytes, widths that are powers of two."""
-    expanded, cached, tile = (
-        torch.zeros(4, 64, device=DEVICE),
-        torch.zeros(4, 48, device=DEVICE),
-        Tile(16, 16, 4, 2, True),
-    )
-    for boxed, nope, value, ropes, t in (
-        (True, 16, 16, cached[:, 32:], tile),
-        (False, 16, 16, cached[:, 32:], Tile(16, 16, 4, 2)),
-        (False, 24, 16, cached[:, 32:], tile),
-        (False, 16, 16, cached[:, 31:47], tile),
-        (False, 16, 16, torch.zeros(4, 49, device=DEVICE)[:, :16], tile),
-    ):
-        boxes = triton_mla._boxes(expanded, ropes, nope, value, t)
-        assert [box is not None for box in boxes] == [boxed] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import LOG2E, dot
@@ -72,14 +71,13 @@ def _values(v_base, n, length, k_token, V: tl.constexpr, VP: tl.constexpr, N: tl
 
 @triton.jit(do_not_specialize_on_alignment=[*RANGES, "bases", "firsts"])
 def _own(
-    q_nope, q_rope, expanded, ropes, k_box, r_box, v_box, out, lse, tiles, bases, firsts, cu_lengths, starts, lengths,
-    scale, nope_token, nope_head, rope_token, rope_head, k_token, r_token,
+    q_nope, q_rope, expanded, ropes, out, lse, tiles, bases, firsts, cu_lengths, starts, lengths, scale,
+    nope_token, nope_head, rope_token, rope_head, k_token, r_token,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr, V: tl.constexpr,
-    VP: tl.constexpr, PREFIX: tl.constexpr, BOXED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    VP: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, tile) over expanded [L, H, D + V] and ropes [L, DR], see `Expansion`; out [T, H, V] dense.
 
-    BOXED: keys that all rows see are fetched in boxes of N rows, those of expanded as [L, H * (D + V)].
     PREFIX: out and `lse` [T, H] hold what came of the positions that are not expanded.
     """
     h, tile = tl.program_id(0), tl.program_id(1)
@@ -101,16 +99,9 @@ def _own(
         acc += load_rows(out, (token * H + h) * V, live, V, VP, True).to(tl.float32)
     seen_by_all = (lead + block * M + 1) // N * N
     for n in range(0, seen_by_all, N):
-        at, column = (base + n).to(tl.int32), h * (D + V)
-        if BOXED:
-            k, rope = k_box.load([at, column]), r_box.load([at, 0])
-        else:
-            k, rope = _keys(k_base, r_base, n, seen_by_all, k_token, r_token, D, DP, DR, DRP, N, False)
+        k, rope = _keys(k_base, r_base, n, seen_by_all, k_token, r_token, D, DP, DR, DRP, N, False)
         weights, shrink, m, total = fold(_scores(x, y, k, rope), scale, m, total)
-        if BOXED:
-            v = v_box.load([at, column + D])
-        else:
-            v = _values(k_base + D, n, seen_by_all, k_token, V, VP, N, False)
+        v = _values(k_base + D, n, seen_by_all, k_token, V, VP, N, False)
         acc = dot(weights.to(v.dtype), v, acc * shrink[:, None])
     for n in range(seen_by_all, lead + tl.minimum(block * M + M, length), N):
         k, rope = _keys(k_base, r_base, n, lead + length, k_token, r_token, D, DP, DR, DRP, N, True)
@@ -157,27 +148,14 @@ def mla_expanded(
         expanded = torch.nn.functional.linear(cached[:, :rank], kv_b.flatten(0, 1))
         t = own or OWN.get(q_nope.element_size(), WIDE)
         blocks, ropes = tiles_of(segments, 1, t.m, SHORT), cached[:, rank:]
-        boxes = _boxes(expanded, ropes, nope, value, t)
         _own[(heads, len(blocks))](
-            q_nope, q_rope, expanded, ropes, *boxes, out, lse, blocks, rows.bases, rows.firsts,
+            q_nope, q_rope, expanded, ropes, out, lse, blocks, rows.bases, rows.firsts,
             segments.cu_lengths, segments.starts, segments.lengths, scale * LOG2E.value,
             *q_nope.stride()[:2], *q_rope.stride()[:2], expanded.stride(0), cached.stride(0), H=heads, D=nope,
             DP=padded(nope), DR=dim, DRP=padded(dim), V=value, VP=padded(value), PREFIX=not rows.whole,
-            BOXED=boxes[0] is not None, **t.launch,
+            **t.launch,
         )  # fmt: skip
     return out
-
-
-def _boxes(expanded: Tensor, ropes: Tensor, nope: int, value: int, tile: Tile) -> list[TensorDescriptor | None]:
-    """Keys, their roped part and values in boxes, where the tile wants that and the accelerator can; else None."""
-    widths = {"keys": (expanded, nope), "ropes": (ropes, ropes.shape[1]), "values": (expanded, value)}
-    able = all(
-        width == padded(width) and x.stride(0) * x.element_size() % 16 == x.data_ptr() % 16 == 0
-        for x, width in widths.values()
-    )
-    if not (tile.boxed and able):
-        return [None] * len(widths)
-    return [TensorDescriptor.from_tensor(x, [tile.n, width]) for x, width in widths.values()]
 
 
 def _gathered(pool: Tensor, rows: Expansion, dtype: torch.dtype) -> Tensor:

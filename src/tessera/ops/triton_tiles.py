@@ -16,14 +16,12 @@ MAX_SPLITS = 64
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and keys of a tile, and how a program runs: warps, and loads that are under way at once (stages). `boxed`:
-    what lies in order is fetched by the tensor memory accelerator, by kernels that have that form."""
+    """Rows and keys of a tile, and how a program runs: warps, and loads that are under way at once (stages)."""
 
     m: int
     n: int
     warps: int
     stages: int
-    boxed: bool = False
 
     @property
     def launch(self) -> dict[str, int]:
