@@ -54,7 +54,7 @@ def test_dims_that_are_no_powers_of_two(sizes):
 
 @pytest.mark.parametrize("sizes", [TINY, (2, 40, 12, 24, 20)], ids=str)
 def test_many_tiles_of_a_range(sizes):
-    """Keys that all rows of a tile see and those that some do; what precedes a range is expanded too, where that pays."""
+    """Keys that all rows of a tile see and those that some do; what precedes a range among them, where that pays."""
     inputs = _inputs([(70, 40), (0, 20), (33, triton_mla.PAYS + 8)], 16, sizes, torch.bfloat16)
     segments, pool, q_nope, q_rope, kv_b = inputs
     found = mla_expanded(q_nope, q_rope, kv_b, pool, segments, SCALE, own=Tile(16, 16, 4, 2))

@@ -13,32 +13,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.linear import AfterGate
 from tessera.ops.triton_common import chained, dot, follow, num_processors
-from tessera.ops.triton_fp8_rows import Quantized, empty, quantize, scales_of, shrunk
+from tessera.ops.triton_fp8_rows import Quantized, quantize
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_moe import work_of
-from tessera.ops.triton_sort import Sorted, sort_rows
+from tessera.ops.triton_sort import sort_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Rows and columns (gated: of each half) of a tile, and how a program runs. `group` blocks of rows go through all
-    columns before the next ones. `boxed`: what lies in order is fetched by the tensor memory accelerator, in boxes,
-    where its rows are aligned for it. `paired`: a program makes two gated tiles side by side and, where they are a
-    group of what comes next, quantises them."""
+    columns before the next ones."""
 
     m: int
     n: int
     warps: int
     stages: int
     group: int = 1
-    boxed: bool = False
-    paired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,6 @@ TILES = (
     Tiles(float("inf"), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 3)),
 )
 NARROW = 32  # columns
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def tiles_of(rows: float) -> Tiles:
@@ -75,29 +69,20 @@ def spread(tile: Tile, rows: int, out: int, processors: int) -> Tile:
 
 
 @triton.jit
-def _rows(x, row, held, first, k, COLUMNS: tl.constexpr, K: tl.constexpr, BOXED: tl.constexpr):
-    """[M, K]: columns k .. of the rows `row` of x, or of those from `first` on."""
-    if BOXED:
-        return x.load([first, k])
-    else:
-        inner = k + tl.arange(0, K)
-        at = x + row[:, None] * COLUMNS + inner[None, :]
-        return tl.load(at, mask=held[:, None] & (inner < COLUMNS)[None, :], other=0.0)
+def _rows(x, row, held, k, COLUMNS: tl.constexpr, K: tl.constexpr):
+    """[M, K]: columns k .. of the rows `row` of x."""
+    inner = k + tl.arange(0, K)
+    at = x + row[:, None] * COLUMNS + inner[None, :]
+    return tl.load(at, mask=held[:, None] & (inner < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
-def _weights(
-    w, which, first, limit, k, COLUMNS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
-    BOXED: tl.constexpr,
-):  # fmt: skip
+def _weights(w, which, first, limit, k, COLUMNS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr):
     """[K, COUNT * N]: columns k .. of the rows `first` .. of the matrices `which` .., of `limit` rows each."""
-    if BOXED:
-        return w.load([which, first, k]).reshape(COUNT * N, K).T
-    else:
-        nth, inner = tl.arange(0, COUNT * N), k + tl.arange(0, K)
-        row = first + nth % N
-        at = w + ((which + nth // N) * limit + row).to(tl.int64)[None, :] * COLUMNS + inner[:, None]
-        return tl.load(at, mask=(row < limit)[None, :] & (inner < COLUMNS)[:, None], other=0.0)
+    nth, inner = tl.arange(0, COUNT * N), k + tl.arange(0, K)
+    row = first + nth % N
+    at = w + ((which + nth // N) * limit + row).to(tl.int64)[None, :] * COLUMNS + inner[:, None]
+    return tl.load(at, mask=(row < limit)[None, :] & (inner < COLUMNS)[:, None], other=0.0)
 
 
 @triton.jit
@@ -131,8 +116,7 @@ def _scaled(total, sums, xs, ws, BLOCK_N: tl.constexpr, N: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_columns", "across"])
 def _linear(
     x, xs, w, ws, y, num_rows, num_blocks, num_columns, across,
-    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    X_BOXED: tl.constexpr, BOXED: tl.constexpr, TURN: tl.constexpr,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TURN: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [T, OUT] = x w."""
@@ -150,23 +134,31 @@ def _linear(
     for k in tl.range(0, COLUMNS, K, num_stages=STAGES):
         next_row_scales = _row_scales(xs, row, held, k + K, across, COLUMNS, GROUP)
         next_scales = _block_scales(ws, first, OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
-        a = _rows(x, wide, held, top, k, COLUMNS, K, X_BOXED)
-        sums = dot(a, _weights(w, 0, first, OUT, k, COLUMNS, N, K, 1, BOXED), None)
+        a = _rows(x, wide, held, k, COLUMNS, K)
+        sums = dot(a, _weights(w, 0, first, OUT, k, COLUMNS, N, K, 1), None)
         total = _scaled(total, sums, row_scales, scales, BLOCK_N, N)
         row_scales, scales = next_row_scales, next_scales
     y_at = y + wide[:, None] * OUT + column[None, :]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=held[:, None] & (column < OUT)[None, :])
 
 
-@triton.jit
-def _up_tile(
-    x, xs, w, ws, x_row, held, expert, first, across,
-    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOXED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=["num_blocks", "num_columns", "across"])
+def _up(
+    x, xs, w, ws, h, rows, blocks, num_blocks, num_columns, across,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TURN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """[M, N] in fp32: silu of the product with columns `first` .. of a weight, times that with those OUT further on."""
+    """h [R, OUT] in the order of experts: silu of a first OUT columns of x times their weight, times a second OUT ones;
+    row r of x is that of the routed rows r * FOLD .. ."""
+    expert, begin, end, tile = work_of(blocks, num_blocks, num_columns, TURN)
+    if expert < 0:
+        return
+    at, first = begin + tl.arange(0, M), tile * N
+    held = at < end
+    x_row = tl.load(rows + at, mask=held, other=0) // FOLD
     wide = x_row.to(tl.int64)
-    made, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
+    ws += expert.to(tl.int64) * (tl.cdiv(2 * OUT, BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K))
+    gate, up = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
     row_scales = _row_scales(xs, x_row, held, 0, across, COLUMNS, GROUP)
     scales = _block_scales(ws, first, OUT, 0, COLUMNS, BLOCK_N, BLOCK_K, N)
     up_scales = _block_scales(ws, OUT + first, 2 * OUT, 0, COLUMNS, BLOCK_N, BLOCK_K, N)
@@ -174,58 +166,22 @@ def _up_tile(
         next_row_scales = _row_scales(xs, x_row, held, k + K, across, COLUMNS, GROUP)
         next_scales = _block_scales(ws, first, OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
         next_up_scales = _block_scales(ws, OUT + first, 2 * OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
-        a = _rows(x, wide, held, 0, k, COLUMNS, K, False)
-        both = dot(a, _weights(w, expert * 2, first, OUT, k, COLUMNS, N, K, 2, BOXED), None)
+        a = _rows(x, wide, held, k, COLUMNS, K)
+        both = dot(a, _weights(w, expert * 2, first, OUT, k, COLUMNS, N, K, 2), None)
         sums, up_sums = tl.split(both.reshape(M, 2, N).permute(0, 2, 1))
-        made = _scaled(made, sums, row_scales, scales, BLOCK_N, N)
+        gate = _scaled(gate, sums, row_scales, scales, BLOCK_N, N)
         up = _scaled(up, up_sums, row_scales, up_scales, BLOCK_N, N)
         row_scales, scales, up_scales = next_row_scales, next_scales, next_up_scales
-    return made / (1 + tl.exp(-made)) * up
-
-
-@triton.jit(do_not_specialize=["num_blocks", "num_columns", "across", "h_across"])
-def _up(
-    x, xs, w, ws, h, hs, rows, blocks, num_blocks, num_columns, across, h_across,
-    COLUMNS: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr, QUANTIZES: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOXED: tl.constexpr, TURN: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """h [R, OUT] in the order of experts: silu of a first OUT columns of x times their weight, times a second OUT ones;
-    row r of x is that of the routed rows r * FOLD .. . QUANTIZES: two tiles of N columns are a group, of one scale."""
-    expert, begin, end, tile = work_of(blocks, num_blocks, num_columns, TURN)
-    if expert < 0:
-        return
-    at = begin + tl.arange(0, M)
-    held = at < end
-    x_row = tl.load(rows + at, mask=held, other=0) // FOLD
-    first = tile * (2 * N if QUANTIZES else N)
-    ws += expert.to(tl.int64) * (tl.cdiv(2 * OUT, BLOCK_N) * tl.cdiv(COLUMNS, BLOCK_K))
-    made = _up_tile(
-        x, xs, w, ws, x_row, held, expert, first, across, COLUMNS, OUT, BLOCK_N, BLOCK_K, BOXED, M, N, K, GROUP, STAGES
-    ).to(DTYPE)  # fmt: skip
     column = first + tl.arange(0, N)
     h_at = h + at.to(tl.int64)[:, None] * OUT + column[None, :]
-    shown = held[:, None] & (column < OUT)[None, :]
-    if QUANTIZES:
-        more = _up_tile(
-            x, xs, w, ws, x_row, held, expert, first + N, across,
-            COLUMNS, OUT, BLOCK_N, BLOCK_K, BOXED, M, N, K, GROUP, STAGES,
-        ).to(DTYPE).to(tl.float32)  # fmt: skip
-        made = made.to(tl.float32)
-        scale, inverse = scales_of(tl.maximum(tl.max(tl.abs(made), 1), tl.max(tl.abs(more), 1)))
-        tl.store(hs + tile.to(tl.int64) * h_across + at, scale, mask=held)
-        tl.store(h_at, shrunk(made, inverse).to(h.dtype.element_ty), mask=shown)
-        shown = held[:, None] & (column + N < OUT)[None, :]
-        tl.store(h_at + N, shrunk(more, inverse).to(h.dtype.element_ty), mask=shown)
-    else:
-        tl.store(h_at, made, mask=shown)
+    made = gate / (1 + tl.exp(-gate)) * up
+    tl.store(h_at, made.to(h.dtype.element_ty), mask=held[:, None] & (column < OUT)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_columns", "across"])
 def _down(
     h, hs, w, ws, y, rows, blocks, num_blocks, num_columns, across,
-    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BOXED: tl.constexpr, TURN: tl.constexpr,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TURN: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [R, OUT], to each row's own place: h [R, COLUMNS], in the order of experts, times their weights."""
@@ -242,19 +198,13 @@ def _down(
     for k in tl.range(0, COLUMNS, K, num_stages=STAGES):
         next_row_scales = _row_scales(hs, at, held, k + K, across, COLUMNS, GROUP)
         next_scales = _block_scales(ws, first, OUT, k + K, COLUMNS, BLOCK_N, BLOCK_K, N)
-        a = _rows(h, wide, held, begin, k, COLUMNS, K, BOXED)
-        sums = dot(a, _weights(w, expert, first, OUT, k, COLUMNS, N, K, 1, BOXED), None)
+        a = _rows(h, wide, held, k, COLUMNS, K)
+        sums = dot(a, _weights(w, expert, first, OUT, k, COLUMNS, N, K, 1), None)
         total = _scaled(total, sums, row_scales, scales, BLOCK_N, N)
         row_scales, scales = next_row_scales, next_scales
     row, column = tl.load(rows + at, mask=held, other=0).to(tl.int64), first + tl.arange(0, N)
     y_at = y + row[:, None] * OUT + column[None, :]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=held[:, None] & (column < OUT)[None, :])
-
-
-def _boxes(matrices: Tensor, box: list[int], wanted: bool) -> tuple[Tensor | TensorDescriptor, bool]:
-    """Matrices of bytes without gaps, in boxes where that is wanted and their rows are aligned for it."""
-    boxed = wanted and matrices.shape[-1] % 16 == 0
-    return (TensorDescriptor.from_tensor(matrices, box) if boxed else matrices), boxed
 
 
 def _sizes(tile: Tile, block: Block, columns: int, out: int, device: torch.device) -> dict[str, object]:
@@ -281,11 +231,9 @@ def product(x: Quantized, w: Fp8Weight, dtype: torch.dtype, tile: Tile | None = 
     y = torch.empty(num_rows, out, dtype=dtype, device=weight.device)
     if num_rows:
         num_blocks, num_columns = triton.cdiv(num_rows, tile.m), triton.cdiv(out, tile.n)
-        x_in, x_boxed = _boxes(values, [tile.m, block[1]], tile.boxed)
-        w_in, boxed = _boxes(weight[None], [1, tile.n, block[1]], tile.boxed)
         _linear[num_blocks * num_columns,](
-            x_in, row_scales, w_in, scales, y, num_rows, num_blocks, num_columns, row_scales.stride(1),
-            X_BOXED=x_boxed, BOXED=boxed, **_sizes(tile, block, columns, out, weight.device),
+            values, row_scales, weight, scales, y, num_rows, num_blocks, num_columns, row_scales.stride(1),
+            **_sizes(tile, block, columns, out, weight.device),
         )  # fmt: skip
     return y
 
@@ -308,28 +256,17 @@ def rows_of_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles
     inner, tiles = w2.values.shape[2], tiles or tiles_of(ids.numel() / len(w2.values))
     assert inner % w13.block[0] == 0, f"a block of {w13.block[0]} rows would hold both halves of {inner}"
     by_expert = sort_rows(ids, len(w2.values), tiles.up.m)
-    h = _gate_up(x, w13, by_expert, ids.shape[1], w2.block[1], tiles.up)
-    (out, columns), tile, (values, scales) = w2.values.shape[1:], tiles.down, h
-    y, num_blocks, num_columns = x.new_empty(ids.numel(), out), len(by_expert.blocks), triton.cdiv(out, tile.n)
-    h_in, boxed = _boxes(values, [tile.m, w2.block[1]], tile.boxed)
-    w_in, _ = _boxes(w2.values, [1, tile.n, w2.block[1]], tile.boxed)
+    rows, blocks, num_blocks = by_expert.rows, by_expert.blocks, len(by_expert.blocks)
+    (values, scales), h = quantize(x, w13.block[1]), x.new_empty(ids.numel(), inner)
+    num_columns = triton.cdiv(inner, tiles.up.n)
+    _up[num_blocks * num_columns,](
+        values, scales, w13.values, w13.scales, h, rows, blocks, num_blocks, num_columns, scales.stride(1),
+        FOLD=ids.shape[1], **_sizes(tiles.up, w13.block, x.shape[1], inner, x.device),
+    )  # fmt: skip
+    (values, scales), out = quantize(h, w2.block[1]), w2.values.shape[1]
+    y, num_columns = x.new_empty(ids.numel(), out), triton.cdiv(out, tiles.down.n)
     _down[num_blocks * num_columns,](
-        h_in, scales, w_in, w2.scales, y, by_expert.rows, by_expert.blocks, num_blocks, num_columns, scales.stride(1),
-        BOXED=boxed, **_sizes(tile, w2.block, columns, out, x.device),
+        values, scales, w2.values, w2.scales, y, rows, blocks, num_blocks, num_columns, scales.stride(1),
+        **_sizes(tiles.down, w2.block, inner, out, x.device),
     )  # fmt: skip
     return y
-
-
-def _gate_up(x: Tensor, w13: Fp8Weight, by_expert: Sorted, top_k: int, group: int, tile: Tile) -> Quantized:
-    """What lies between the products, [R, I] in the order of experts, in groups of `group` columns."""
-    (values, scales), inner, block = quantize(x, w13.block[1]), w13.values.shape[1] // 2, w13.block
-    quantizes, num_rows, num_blocks = tile.paired and 2 * tile.n == group, len(by_expert.rows), len(by_expert.blocks)
-    num_columns = triton.cdiv(inner, 2 * tile.n if quantizes else tile.n)
-    w_in, boxed = _boxes(w13.values.view(-1, inner, x.shape[1]), [2, tile.n, block[1]], tile.boxed)
-    h, h_scales = empty(num_rows, inner, group, x.device) if quantizes else (x.new_empty(num_rows, inner), None)
-    _up[num_blocks * num_columns,](
-        values, scales, w_in, w13.scales, h, h_scales, by_expert.rows, by_expert.blocks, num_blocks, num_columns,
-        scales.stride(1), h_scales.stride(1) if h_scales is not None else 0, FOLD=top_k, QUANTIZES=quantizes,
-        DTYPE=TYPES[x.dtype], BOXED=boxed, **_sizes(tile, block, x.shape[1], inner, x.device),
-    )  # fmt: skip
-    return quantize(h, group) if h_scales is None else (h, h_scales)
