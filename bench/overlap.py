@@ -121,7 +121,7 @@ def rank_main(
             say(shape=shape, **more, tokens=size, whole_ms=whole, halves_ms=split, gain=whole / split)
     for halves in (False, True) if trace is not None else ():
         step = steps(sizes[-1], halves)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             timed(runner, step)
         if rank == 0:
             say(shape=shape, **more, tokens=sizes[-1], halves=halves, **beside(profiler))

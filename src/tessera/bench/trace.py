@@ -28,7 +28,7 @@ class Traced:
 def traced(work: Callable[[], object], ours: Ours, counts: Callable[[StepReport], bool]) -> Traced:
     """Runs `work` under the profiler, and looks at the last steps of the run, as many as `counts` holds for."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         work()
         torch.cuda.synchronize()
     events = sorted(
