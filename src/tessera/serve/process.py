@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
-import zmq.asyncio
 
 from tessera.run.children import how_it_ended
 from tessera.serve.wire import Downward, Upward, addresses, decode_up, encode
 
 WORKER = (sys.executable, "-P", "-m", "tessera.serve.worker")
-LOOK_MS = 250  # how soon an end is noticed
+LOOK_S = 0.25  # how soon an end is noticed
 
 
 class EngineProcess:
@@ -30,9 +29,8 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str] = WORKER) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="tessera-"))
-        self._context = zmq.asyncio.Context()
-        self._down = zmq.Context(self._context).socket(zmq.PUSH)
-        self._up = self._context.socket(zmq.PULL)
+        self._context = zmq.Context()
+        self._down, self._up = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         self._down.set_hwm(0)
         down, up = addresses(self._folder)
         self._down.connect(down)  # the side that connects may send before the other is there
@@ -53,14 +51,32 @@ class EngineProcess:
 
     async def receive(self) -> Upward | None:
         """The next message; None when the process has ended and all that it said is read."""
-        while not await self._up.poll(LOOK_MS):
-            if self._process.poll() is not None and not await self._up.poll(0):
+        while not self._there():
+            if not await self._woken() and self._process.poll() is not None and not self._there():
                 return None
-        message: Upward = decode_up(await self._up.recv())
+        message: Upward = decode_up(self._up.recv(zmq.NOBLOCK))
         if not self._met:  # both ends are connected: nothing needs the folder, and nobody shall have to clear it away
             self._met = True
             shutil.rmtree(self._folder, ignore_errors=True)
         return message
+
+    def _there(self) -> bool:
+        """A message can be read. Whoever has asked is woken by what comes later, and not before (see ZMQ_FD)."""
+        return bool(int(self._up.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    async def _woken(self) -> bool:
+        """Something may have come; False: nothing has, for `LOOK_S`. Sockets of `zmq.asyncio` take twice as long."""
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        file = int(self._up.getsockopt(zmq.FD))
+        loop.add_reader(file, woken.set)
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await woken.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(file)
+        return True
 
     def end(self) -> str:
         """How it ended, for people."""
