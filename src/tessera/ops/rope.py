@@ -111,20 +111,14 @@ def _yarn(plain: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
 _FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
 
 
-def apply_rope(x: Tensor, positions: Tensor, tables: RopeTables, interleaved: bool = False, offset: int = 0) -> Tensor:
-    """Rotates dims `offset .. offset + tables.dim - 1` of x [T, H, D]; the others pass. In fp32 or wider, rounded once.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotates the first `dim` dims of x [T, H, D] by the tables' rows of their positions, cos and sin [T, 1, dim / 2];
+    the others pass. In fp32 or wider, rounded once.
 
     Pairs are (i, i + dim / 2), or neighbours (2i, 2i + 1) when `interleaved`; each element stays in its place.
     """
-    cos = tables.cos[positions][:, None]
-    sin = tables.sin[positions][:, None]
-    return rotate(x, cos, sin, interleaved, offset)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, offset: int = 0) -> Tensor:
-    """`apply_rope` with the tables' rows already taken: cos, sin [T, 1, dim / 2]. Layers share them within a step."""
     dim = 2 * cos.shape[-1]
-    turned = x[..., offset : offset + dim].to(wide(x.dtype))
+    turned = x[..., :dim].to(wide(x.dtype))
     if interleaved:
         a, b = turned.unflatten(-1, (dim // 2, 2)).unbind(-1)
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
@@ -133,4 +127,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, offse
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     if dim == x.shape[-1]:
         return turned.to(x.dtype)
-    return torch.cat((x[..., :offset], turned.to(x.dtype), x[..., offset + dim :]), -1)
+    return torch.cat((turned.to(x.dtype), x[..., dim:]), -1)

@@ -61,7 +61,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["table_stride", "queries", "splits"])
 def _decode(
-    q, pool, out, partial, lse, cu_lengths, starts, lengths, page_table, scale, kv_scale,
+    q, pool, out, partial, lse, cu_lengths, starts, lengths, page_table, scale,
     q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
     queries, splits, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr,
     WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -88,11 +88,10 @@ def _decode(
     pages = pages_of(table, first, end, PAGE, N)
     for n in range(first, tl.minimum(first + size, end), N):
         acc, m, total, pages = _tile(
-            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale * kv_scale, page_stride,
+            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale, page_stride,
             token_stride, True, D, DP, PAGE, N,
         )  # fmt: skip
     acc, sums = normalised(acc, m, total)
-    acc *= kv_scale
     if WHOLE:
         store_rows(out, token * out_token + h * out_head, acc, live, D, DP)
     else:
@@ -103,7 +102,7 @@ def _decode(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
-    q, pool, out, tiles, cu_lengths, starts, lengths, page_table, scale, kv_scale,
+    q, pool, out, tiles, cu_lengths, starts, lengths, page_table, scale,
     q_token, q_head, out_token, out_head, page_stride, plane_stride, head_stride, token_stride, table_stride,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -127,27 +126,25 @@ def _prefill(
     pages = pages_of(table, 0, end, PAGE, N)
     for n in range(0, seen_by_all, N):
         acc, m, total, pages = _tile(
-            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale * kv_scale, page_stride,
+            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale, page_stride,
             token_stride, False, D, DP, PAGE, N,
         )  # fmt: skip
     for n in range(seen_by_all, end, N):
         acc, m, total, pages = _tile(
-            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale * kv_scale, page_stride,
+            x, acc, m, total, k_base, v_base, table, pages, n, end, start + i, scale, page_stride,
             token_stride, True, D, DP, PAGE, N,
         )  # fmt: skip
     acc, _ = normalised(acc, m, total)
-    acc *= kv_scale
     store_rows(out, token * out_token + h * out_head, acc, live, D, DP)
 
 
 def paged_attention(
-    q: Tensor, pool: Tensor, segments: Segments, scale: float, kv_scale: float = 1.0, *,
+    q: Tensor, pool: Tensor, segments: Segments, scale: float, *,
     decode: Tile | None = None, prefill: Tile | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """See `paged_attention_reference`. Only the last dims must be dense; D is best a power of two.
 
-    The pool has q's dtype, or is of fp8 with values that are to be multiplied by `kv_scale`. `decode`, `prefill` and
-    `splits` override what the tables say.
+    The pool has q's dtype, or is of fp8. `decode`, `prefill` and `splits` override what the tables say.
     """
     (num_tokens, num_q, dim), num_kv = q.shape, pool.shape[2]
     assert q.stride(2) == pool.stride(4) == 1, "the elements of a head must be neighbours"
@@ -164,7 +161,6 @@ def paged_attention(
         *pool.stride()[:4],
         segments.page_table.stride(0),
     )
-    numbers = (scale * LOG2E.value, kv_scale)
     shape = {"G": group, "D": dim, "DP": padded(dim), "PAGE": segments.page_size}
     t = decode or DECODE.get(key, WIDE)
     queries = min(SHORT, segments.max_length)
@@ -173,7 +169,7 @@ def paged_attention(
     rows = segments.num_segments * queries * num_q if splits > 1 else 0
     partial, lse = (q.new_empty(rows * splits * n, dtype=torch.float32) for n in (dim, 1))
     _decode[(segments.num_segments, num_kv, splits * blocks)](
-        q, pool, out, partial, lse, *ranges, *numbers, *strides, queries, splits, **shape, SHORT=SHORT,
+        q, pool, out, partial, lse, *ranges, scale * LOG2E.value, *strides, queries, splits, **shape, SHORT=SHORT,
         WHOLE=splits == 1, **t.launch, **chained(q.device),
     )  # fmt: skip
     if splits > 1:
@@ -182,7 +178,7 @@ def paged_attention(
         t = prefill or PREFILL.get(key, WIDE)
         tiles = tiles_of(segments, group, t.m, SHORT)
         _prefill[(num_kv, len(tiles))](
-            q, pool, out, tiles, *ranges, *numbers, *strides, **shape,
+            q, pool, out, tiles, *ranges, scale * LOG2E.value, *strides, **shape,
             **t.launch, **chained(q.device),
         )  # fmt: skip
     return out
