@@ -15,7 +15,7 @@ from tessera.run.table import RowTable
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What a part computes, counted when it is launched. `num_prompt_seq`: ranges of prompts (or of what is computed
-    anew after a preemption); `num_prompt_token`: their tokens."""
+    anew after a preemption), and first ones after a hand-over; `num_prompt_token`: their tokens."""
 
     label: str
     num_prompt_seq: int
@@ -26,12 +26,15 @@ class Tally:
 def tally(part: Part, table: RowTable) -> Tally:
     """Counts a part whose change the table has taken."""
     prompt = (part.starts < table.num_prompt[part.rows]) | (part.lengths > 1)
+    arrived = [e.row for e in part.change.enter if e.arrived]
+    if arrived:
+        came = np.isin(part.rows, arrived)
+        prompt |= came
     num_prompt = int(np.count_nonzero(prompt))
     cached = sum(e.num_cached for e in part.change.enter if e.choice == 0 and len(e.tokens) == e.num_prompt)
-    arrived = [e.row for e in part.change.enter if e.arrived]
     names = {(False, False): "IDLE", (True, False): "EXTEND", (False, True): "DECODE", (True, True): "MIXED"}
     label = names[num_prompt > 0, num_prompt < len(prompt)]
-    if arrived and np.isin(arrived, part.rows).any():
+    if arrived and came.any():
         label = "PREBUILT"
     return Tally(label, num_prompt, int(part.lengths[prompt].sum()), cached)
 
