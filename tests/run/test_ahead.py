@@ -20,6 +20,7 @@ import pytest
 import torch
 from triton import knobs
 
+from run.dry_runs import CASES
 from tessera.ops import compiling
 from tessera.ops.compiling import Result
 from tessera.run import ahead, compiler
@@ -43,10 +44,12 @@ def dry_runs(cache: Path, *what: str) -> Any:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_kernels_of_steps_of_any_lengths_are_foreseen(tmp_path: Path) -> None:
-    for name, told in dry_runs(tmp_path, "cover").items():
-        assert told["missed"] == [], name
-        assert told["met"] > 30, name
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_of_steps_of_any_lengths_are_foreseen(name: str, tmp_path: Path) -> None:
+    """For all ranks, whatever the others have to do. Known fault: not those of a step that is one DP rank's alone."""
+    told = dry_runs(tmp_path, "cover", name)
+    assert told["missed"] == []
+    assert told["met"] > 30
 
 
 def test_no_kernel_is_compiled_anew_for_where_columns_begin(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ class Dry:
         mesh, memory, rows = config.mesh.mesh, config.memory, config.scheduling.max_running
         decoder, _ = load_decoder(config, spec, None, backend, rank, Alone(mesh, rank), NOWHERE, None)
         decoder.layers = [decoder.layers[i] for i in kinds(config, spec)]
-        self._model, self._page_size, self._num_dp = Driven(decoder), memory.page_size, mesh.size_of("dp")
+        self._model, self._page_size = Driven(decoder), memory.page_size
+        self._dp, self._num_dp = mesh.coordinate(rank, "dp"), mesh.size_of("dp")
         self._pools = Pools(cache_table(spec, memory.page_size, memory.dtypes), 2, 2, NOWHERE, mesh, rank).tensors
         table = RowTable(rows, config.model.context_length, memory.page_size, spec.eos, NOWHERE, mirror_pages=True)
         args = (self._model, table, self._pools, memory.page_size, backend.expand, Once(), self._num_dp)
@@ -95,9 +96,10 @@ class Dry:
         pages = np.zeros((len(ranges), -(-int((starts + lengths).max(initial=0)) // self._page_size)), np.int32)
         segments = make_segments(starts, lengths, pages, np.zeros_like(starts), self._page_size, NOWHERE)
         tokens = torch.empty(segments.num_tokens, dtype=torch.int32, device=NOWHERE)
-        counts = tuple(sum(length for _, length in each) for each in (ranges, *others))
+        all_ranks = (*others[: self._dp], ranges, *others[self._dp :])
+        counts = tuple(sum(length for _, length in each) for each in all_ranks)
         hidden = self._model.forward((Input(tokens, segments, counts),), self._pools)
-        self._model.logits(hidden[segments.starts], tuple(len(each) for each in (ranges, *others)))
+        self._model.logits(hidden[segments.starts], tuple(len(each) for each in all_ranks))
 
 
 def kinds(config: Config, spec: ModelSpec) -> list[int]:
