@@ -18,6 +18,7 @@ from run.test_runner import PROMPT, enter, step
 from run.toy import PLAIN, Toy, greedy, toy_caches
 from tessera.core.messages import SamplingParams
 from tessera.ops.expand import expand_reference
+from tessera.ops.greedy import greedy as greedy_op
 from tessera.ops.sample import draw_reference
 from tessera.plan.step import Change, Step
 from tessera.run.graphs import Graphs, Size, Sizes
@@ -35,7 +36,7 @@ class Narrow(Toy):
     """The toy with the logits that a graph takes."""
 
     def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        return self.logits(hidden, counts)
+        return self.logits(hidden, counts).unflatten(1, (2, -1))
 
 
 class Again:
@@ -63,7 +64,7 @@ def runner(sizes: Sizes = SIZES) -> tuple[Runner, Again]:
     """A runner of the toy whose steps run at padded sizes."""
     table = RowTable(4, 64, PAGE, (), mirror_pages=True)
     params, pools, model, again = RowParams(4), Pools(toy_caches(PAGE), 64, 5), Narrow(), Again()
-    graphs = Graphs(sizes, model, table, pools.tensors, PAGE, expand_reference, again)
+    graphs = Graphs(sizes, model, table, pools.tensors, PAGE, expand_reference, greedy_op, again)
     return Runner(model, table, params, pools, Sampler(table, params, draw_reference), PAGE, None, graphs=graphs), again
 
 

@@ -1,4 +1,4 @@
-"""The one decoder loop. T tokens, N positions that need logits, V vocabulary.
+"""The one decoder loop. T tokens, N positions that need logits, V vocabulary, G parts of it, W tokens of a part.
 
 A layer is a generator that yields handles where it waits on the wire; `comm/waits.py` runs one batch alone, or two side
 by side.
@@ -17,6 +17,7 @@ from tessera.models.experts import MoE
 from tessera.models.forms import choose_forms
 from tessera.models.layers import MLA, Attention, DeltaNet, DenseMLP
 from tessera.models.parts import Batch, Tools, Weights
+from tessera.ops.greedy import whole
 from tessera.ops.linear import PackedLinear, linear
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
@@ -67,16 +68,16 @@ class Embedding:
 class Head:
     """Logits of the part of the vocabulary that this rank holds; the others' come in by a gather."""
 
-    def __init__(self, weight: PackedLinear, vocabulary: Together, tools: Tools, vocab_size: int) -> None:
-        self.weight, self.together, self.comm, self.vocab_size = weight, vocabulary, tools.comm, vocab_size
+    def __init__(self, weight: PackedLinear, vocabulary: Together, tools: Tools) -> None:
+        self.weight, self.together, self.comm = weight, vocabulary, tools.comm
 
     def __call__(self, hidden: Tensor, counts: tuple[int, ...]) -> Waits[Tensor]:
-        """hidden [N, hidden] -> [N, V]."""
+        """hidden [N, hidden] -> [N, G, W] in order of tokens, the padding of the vocabulary last."""
         part = linear((yield from self.together.bring(hidden, counts)), self.weight)
         mine = yield from self.together.own(part, counts)  # [attention groups, N, V of one rank]
         ones = [1] * self.comm.mesh.size_of("vocab/attn")
-        whole = yield self.comm.gather(mine.movedim(0, 1)[:, :, None], "vocab/attn", 2, ones)
-        return whole.flatten(1)[:, : self.vocab_size]
+        found = yield self.comm.gather(mine.movedim(0, 1)[:, :, None], "vocab/attn", 2, ones)
+        return found.flatten(1, 2)
 
 
 class Decoder:
@@ -89,7 +90,7 @@ class Decoder:
         self.spec, self.tools = spec, tools
         vocabulary = together(tools.comm, "vocab")
         self.embed = Embedding(weights, ends.rows, vocabulary)
-        self.head = Head(ends.head, vocabulary, tools, spec.vocab_size)
+        self.head = Head(ends.head, vocabulary, tools)
         self.layers = [
             Layer(layer, weights.at(f"layers.{i}"), tools, f"layers.{i}") for i, layer in enumerate(spec.layers)
         ]
@@ -112,11 +113,12 @@ class Decoder:
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
         """hidden [N, hidden] -> [N, V] in fp32 or wider. The padding of the vocabulary is cut off."""
-        logits = self.narrow_logits(hidden, counts)
+        logits = whole(self.narrow_logits(hidden, counts), self.spec.vocab_size)
         return logits.to(wide(logits.dtype))
 
     def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
-        """`logits` as the product gives them, in the model's dtype: enough for the likeliest, which stays the same."""
+        """`logits` as they come together, [N, G, W] in the model's dtype: enough for the likeliest, which stays the
+        same."""
         return drain(self.head(hidden, self._counts(counts, len(hidden))))
 
     def _counts(self, counts: tuple[int, ...] | None, mine: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from tessera.core.spec import ModelSpec
 from tessera.ops import attention, cpu_fused, delta, draw, fp8, fused, grouped, linear, mla, moe, norm, sample, tied
 from tessera.ops.expand import Expanded, expand_reference
 from tessera.ops.fp8 import Fp8Weight
+from tessera.ops.greedy import greedy
 from tessera.ops.travel import TRAVEL, Travel
 
 
@@ -50,6 +51,7 @@ class Backend:
     sigmoid_mul: Callable[..., Tensor]
     add_gated: Callable[..., Tensor]
     draw: Callable[..., Tensor]
+    greedy: Callable[[Tensor, int], Tensor]
     expand: Callable[..., Expanded]
     travel: Travel
     fp8_gated: fp8.Product | None = None
@@ -92,6 +94,7 @@ REFERENCE = Backend(
     sigmoid_mul=fused.sigmoid_mul,
     add_gated=fused.add_gated,
     draw=sample.draw_reference,
+    greedy=greedy,
     expand=expand_reference,
     travel=TRAVEL,
 )
@@ -119,6 +122,7 @@ TORCH = Backend(
     sigmoid_mul=fused.sigmoid_mul,
     add_gated=fused.add_gated,
     draw=draw.draw,
+    greedy=greedy,
     expand=expand_reference,
     travel=TRAVEL,
 )

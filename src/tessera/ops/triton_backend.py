@@ -14,6 +14,7 @@ from tessera.ops import (
     triton_fp8,
     triton_fp8_experts,
     triton_fused,
+    triton_greedy,
     triton_linear,
     triton_mla,
     triton_moe,
@@ -49,6 +50,7 @@ TRITON = replace(
     silu_mul=triton_fused.silu_mul,
     sigmoid_mul=triton_fused.sigmoid_mul,
     add_gated=triton_fused.add_gated,
+    greedy=triton_greedy.greedy,
     expand=triton_expand.expand,
     travel=triton_travel.TRAVEL,
 )

@@ -64,7 +64,7 @@ class Driven:
         return self.decoder.logits(hidden, counts)
 
     def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """The same in the dtype that they are computed in."""
+        """The same [N, G, W] in the parts that they come in, and the dtype that they are computed in."""
         return self.decoder.narrow_logits(hidden, counts)
 
 
@@ -174,7 +174,8 @@ def build_runner(
         finished(device)
     executor = executor or default_executor(config)
     recorder = CudaGraphs(kept_for_steps(memory.needs))
-    args = (model, table, pools.tensors, memory.page_size, backend.expand, recorder, mesh.size_of("dp"), shared)
+    ops = (backend.expand, backend.greedy)
+    args = (model, table, pools.tensors, memory.page_size, *ops, recorder, mesh.size_of("dp"), shared)
     return Runner(
         model,
         table,

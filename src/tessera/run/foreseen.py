@@ -77,7 +77,7 @@ class Dry:
         self._dp, self._num_dp = mesh.coordinate(rank, "dp"), mesh.size_of("dp")
         self._pools = Pools(cache_table(spec, memory.page_size, memory.dtypes), 2, 2, NOWHERE, mesh, rank).tensors
         table = RowTable(rows, config.model.context_length, memory.page_size, spec.eos, NOWHERE, mirror_pages=True)
-        args = (self._model, table, self._pools, memory.page_size, backend.expand, Once(), self._num_dp)
+        args = (self._model, table, self._pools, memory.page_size, backend.expand, backend.greedy, Once(), self._num_dp)
         self._graphs = Graphs(Sizes(*config.kernels.graphs), *args)
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ SPARE = 64 << 20  # bytes that are left free beside a recording, for CUDA's own
 LAYER_BYTES = 128 << 10  # that CUDA keeps for a layer's launches in a graph
 
 Expand = Callable[[Columns, int, Tensor, Tensor, int], Expanded]
+Greedy = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +137,19 @@ def graph_bytes(sketch: Sketch) -> int:
 class Model(Protocol):
     """What is recorded."""
 
+    vocab_size: int
+
     def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
         """See `runner.Model`."""
 
     def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """[N, hidden] -> [N, vocab] in the dtype that they are computed in."""
+        """[N, hidden] -> [N, G, W] in the parts that they come in and the dtype that they are computed in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A size that can be run: fill `columns`, call `run`, read `tokens` [S] (the likeliest) and `logits` [S, V], S the
-    ranges of all halves."""
+    """A size that can be run: fill `columns`, call `run`, read `tokens` [S] (the likeliest) and `logits` [S, G, W], S
+    the ranges of all halves."""
 
     columns: Tensor
     tokens: Tensor
@@ -256,12 +259,14 @@ class Graphs:
         caches: dict[str, Tensor],
         page_size: int,
         expand: Expand,
+        greedy: Greedy,
         recorder: Recorder,
         num_dp: int = 1,
         comm: Rehearsing | None = None,
     ) -> None:
         self._sizes, self._model, self._table, self._caches = sizes, model, table, caches
-        self._page_size, self._expand, self._recorder, self._num_dp = page_size, expand, recorder, num_dp
+        self._page_size, self._recorder, self._num_dp = page_size, recorder, num_dp
+        self._expand, self._greedy = expand, greedy
         self._recorded: dict[Size, Recorded] = {}
         self._comm = comm or Rehearsing(SingleComm())
 
@@ -309,7 +314,7 @@ class Graphs:
         return packed, lambda: self._stage(packed, size)
 
     def _stage(self, packed: Tensor, size: Size) -> Results:
-        """What is recorded: ([S] likeliest tokens, [S, V] logits)."""
+        """What is recorded: ([S] likeliest tokens, [S, G, W] logits)."""
         table = self._table
         halves = [Columns.split(half, size.num_segments) for half in packed.chunk(size.num_halves)]
         hidden = self._model.forward(tuple(self._input(columns, size) for columns in halves), self._caches)
@@ -317,7 +322,7 @@ class Graphs:
             last = [(c.cu_lengths[1:] - 1).clamp(min=0) + size.num_tokens * i for i, c in enumerate(halves)]
             hidden = hidden[torch.cat(last) if len(last) > 1 else last[0]]
         logits = self._model.narrow_logits(hidden, (size.num_segments * size.num_halves,) * self._num_dp)
-        tokens = logits.argmax(-1)
+        tokens = self._greedy(logits, self._model.vocab_size)
         for columns, drawn in zip(halves, tokens.to(torch.int32).chunk(size.num_halves), strict=True):
             table.tokens[columns.draw_rows, columns.starts + columns.lengths] = drawn
         return tokens, logits

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.messages import Output
+from tessera.ops.greedy import whole
 from tessera.ops.precision import wide
 from tessera.plan.step import Change, Ints, Part, Send, Step, StepDone
 from tessera.run.batch import Batch, Input, Wanted, drawn_of, make_batch
@@ -204,7 +205,7 @@ class Runner:
         ran = self.graphs.run(replay.size, replay.columns)
         if plan is GREEDY:
             return Download([ran.tokens], self.pools.device)
-        logits = ran.logits[replay.draws.index]
+        logits = whole(ran.logits[replay.draws.index], self.model.vocab_size)
         return Download(self._draw(logits.to(wide(logits.dtype)), replay.draws, plan), self.pools.device)
 
     def _draw(self, logits: Tensor, draws: Wanted, plan: DrawPlan) -> list[Tensor]:
