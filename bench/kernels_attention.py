@@ -44,7 +44,7 @@ FLASH = {
     256: [Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)],
 }
 LATENTS = [
-    replace(triton_latent.TILES[2], short=Tile(16, *short))
+    replace(triton_latent.TILES[2], short=Tile(16, *short), split=Tile(16, *short))
     for short in ((16, 4, 3), (32, 4, 2), (32, 4, 3), (32, 4, 4), (64, 8, 3), (64, 4, 3))
 ]
 MIXED = [

@@ -47,6 +47,13 @@ def test_is_plain(ranges, page_size, splits):
     _assert_plain(*_inputs(RANGES[ranges], page_size, TINY, torch.float32), splits=splits)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_short_ranges_whose_keys_are_split_have_tiles_of_their_own(splits):
+    tiles = LatentTiles(Tile(16, 64, 4, 2), Tile(16, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2))
+    inputs = _inputs(RANGES["decodes"], 16, TINY, torch.float32)
+    _assert_plain(*inputs, tiles=tiles, splits=(splits, 1))
+
+
 @pytest.mark.parametrize("sizes", [(2, 16, 8, 8, 8), (1, 40, 12, 24, 20)], ids=str)
 def test_dims_that_are_no_powers_of_two(sizes):
     _assert_plain(*_inputs(MIXED, 16, sizes, torch.float32), splits=(3, 2))
@@ -165,8 +172,8 @@ def test_real_sizes(ranges, heads, page_size, dtype):
 @pytest.mark.parametrize(
     "tiles",
     [
-        LatentTiles(Tile(16, 32, 4, 4), Tile(64, 32, 8, 3), Tile(16, 128, 8, 2)),
-        LatentTiles(Tile(16, 128, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
+        LatentTiles(Tile(16, 32, 4, 4), Tile(64, 32, 8, 3), Tile(16, 64, 4, 2), Tile(16, 128, 8, 2)),
+        LatentTiles(Tile(16, 128, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3), Tile(32, 64, 4, 2)),
     ],
     ids=str,
 )

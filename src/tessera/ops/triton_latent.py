@@ -45,10 +45,12 @@ WAVES = 2  # parts of short ranges per multiprocessor that the splits aim at
 
 @dataclass(frozen=True, slots=True)
 class LatentTiles:
-    """Tiles of short and of longer ranges; `join`: tokens by value dims."""
+    """Tiles of short and of longer ranges. `split`: of short ones that are alone, and so few that their keys are split;
+    `join`: tokens by value dims."""
 
     short: Tile
     long: Tile
+    split: Tile
     join: Tile
 
 
@@ -56,8 +58,8 @@ class LatentTiles:
 PARTS = {torch.bfloat16: torch.float16}
 
 # By element size, from one H100; `bench/kernels.py attention --sweep` tries others.
-TILES = {2: LatentTiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(16, 32, 8, 3))}
-WIDE = LatentTiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))  # fp32, on the plain units
+TILES = {2: LatentTiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3), Tile(16, 32, 8, 3))}
+WIDE = LatentTiles(*[Tile(16, 16, 4, 2)] * 4)  # fp32, on the plain units
 
 
 @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=RANGES)
@@ -210,12 +212,12 @@ def _join(
     """Program (B tokens, head, EACH value dims): joins the splits and multiplies by the values' weights, which are
     the rows of `kv_b` [H, D + V, R] after D, N rows at a time. Zeros for tokens of no range. SUMS: writes `sums` too,
     log2 of the sums of exponentials."""
-    follow()
     t, h = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
     inside, split = t < num_tokens, tl.arange(0, MOST)
-    at, num = _parts_of(
+    at, num = _parts_of(  # while the launch before may still run, which is not what tells it
         t, h, inside, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, H, SHORT, LONG
     )
+    follow()
     part = tl.load(lse + at[:, None] + split, mask=split < num[:, None], other=float("-inf"))
     m = tl.maximum(tl.max(part, 1), NEVER)
     total = tl.sum(tl.exp2(part - m[:, None]), 1)
@@ -250,10 +252,10 @@ def _join_few(
     """The same for few tokens, where waiting is what costs: program (token, head, N value dims), B splits at a time."""
     t, h, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * N + tl.arange(0, N)
     weight = load_rows(kv_b + h * weight_head, (D + v) * weight_row, v < V, R, RP, True)
-    follow()
     at, num = _parts_of(
         t, h, True, rows, cu_lengths, lengths, long_at, queries, short_splits, long_splits, H, SHORT, LONG
     )
+    follow()
     split = tl.arange(0, MOST)
     part = tl.load(lse + at + split, mask=split < num, other=float("-inf"))
     m = tl.maximum(tl.max(part, 0), NEVER)
@@ -310,11 +312,12 @@ def attend_latents(
             queries, long_splits, **sizes, LONG=True, BESIDE=False, PREFIX=before is not None, STAGES=t.long.stages,
             M=t.long.m, N=t.long.n, num_warps=t.long.warps, **chained(q_nope.device),
         )  # fmt: skip
-    number = segments.num_segments * triton.cdiv(queries * heads, t.short.m)
+    short = t.short if long or short_splits == 1 else t.split
+    number = segments.num_segments * triton.cdiv(queries * heads, short.m)
     _latents[(min(2 * processors, number * short_splits) if long else number * short_splits,)](
         q_latent, q_rope, pool, partial, lse, blocks, counts, number, 0, None, *ranges, *numbers,
-        queries, short_splits, **sizes, LONG=False, BESIDE=long and beside, PREFIX=False, STAGES=t.short.stages,
-        M=t.short.m, N=t.short.n, num_warps=t.short.warps, **chained(q_nope.device),
+        queries, short_splits, **sizes, LONG=False, BESIDE=long and beside, PREFIX=False, STAGES=short.stages,
+        M=short.m, N=short.n, num_warps=short.warps, **chained(q_nope.device),
     )  # fmt: skip
     counts, room = (short_rows, queries, short_splits, long_splits), splits or _splits(segments, heads, t, True)
     shape |= {"LONG": long, "MOST": next(n for n in MOST if max(room[: 1 + long]) <= n)}
