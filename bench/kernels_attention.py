@@ -202,7 +202,7 @@ def padded(known: Segments) -> Segments:
         page_table=pad(known.page_table, (0, 0, 0, more)), positions=pad(known.positions, (0, tokens)),
         rows=pad(known.rows, (0, tokens), value=known.num_segments + more - 1),
         write_page=pad(known.write_page, (0, tokens)), write_offset=pad(known.write_offset, (0, tokens)),
-        host_starts=none, host_lengths=none, max_length=known.num_tokens + tokens, max_end=64 * 64, _made={},
+        host_starts=none, host_lengths=none, max_length=known.num_tokens + tokens, _made={},
     )  # fmt: skip
 
 

@@ -80,8 +80,8 @@ def for_a_graph(segments: Segments, pages: int, padding: int = 0, longest: int |
     columns["cu_lengths"] = torch.cat((made.cu_lengths, made.cu_lengths[-1:]))
     columns["page_table"] = torch.from_numpy(tables).to(segments.device)
     none = np.zeros(0, np.int32)
-    bounds = {"max_length": longest or made.max_length, "max_end": pages * segments.page_size}
-    return replace(made, **columns, **bounds, host_starts=none, host_lengths=none, _made={})
+    bound = longest or made.max_length
+    return replace(made, **columns, max_length=bound, host_starts=none, host_lengths=none, _made={})
 
 
 def ends(case: Case) -> list[int]:

@@ -23,8 +23,8 @@ needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU has no bfloat16
 FORMS = {
     "packed": pack,
     "reference": pack_reference,
-    "swapped": lambda w, b=None: PackedLinear(w, b, *w.shape, swapped),
-    "prepacked": lambda w, b=None: PackedLinear(prepack(w), b, *w.shape, prepacked),
+    "swapped": lambda w, b=None: PackedLinear(w, b, swapped),
+    "prepacked": lambda w, b=None: PackedLinear(prepack(w), b, prepacked),
 }
 
 
@@ -41,7 +41,6 @@ def test_every_form_is_the_plain_product(form: str, rows: tuple[int, ...]) -> No
         for b in (None, bias):
             packed = FORMS[form](weight, b)
             found, expected = linear(x, packed), plain(x.double(), weight.double(), None if b is None else b.double())
-            assert (packed.out_features, packed.in_features) == (200, 96)
             assert found.shape == expected.shape
             assert found.is_contiguous()
             torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)

@@ -120,4 +120,4 @@ def pack(
 
     once = None if gated is None else partial(gated, weight=values, scales=scales, block=block)
     after = None if after_gate is None else after_gate(weight)
-    return PackedLinear(values, None, *values.shape, multiply, once, after_gate=after)
+    return PackedLinear(values, None, multiply, once, after_gate=after)

@@ -162,7 +162,7 @@ def gated_mlp(
 
 
 def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
-    """x * sigmoid(gate); gate has x's shape or one column."""
+    """x * sigmoid(gate), both of one shape."""
     return x * gate.sigmoid()
 
 

@@ -35,8 +35,6 @@ class PackedLinear:
 
     weight: Tensor
     bias: Tensor | None
-    out_features: int
-    in_features: int
     product: Product
     gated: Callable[[Tensor], Tensor] | None = None
     below: PackedLinear | None = None
@@ -61,7 +59,7 @@ def stacked(parts: Sequence[PackedLinear]) -> PackedLinear:
 
 def pack_reference(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`."""
-    return PackedLinear(weight, bias, *weight.shape, torch.nn.functional.linear)
+    return PackedLinear(weight, bias, torch.nn.functional.linear)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> PackedLinear:
@@ -69,11 +67,10 @@ def pack(weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> Pack
 
     `packs` False: the weight stays as it is, for others who read it.
     """
-    shape = weight.shape
     if swaps_pay(weight):
-        return PackedLinear(weight, bias, *shape, swapped)
+        return PackedLinear(weight, bias, swapped)
     if packs and prepacks(weight):
-        return PackedLinear(prepack(weight), bias, *shape, prepacked)
+        return PackedLinear(prepack(weight), bias, prepacked)
     return pack_reference(weight, bias)
 
 

@@ -28,7 +28,7 @@ class Segments:
     and whose recurrent state is slot `slots[s]`; its rows of the step are `cu_lengths[s] .. cu_lengths[s + 1] - 1`.
 
     What is launched once and replayed for other ranges (a CUDA graph) has no host numbers: `host_starts` and
-    `host_lengths` are empty, `max_length` and `max_end` bound what may come; S and T are padded, by segments that may
+    `host_lengths` are empty, `max_length` bounds what may come; S and T are padded, by segments that may
     be empty, have page table and slot 0 and start at 0, and by tokens of no segment.
     """
 
@@ -45,7 +45,6 @@ class Segments:
     host_starts: Ints
     host_lengths: Ints
     max_length: int
-    max_end: int
     _made: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -105,7 +104,6 @@ class Segments:
             host_starts=starts,
             host_lengths=lengths,
             max_length=int(lengths.max(initial=0)),
-            max_end=int((starts + lengths).max(initial=0)),
         )
 
 
@@ -120,11 +118,10 @@ def make_segments(
     starts = np.asarray(starts, np.int32)
     lengths = np.asarray(lengths, np.int32)
     assert (lengths > 0).all(), f"an empty range is no segment: lengths {lengths.tolist()}"
-    ends = starts + lengths
-    max_end = int(ends.max(initial=0))
-    num_pages = -(-max_end // page_size)
+    last = int((starts + lengths).max(initial=0))
+    num_pages = -(-last // page_size)
     tables = np.asarray(page_tables, np.int32)[:, :num_pages]
-    assert tables.shape[1] == num_pages, f"page tables of {tables.shape[1]} pages do not reach token {max_end - 1}"
+    assert tables.shape[1] == num_pages, f"page tables of {tables.shape[1]} pages do not reach token {last - 1}"
     cu_lengths = np.zeros(len(starts) + 1, np.int32)
     np.cumsum(lengths, out=cu_lengths[1:])
     rows = np.repeat(np.arange(len(starts), dtype=np.int32), lengths)
@@ -147,5 +144,4 @@ def make_segments(
         host_starts=starts,
         host_lengths=lengths,
         max_length=int(lengths.max(initial=0)),
-        max_end=max_end,
     )

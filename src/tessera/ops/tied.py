@@ -49,7 +49,7 @@ def tie(weight: Tensor) -> Ends:
         for width in WIDTHS:
             blocks = Blocks.of(packed, weight.shape, width)
             if blocks is not None and torch.equal(blocks(ids), weight[ids]):
-                return Ends(blocks, PackedLinear(packed, None, *weight.shape, prepacked))
+                return Ends(blocks, PackedLinear(packed, None, prepacked))
     return Ends(plain_rows(weight), pack(weight, packs=False))
 
 

@@ -66,15 +66,13 @@ def _launch(
 
 
 @triton.jit
-def _gate_kernel(
-    x, gate, out, x_stride, gate_stride, columns, total, SILU: tl.constexpr, ONE: tl.constexpr, WIDTH: tl.constexpr
-):
+def _gate_kernel(x, gate, out, x_stride, gate_stride, columns, total, SILU: tl.constexpr, WIDTH: tl.constexpr):
     follow()
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = at < total
     row, column = at // columns, at % columns
     v = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_stride + (row * 0 if ONE else column), inside, 0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + column, inside, 0.0).to(tl.float32)
     factor = 1.0 / (1.0 + tl.exp(-g))
     if SILU:
         factor *= g
@@ -96,11 +94,8 @@ def _gated(x: Tensor, gate: Tensor, silu: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     columns, total = x.shape[1], out.numel()
     if total:
-        one = gate.shape[1] == 1 and columns > 1
         grid = (triton.cdiv(total, BLOCK),)
-        _gate_kernel[grid](
-            x, gate, out, x.stride(0), gate.stride(0), columns, total, silu, one, BLOCK, **chained(x.device)
-        )
+        _gate_kernel[grid](x, gate, out, x.stride(0), gate.stride(0), columns, total, silu, BLOCK, **chained(x.device))
     return out
 
 

@@ -186,7 +186,7 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """See `linear.pack_reference`: the weight stays as it is."""
-    return PackedLinear(weight, bias, *weight.shape, product)
+    return PackedLinear(weight, bias, product)
 
 
 def tie(weight: Tensor) -> Ends:

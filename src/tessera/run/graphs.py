@@ -346,6 +346,5 @@ class Graphs:
             NO_INTS,
             NO_INTS,
             max_length=1 if size.one_each else size.num_tokens,
-            max_end=table.max_context,
         )
         return Input(found.tokens, segments, (size.num_tokens,) * self._num_dp)
