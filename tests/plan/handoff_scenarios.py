@@ -391,6 +391,17 @@ def ended_by_its_first_token() -> Pair:
     return p
 
 
+def seeds_of_their_own() -> Pair:
+    """A request without a seed gets one of either server: decode's holds."""
+    p = pair()
+    for role, seed in (("prefill", 8), ("decode", 5)):
+        p.sides[role].submit(paired(request("first", PROMPT, 3, ignore_eos=True, seed=seed), PROMPT, 1))
+    p.run_errands()
+    p.drain()
+    assert p.sides["decode"].ends["first", 0].finish == "length"
+    return p
+
+
 def one_token_left_of_a_prompt() -> Pair:
     """A chunk ends one token short of the prompt: the last one is sent too."""
     p = pair()
@@ -404,6 +415,7 @@ ALL = (
     told_before_a_step,
     written_before_it_is_told,
     ended_by_its_first_token,
+    seeds_of_their_own,
     one_token_left_of_a_prompt,
     one_write_fails,
     refused_at_prefill,

@@ -235,13 +235,14 @@ class Pair:
         num_prompt, how = 1 + next(tape) % 11, next(tape) % 12
         tokens = [1 + (7 * number + 3 * i) % 5 for i in range(num_prompt)]
         fields = {"n": 1 + (next(tape) % 4 == 3), "seed": number}
-        one = request(f"r{number}", tokens, 1 + next(tape) % 6, **fields)
+        new = 1 + next(tape) % 6
         room = number - (how == 11 and number > 0)  # once in a while a room is used twice
         for role, side in self.sides.items():
             if (how, role) in ((8, "prefill"), (9, "decode")):
                 continue
             given = [*tokens[:-1], 5 - tokens[-1] % 5] if how == 10 and role == "prefill" else tokens
-            side.submit(paired(one, given, room))
+            seed = number + (how % 2 and role == "prefill")  # as where a request names none
+            side.submit(paired(request(f"r{number}", tokens, new, **{**fields, "seed": seed}), given, room))
 
     def abort(self, tape: Iterator[int]) -> None:
         side = self.sides[("prefill", "decode")[next(tape) % 2]]

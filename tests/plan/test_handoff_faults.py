@@ -88,6 +88,17 @@ def the_record_does_not_wait_for_the_first_token(patch: Patch) -> None:
     patch.setattr(Giver, "_open", opened)
 
 
+def prefill_draws_with_its_own_seed(patch: Patch) -> None:
+    original = Giver._pair
+
+    def paired(self: Giver, room: Giving) -> Iterator[Action]:
+        assert room.reserve is not None
+        room.reserve = msgspec.structs.replace(room.reserve, seed=8)
+        yield from original(self, room)
+
+    patch.setattr(Giver, "_pair", paired)
+
+
 def the_first_token_ends_nothing(patch: Patch) -> None:
     """Decode goes on after EOS."""
     original = Taker._heard
@@ -253,6 +264,7 @@ FAULTS = [
     (records_are_not_compared, scenarios.different_prompts),
     (the_record_does_not_wait_for_all_ranks, scenarios.half_written),
     (the_record_does_not_wait_for_the_first_token, scenarios.written_before_it_is_told),
+    (prefill_draws_with_its_own_seed, scenarios.seeds_of_their_own),
     (the_first_token_ends_nothing, scenarios.ended_by_its_first_token),
     (the_first_token_is_told_with_a_step, scenarios.told_before_a_step),
     (the_last_token_of_a_prompt_is_a_decode, scenarios.one_token_left_of_a_prompt),

@@ -3,8 +3,8 @@
 What moves is the state of the prompt, and with the record the first token, which prefill draws: so decode tells it as
 soon as the record is in, and it waits for no step there. Where several choices go on from a prompt, or where nothing is
 drawn, the last token of the prompt is decode's to compute: each choice draws its first token from it, as one does that
-was forked (see `RankState.fork`). What is drawn follows from seed, position and what came before, so no sampling state
-travels; and either server knows from the request alone who draws, so nothing is drawn twice.
+was forked (see `RankState.fork`). What is drawn follows from seed, position and what came before, so of sampling only
+the seed travels, decode's; and either server knows from the request alone who draws, so nothing is drawn twice.
 
 A *room* is one request's hand-over. Both sides run a machine of the same shape, `apply(event) -> [action]`: `Giver` at
 prefill, `Taker` at decode. Neither has a clock, a socket or a page. Four letters pass between them:
@@ -97,7 +97,8 @@ class First(msgspec.Struct, frozen=True):
 
 
 class Reserve(msgspec.Struct, tag=True, frozen=True, eq=False):
-    """`pages` and `slot` (-1: none) of DP rank `dp_rank` may be written. Generations below `floor` are over."""
+    """`pages` and `slot` (-1: none) of DP rank `dp_rank` may be written. Generations below `floor` are over. `seed`:
+    what the request draws with, on both sides, where it names none too."""
 
     room: int
     generation: int
@@ -106,6 +107,7 @@ class Reserve(msgspec.Struct, tag=True, frozen=True, eq=False):
     dp_rank: int
     pages: Ints
     slot: int
+    seed: int = 0
 
 
 class Sent(msgspec.Struct, tag=True, frozen=True):
@@ -215,14 +217,15 @@ Wire = Heard | Met | Unmet | Joined | Gone | Fenced | Written  # what comes from
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """A request came that belongs to `room`. `address`: of the prefill server, at decode. `awaits`: at prefill the
-    record is not whole before `Noted`."""
+    """A request came that belongs to `room`. `address`: of the prefill server, `seed`: what it draws with, at decode.
+    `awaits`: at prefill the record is not whole before `Noted`."""
 
     key: int
     room: int
     prompt: Prompt
     address: Address | None = None
     awaits: bool = False
+    seed: int = 0
 
 
 class Refused(msgspec.Struct, frozen=True):

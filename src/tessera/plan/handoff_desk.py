@@ -120,7 +120,7 @@ class Desk:
         assert submit.bootstrap_room is not None
         prompt, params = prompt_of(submit, leader.tokens), submit.params
         awaits = drawn_first(submit) or params.prompt_logprobs >= 0
-        self.hear(Opened(key, submit.bootstrap_room, prompt, submit.bootstrap, awaits))
+        self.hear(Opened(key, submit.bootstrap_room, prompt, submit.bootstrap, awaits, leader.seed))
 
     def refuse(self, submit: Submit, why: Why) -> None:
         """A request with a room cannot be served here: whoever waits for it is told."""
@@ -193,7 +193,7 @@ class Desk:
                 self._wanting.append(key)
             case Start(key):
                 case = self.cases[key]
-                case.leader.route = action
+                case.leader.route, case.leader.seed = action, action.reserve.seed
                 case.rank.release_away(case.leader)
             case Arrive():
                 self._arrive(action)

@@ -56,6 +56,7 @@ class Taking:
     room: int
     prompt: Prompt
     address: Address
+    seed: int
     began: float
     deadline: float = inf
     stage: str = MEETING
@@ -86,8 +87,8 @@ class Taker:
     def apply(self, event: Wire | Inner) -> list[Action]:
         """Takes what happened and says what is to be done, in order."""
         match event:
-            case Opened(key, room, prompt, Address() as address):
-                return list(self._open(key, room, prompt, address))
+            case Opened():
+                return list(self._open(event))
             case Met(address, peer):
                 return list(self._met(address, peer))
             case Unmet(address, why):
@@ -121,8 +122,10 @@ class Taker:
 
     # -- until it is asked for -------------------------------------------------------------------------------------
 
-    def _open(self, key: int, number: int, prompt: Prompt, address: Address) -> Iterator[Action]:
-        room = self.rooms[key] = Taking(key, number, prompt, address, self.now)
+    def _open(self, opened: Opened) -> Iterator[Action]:
+        key, address = opened.key, opened.address
+        assert address is not None
+        room = self.rooms[key] = Taking(key, opened.room, opened.prompt, address, opened.seed, self.now)
         self._wait(room, self.config.meet_s)
         if address in self.peers:
             yield from self._want(room)
@@ -164,7 +167,7 @@ class Taker:
         floor = min(self.rooms)
         yield Tell(
             room.peer,
-            Reserve(room.room, room.key, floor, room.prompt, leased.dp_rank, leased.pages, leased.slot),
+            Reserve(room.room, room.key, floor, room.prompt, leased.dp_rank, leased.pages, leased.slot, room.seed),
         )
 
     # -- how it ends -----------------------------------------------------------------------------------------------
