@@ -198,6 +198,29 @@ def test_two_hosts_serve_together_and_end_together(tmp_path: Path, lost: bool) -
             assert ("ranks [1] on other hosts have gone" in first.text) == lost
 
 
+def test_a_host_with_another_model_or_other_flags_is_refused_on_both(tmp_path: Path) -> None:
+    """And not served with: its ranks would compute something else, or with the weights of something else."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for made in folders:
+        made.mkdir()
+        model_folder(made)
+    config = folders[1] / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    hosts = ["--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}", "--api-key", "secret"]
+    other = ["--node-rank", "1", "--dtype", "float64", "--page-size", "7"]
+    with running([*command(folders[1]), *hosts, *other], folders[1] / "log") as second:
+        second.wait_for("ranks 1 to 1 wait for the engine")
+        (rank,) = second.children()
+        assert "secret" not in " ".join(rank.cmdline())
+        with running([*command(folders[0]), *hosts], folders[0] / "log") as first:
+            assert (first.code(60), second.code(10)) == (1, 1)
+    for text in (first.text, second.text):
+        assert "--dtype of host 1: found float64, the first host has " in text
+        assert "--page-size of host 1: found 7, the first host has " in text
+        assert f"--model-path {folders[1]} of host 1: its config is not that of the first host's" in text
+        assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_host_that_never_comes_is_waited_for_as_long_as_asked(tmp_path: Path, node: int) -> None:
     folder, where = model_folder(tmp_path), f"127.0.0.1:{free_port()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-from tessera.core.config.types import Config
+from tessera.core.config.types import Config, ModelConfig
 from tessera.core.errors import ModelError
 from tessera.core.families import read_spec
 from tessera.core.quantization import Quantization
@@ -26,6 +27,7 @@ from tessera.models.source import Source
 ASSETS = Path(__file__).parents[1] / "assets"
 TEXT = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHTS = ("*.safetensors",)
+SAMPLE = 1 << 12  # bytes of each weight file, from its middle and its end
 
 
 def packaged_models() -> list[str]:
@@ -119,3 +121,21 @@ def configured_source(folder: Path, spec: ModelSpec, config: Config) -> Source:
     table, model = weight_table(spec, config.mesh.mesh), config.model
     kv_dtype = config.memory.kv_dtype
     return open_source(folder, spec, table, model.load_format, model.seed, kv_dtype, model.quantization)
+
+
+def weights_version(model: ModelConfig) -> str:
+    """Tells checkpoints apart by names, sizes and samples of the files, not by where they lie."""
+    made = f" fp8 {model.quantization.block}" if model.quantization is not None and model.quantization.loading else ""
+    found = hashlib.sha256(f"{model.dtype}{made}".encode())
+    files = sorted(Path(model.path).glob("*.safetensors"))
+    if model.load_format == "dummy" or not files:
+        found.update(f"{model.load_format} {model.seed}".encode())
+        return found.hexdigest()[:16]
+    for path in files:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for at in (max(size // 2, 0), max(size - SAMPLE, 0)):
+                file.seek(at)
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()[:16]

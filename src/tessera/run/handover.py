@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from tessera.core.config.types import Config
 from tessera.core.messages import Address
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import cache_table
+from tessera.models.folder import weights_version
 from tessera.plan.handoff import Errand, Wire
 from tessera.run.courier import Courier
 from tessera.run.poster import Connected, News, Order
@@ -19,7 +18,6 @@ from tessera.run.seat import Seat
 from tessera.transfer.manifest import Manifest, new_instance
 
 log = logging.getLogger(__name__)
-SAMPLE = 1 << 12  # bytes of each weight file, from its middle and its end
 
 
 class Handover:
@@ -42,7 +40,7 @@ class Handover:
         config = self._config
         manifest = Manifest(
             instance=new_instance(),
-            weights=weights_version(config),
+            weights=weights_version(config.model),
             mesh=config.mesh.mesh,
             page_size=config.memory.page_size,
             caches=cache_table(self._spec, config.memory.page_size, config.memory.dtypes),
@@ -67,22 +65,3 @@ class Handover:
         """Ends every session."""
         if self._courier is not None:
             self._courier.close()
-
-
-def weights_version(config: Config) -> str:
-    """Tells checkpoints apart by names, sizes and samples of the files, not by where they lie."""
-    quantization = config.model.quantization
-    made = f" fp8 {quantization.block}" if quantization is not None and quantization.loading else ""
-    found = hashlib.sha256(f"{config.model.dtype}{made}".encode())
-    files = sorted(Path(config.model.path).glob("*.safetensors"))
-    if config.model.load_format == "dummy" or not files:
-        found.update(f"{config.model.load_format} {config.model.seed}".encode())
-        return found.hexdigest()[:16]
-    for path in files:
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for at in (max(size // 2, 0), max(size - SAMPLE, 0)):
-                file.seek(at)
-                found.update(file.read(SAMPLE))
-    return found.hexdigest()[:16]

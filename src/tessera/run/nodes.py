@@ -8,9 +8,11 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
+from tessera.core.config.types import Config
 from tessera.core.errors import PeerError
 from tessera.core.mesh import ranks_of
 from tessera.run import ahead
@@ -31,11 +33,13 @@ def start(
     folder: str,
     patience: float = BEGIN_S,
     listening: int | None = None,
+    config: Config | None = None,
 ) -> Children:
     """Starts processes for `ranks` that find their engine at `address`; rank 0 inherits `listening`. `devices`: the
-    number of the GPU of each. `patience`: seconds that they wait for the others."""
+    number of the GPU of each. `patience`: seconds that they wait for the others. `config`: what this host
+    resolved, where the engine is on another."""
     spawns = [
-        Spawn(address, os.getpid(), rank, device, folder, patience, None if rank else listening)
+        Spawn(address, os.getpid(), rank, device, folder, patience, None if rank else listening, config)
         for rank, device in zip(ranks, devices, strict=False)
     ]
     commands = [[*COMMAND, msgspec.json.encode(spawn).decode()] for spawn in spawns]
@@ -54,8 +58,10 @@ def follow(prepared: Prepared) -> None:
         signal.signal(number, lambda *_: os.write(tell, b"."))
     mesh = config.mesh
     compiling = ahead.start(prepared.folder, prepared.spec, config)  # each host has a cache of its own
-    children = start(f"tcp://{mesh.meeting}", ranks, mesh.devices, str(prepared.folder), mesh.meet_within)
+    shown = replace(config, serving=replace(config.serving, api_key=None))  # the list of processes is for all to see
+    children = start(f"tcp://{mesh.meeting}", ranks, mesh.devices, str(prepared.folder), mesh.meet_within, config=shown)
     log.info("ranks %d to %d wait for the engine at %s", ranks[0], ranks[-1], config.mesh.meeting)
+    log.info("scheduling, sizes of pools and serving are as the first host says")
     try:
         waiting = select.poll()
         for end in (told, *children.ends):

@@ -19,6 +19,7 @@ from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
+from tessera.run.hosts import identity
 from tessera.run.hub import Hub
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
@@ -89,7 +90,7 @@ class Processes:
                 address = f"{host}:{meeting.getsockname()[1]}"
             self._meet(mesh, mesh.meet_within if several else START_S)
             self._hub.met()
-        self._hub.send(Begin(config, address), self._all)
+        self._hub.send(Begin(config, address, identity(config) if several else ("", "")), self._all)
         loaded: dict[int, Loading] = {}
 
         def note(rank: int, message: Loading) -> None:

@@ -27,6 +27,7 @@ from tessera.models.folder import configured_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
+from tessera.run.hosts import conflicts
 from tessera.run.mailbox import Mailbox, short_turns
 from tessera.run.poster import News
 from tessera.run.runner import Launched, Runner
@@ -198,6 +199,12 @@ def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: L
     return build_runner(config, spec, source, LoadingReports(link), None, spawn.rank, comm, device, news.put)
 
 
+def _agree(begin: Begin, spawn: Spawn) -> None:
+    """Raises `ConfigError` where this host was asked for something else than the engine's."""
+    if spawn.config is not None and (found := conflicts(spawn.config, begin.config, begin.model)):
+        raise ConfigError(found)
+
+
 def serve(link: Link, spawn: Spawn) -> int:
     """Runs the rank until its engine ends it; the exit code."""
     comm: Comm | None = None
@@ -207,6 +214,7 @@ def serve(link: Link, spawn: Spawn) -> int:
         begin = link.hear(spawn.patience)
         if not isinstance(begin, Begin):
             raise PeerError(f"the engine said {type(begin).__name__} and not what to be")
+        _agree(begin, spawn)
         mesh = begin.config.mesh
         log.setLevel(begin.config.logging.level.upper())
         torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), mesh.ranks_here), 1))
@@ -223,7 +231,7 @@ def serve(link: Link, spawn: Spawn) -> int:
         error = (comm.fault() if comm is not None else None) or raised
         if not isinstance(error, TesseraError):
             log.exception("it has failed")
-        elif begin is None:  # and so nobody else may say it
+        elif begin is None or spawn.config is not None:  # and so nobody else says it on this host
             log.error("%s", error)
         conflicts = error.conflicts if isinstance(error, ConfigError) else ()
         link.tell(Failed(type(error).__name__, str(error), conflicts))

@@ -19,6 +19,7 @@ from tessera.core.errors import Conflict
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
+from tessera.run.hosts import Identity
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
 from tessera.run.recording import Act
@@ -71,10 +72,12 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """What a rank shall be. `meeting`: host:port at which the ranks meet."""
+    """What a rank shall be. `meeting`: host:port at which the ranks meet. `model`: what is in the folders of
+    other hosts too (`hosts.py`)."""
 
     config: Config
     meeting: str
+    model: Identity = ("", "")
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
@@ -122,7 +125,8 @@ class End(msgspec.Struct, tag=True, frozen=True):
 class Spawn(msgspec.Struct, frozen=True):
     """What a rank's process is told as it starts: where its engine listens, which process starts it, which rank and
     which device it is to be, the model's folder, for how many seconds its engine may be silent until all ranks have
-    come, and at rank 0 a socket that listens where the ranks meet."""
+    come, at rank 0 a socket that listens where the ranks meet, and what its host resolved where that is not the
+    engine's."""
 
     address: str
     parent: int
@@ -131,6 +135,7 @@ class Spawn(msgspec.Struct, frozen=True):
     folder: str
     patience: float
     listening: int | None = None
+    config: Config | None = None
 
 
 def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
