@@ -26,7 +26,13 @@ def test_the_variables_of_the_recipe_set_them() -> None:
     handover = config_of(disaggregation_mode="prefill", **found.asked).handover
     assert (handover.bootstrap_timeout, handover.waiting_timeout) == (100000.0, 100000.0)
     assert handover.decode_bootstrap_timeout == 1000.0
-    assert (handover.heartbeat_interval, handover.silence) == (2.0, 200000.0)
+    assert (handover.heartbeat_interval, handover.silence) == (2.0, 200001.0)
+
+
+def test_one_missed_sign_of_life_is_more_than_the_time_between_two() -> None:
+    """Else a peer that is well would be given up, since its next sign takes a while to come."""
+    times = {"disaggregation_heartbeat_interval": 1.0, "disaggregation_heartbeat_max_failure": 1}
+    assert config_of(disaggregation_mode="decode", **times).handover.silence == 1.5
 
 
 def test_without_a_role_the_other_flags_are_ignored_aloud() -> None:

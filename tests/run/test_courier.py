@@ -143,11 +143,23 @@ def test_who_babbles_is_hung_up_on_and_others_are_served(make: Callable[..., Sid
     met(prefill, decode)
 
 
-def test_a_silent_peer_is_given_up(make: Callable[..., Side]) -> None:
-    prefill, decode = make("prefill", silence=0.5), make("decode", heartbeat_interval=60.0)
+def test_a_silent_peer_is_given_up(make: Callable[..., Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, decode = make("prefill", silence=0.5), make("decode")
+    monkeypatch.setattr("tessera.run.courier.LEAST_BEAT_S", 60.0)
     peer = met(prefill, decode)
     gone = prefill.wait(Gone)
     assert (gone.peer, gone.reason) == (peer, "it has been silent for 0.5 s")
+
+
+@pytest.mark.parametrize("quick", ["prefill", "decode"])
+def test_each_side_hears_the_other_as_often_as_it_asked(make: Callable[..., Side], quick: str) -> None:
+    """The two may have been started with other intervals; the quick one must not give up the slow one."""
+    times = {"heartbeat_interval": 0.2, "silence": 0.8}
+    slow = {"heartbeat_interval": 60.0, "silence": 120.0}
+    sides = {role: make(role, **(times if role == quick else slow)) for role in ("prefill", "decode")}
+    met(sides["prefill"], sides["decode"])
+    with pytest.raises(queue.Empty):
+        sides[quick].told.get(timeout=2.0)
 
 
 def test_a_port_that_is_taken_is_refused_by_flag(make: Callable[..., Side]) -> None:

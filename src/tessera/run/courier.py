@@ -36,20 +36,23 @@ log = logging.getLogger(__name__)
 HELLO_S = 10.0  # from a connection to its first word
 REACH_S = 30.0  # for all ranks to reach a peer's
 CLOSE_S = 5.0
+LEAST_BEAT_S = 0.01  # between two signs of life, whatever a peer asks for
 MOST_BYTES = 1 << 28
 LENGTH = struct.Struct("<I")
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A decode server's first word."""
+    """A decode server's first word. `every`: seconds between the signs of life that it wants to hear."""
 
     manifest: bytes
+    every: float
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
-    """All ranks of prefill reach those of decode: letters may come, in this session."""
+    """All ranks of prefill reach those of decode: letters may come, in this session. `every`: as in `Hello`."""
 
     session: str
+    every: float
 
 
 class Refusal(msgspec.Struct, tag=True, frozen=True):
@@ -109,9 +112,11 @@ class Line:
 
 @dataclass(eq=False)
 class Session:
-    """A line on which letters travel. `writers`: engines of the ranks that may write here."""
+    """A line on which letters travel, and signs of life as often as the peer wants to hear them (`every`, seconds).
+    `writers`: engines of the ranks that may write here."""
 
     line: Line
+    every: float
     writers: tuple[str, ...] = ()
 
 
@@ -244,7 +249,7 @@ class Courier:
             raise PeerError(f"what it sent from /bootstrap is no bootstrap record: {error}") from error
         compare(decode_manifest(found.manifest), self.manifest)
         line = Line(*await asyncio.open_connection(address.host, found.port))
-        line.say(Hello(encode_manifest(self.manifest)))
+        line.say(Hello(encode_manifest(self.manifest), self.handover.heartbeat_interval))
         try:
             frame = await line.hear(self.handover.decode_bootstrap_timeout)
             if not isinstance(frame, Welcome):
@@ -252,7 +257,7 @@ class Courier:
         except BaseException:
             line.close("not welcomed")
             raise
-        return frame.session, Session(line, found.names)
+        return frame.session, Session(line, frame.every, found.names)
 
     # prefill
 
@@ -277,9 +282,9 @@ class Courier:
                 await writer.drain()
             writer.close()
             return
-        session = self._sessions[name] = Session(line)
+        session = self._sessions[name] = Session(line, hello.every)
         self._tell(Joined(name))
-        line.say(Welcome(name))
+        line.say(Welcome(name, self.handover.heartbeat_interval))
         await self._listen(name, session)
 
     async def _reach(self, name: str, manifest: Manifest) -> None:
@@ -309,7 +314,7 @@ class Courier:
 
     async def _listen(self, name: str, session: Session) -> None:
         """Letters, until the session ends; then the planner is told."""
-        beating = asyncio.create_task(self._beat(session.line))
+        beating = asyncio.create_task(self._beat(session))
         try:
             async for letter in self._letters(session.line):
                 self._tell(Heard(name, letter))
@@ -334,7 +339,7 @@ class Courier:
                 case other:
                     raise PeerError(f"it said {type(other).__name__} out of turn")
 
-    async def _beat(self, line: Line) -> None:
+    async def _beat(self, session: Session) -> None:
         while True:
-            await asyncio.sleep(self.handover.heartbeat_interval)
-            line.say(Beat())
+            await asyncio.sleep(max(LEAST_BEAT_S, session.every))
+            session.line.say(Beat())

@@ -18,7 +18,7 @@ from tessera.core.reshard import same_tensor
 from tessera.core.tensors import DTYPE_BYTES, CacheSpec
 from tessera.transfer.base import Engine
 
-PROTOCOL = 2  # of the manifest and of what follows it; raised with every change that an older server would misread
+PROTOCOL = 3  # of the manifest and of what follows it; raised with every change that an older server would misread
 SAME_MODEL = "Serve the same model on both sides."
 
 

@@ -33,7 +33,8 @@ HANDOVER = (
          "Seconds that a request waits at decode for free pages, and again for its prompt.", "hand-over"),
     Flag("disaggregation_decode_bootstrap_timeout", positive(), 30.0,
          "Seconds that a request waits at decode for a prefill server to answer.", "hand-over"),
-    Flag("disaggregation_heartbeat_interval", positive(), 5.0, "Seconds between two signs of life.", "hand-over"),
+    Flag("disaggregation_heartbeat_interval", positive(), 5.0, "Seconds between two signs of life of the other server.",
+         "hand-over"),
     Flag("disaggregation_heartbeat_max_failure", whole(1), 2, "Signs of life missed until a server is gone.",
          "hand-over"),
 )  # fmt: skip

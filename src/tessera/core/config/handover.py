@@ -42,6 +42,6 @@ def handover_phase(values: Asked, device: str, notes: Notes) -> HandoverConfig:
         bootstrap_timeout=bootstrap,
         waiting_timeout=waiting,
         decode_bootstrap_timeout=decode,
-        silence=interval * values.number("disaggregation_heartbeat_max_failure"),
+        silence=interval * (values.number("disaggregation_heartbeat_max_failure") + 0.5),  # the last may be late
         heartbeat_interval=interval,
     )

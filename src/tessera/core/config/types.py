@@ -220,8 +220,8 @@ class HandoverConfig:
 
     `engine`: what moves the bytes, by network devices `devices`. Servers meet at `bootstrap_port` of the prefill server
     (0: any free one). `bootstrap_timeout`: for the other half of a pair at prefill; `waiting_timeout`: for pages, then
-    for the prompt, at decode; `decode_bootstrap_timeout`: for a prefill server to answer. A peer that has not been
-    heard for `silence` is gone; it is spoken to every `heartbeat_interval`.
+    for the prompt, at decode; `decode_bootstrap_timeout`: for a prefill server to answer. A peer is asked to
+    be heard every `heartbeat_interval`; one that has not been for `silence` is gone.
     """
 
     role: str = "null"
