@@ -40,6 +40,16 @@ def test_without_a_role_the_other_flags_are_ignored_aloud() -> None:
     assert decided(result, "--disaggregation-ib-device").value == "ignored"
 
 
+def test_network_devices_are_ignored_aloud_where_no_network_is_used() -> None:
+    asked = {"disaggregation_mode": "decode", "disaggregation_ib_device": "mlx5_0"}
+    for engine in ("auto", "local"):
+        found = decided(resolved(disaggregation_transfer_backend=engine, **asked), "--disaggregation-ib-device")
+        assert (found.value, "inside one host" in found.why) == ("ignored", True)
+    across = resolved(disaggregation_transfer_backend="nixl", **asked)
+    assert across.config.handover.devices == "mlx5_0"
+    assert not [d for d in across.decisions if d.what == "--disaggregation-ib-device"]
+
+
 def test_which_engine_moves_the_bytes_is_said_where_nobody_chose_it() -> None:
     result = resolved(disaggregation_mode="prefill")
     assert result.config.handover.engine == "local"

@@ -3,6 +3,7 @@ layouts; and when either side goes, or is left, both are told and everything is 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import Any
@@ -11,11 +12,13 @@ import msgspec
 import pytest
 
 from run.pd import Pair, Server
+from tessera.core.errors import ConfigError
 from tessera.core.messages import SamplingParams, Submit
 from tessera.run import loop
+from tessera.run.build import build_instance
 from tessera.run.poster import Poster
 from tessera.run.runner import Runner
-from tiny import Answer, Run, TinyModel, serve, tiny_model
+from tiny import Answer, Run, TinyModel, resolved, serve, tiny_model
 
 MODELS = {name: tiny_model(name) for name in ("qwen3", "hybrid", "mla")}
 EXACT = {"dtype": "float64", "chunked_prefill_size": 16, "watchdog_timeout": 60.0}
@@ -264,3 +267,16 @@ def test_a_pair_of_which_one_has_pages_in_fp8_is_refused() -> None:
         assert "--kv-cache-dtype" in pair.decode.errors["r"]
         pair.prefill.abort("r")
         pair.prefill.free()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_library_that_is_missing_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Weights may take minutes to read. Ranks that are processes are not started either."""
+    monkeypatch.setitem(sys.modules, "mooncake.engine", None)
+    monkeypatch.setattr("tessera.run.build.load_decoder", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr("tessera.run.build.Processes", lambda *_: pytest.fail("ranks are started"))
+    asked = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "mooncake"}
+    model = MODELS["hybrid"]
+    config = resolved(model.spec, **asked, tp=ranks, collectives="gloo").config
+    with pytest.raises(ConfigError, match=r"tessera-llm\[mooncake\]"):
+        build_instance(config, model.spec, model.source)

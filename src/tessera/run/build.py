@@ -116,6 +116,8 @@ def build_instance(
     With `--collectives threads` several are threads of this process. `tell`: told, in any thread, what ranks have to
     say about hand-overs.
     """
+    if config.handover.role != "null":  # a library that is missing is told before ranks start and weights are read
+        make_engine(config.handover.engine, devices=config.handover.devices).close()
     if config.mesh.mesh.size == 1:
         return build_runner(config, spec, source, progress, tell=tell)
     if config.mesh.collectives != "threads":

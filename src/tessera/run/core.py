@@ -110,7 +110,8 @@ class EngineCore:
         return self._loop.last_tick
 
     def info(self) -> dict[str, object]:
-        """The resolved configuration with its decisions, and what the model is."""
+        """The resolved configuration with its decisions, what the model is, and where decode servers meet it."""
+        at = self.handover.bootstrap if self.handover is not None else None
         return {
             "config": self.resolved.config.public(),
             "decisions": [str(decision) for decision in self.resolved.decisions],
@@ -119,7 +120,7 @@ class EngineCore:
             "context_length": self.resolved.config.model.context_length,
             "num_layers": len(self.spec.layers),
             "start": msgspec.to_builtins(self.stages),
-            "bootstrap": str(self.handover.bootstrap) if self.handover is not None else None,
+            "bootstrap": str(at) if at is not None else None,
         }
 
 

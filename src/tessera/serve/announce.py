@@ -48,7 +48,9 @@ QUESTION = "Ann has 17 apples. Ann buys 25 more. Ben gives Ann 8. How many apple
 
 
 def hint(server: Server, url: str) -> str:
-    """A call that this server answers."""
+    """A call that this server answers; where it answers nobody by itself, what does."""
+    if server.reader.limits.role == "prefill":
+        return f"  tessera router --prefill {url} --decode URL"
     body: dict[str, object] = {"model": server.options.served_model_name}
     path = "/v1/completions"
     if server.reader.tokenizer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tessera.core.errors import RequestError
 from tessera.serve.router.rooms import ROOM_BITS, Meeting, batch_size, legs, prompt_of
+from tessera.serve.router.servers import bootstrap_port_of
 
 AT = Meeting("10.0.0.1", 8998)
 
@@ -80,3 +82,18 @@ def test_what_counts_as_a_batch() -> None:
     assert prompt_of({"messages": [{"role": "user", "content": "hi"}]}) == "user\0hi"
     assert prompt_of({"prompt": [[1, 2], [3]]}) == [1, 2]
     assert prompt_of({"prompt": 5}) is None
+
+
+@pytest.mark.parametrize(
+    ("info", "port"),
+    [
+        ({"config": {"handover": {"bootstrap_port": 0}}, "engine": {"bootstrap": "10.0.0.1:4711"}}, 4711),
+        ({"config": {"handover": {"bootstrap_port": 8999}}, "engine": {"bootstrap": "[::1]:8999"}}, 8999),
+        ({"config": {"handover": {"bootstrap_port": 8999}}, "engine": {"bootstrap": None}}, 8999),
+        ({"disaggregation_bootstrap_port": 8998, "engine": "SGLang's"}, 8998),
+        ({}, None),
+    ],
+)
+def test_the_bootstrap_port_is_the_one_that_was_bound(info: dict[str, Any], port: int | None) -> None:
+    """`--disaggregation-bootstrap-port 0` asks for any free one, which only the server knows."""
+    assert bootstrap_port_of(info) == port

@@ -17,6 +17,7 @@ THEIRS = ("SGLANG_", "MC_")
 POOLS = "caches are registered as they are allocated; no pool of Mooncake's own is used"
 ONE_WIRE = "steps go to the ranks over ZeroMQ; there is no other way to choose"
 NO_COMPARING = "ranks are not compared by their free memory, so there is no such check to switch off"
+OWN_CACHE = "DeepGEMM, where it is chosen (--fp8-gemm-backend), reads DG_JIT_CACHE_DIR by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ VARIABLES = (
     Variable("SGLANG_", "MOONCAKE_CUSTOM_MEM_POOL", reason=POOLS),
     Variable("SGLANG_", "USE_MESSAGE_QUEUE_BROADCASTER", reason=ONE_WIRE),
     Variable("SGLANG_", "DISABLE_TP_MEMORY_INBALANCE_CHECK", reason=NO_COMPARING),
-    Variable("SGLANG_", "DG_CACHE_DIR", reason="DeepGEMM is not used"),
+    Variable("SGLANG_", "DG_CACHE_DIR", reason=OWN_CACHE),
     Variable("MC_", "FORCE_MNNVL", reason=POOLS),
 )
 

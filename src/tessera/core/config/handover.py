@@ -29,6 +29,8 @@ def handover_phase(values: Asked, device: str, notes: Notes) -> HandoverConfig:
             f"it copies memory of {INSIDE[engine]} only",
             "Use auto, mooncake or nixl.",
         )
+    if role in ROLES and engine in INSIDE and values.gave("disaggregation_ib_device"):
+        notes.decide("--disaggregation-ib-device", "ignored", f"{engine} moves bytes inside one host, by no network")
     seconds = [
         values.real(f"disaggregation_{name}")
         for name in ("bootstrap_timeout", "waiting_timeout", "decode_bootstrap_timeout", "heartbeat_interval")

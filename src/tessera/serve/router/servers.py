@@ -185,7 +185,11 @@ def ranks_of(info: Mapping[str, Any]) -> int:
 
 
 def bootstrap_port_of(info: Mapping[str, Any]) -> int | None:
-    """The bootstrap port, as `/server_info` tells it."""
+    """The bootstrap port, as `/server_info` tells it: the one that was bound, where any free one was asked for."""
+    engine = info.get("engine")
+    bound = str(engine.get("bootstrap")).rpartition(":")[2] if isinstance(engine, dict) else ""
+    if bound.isdecimal():
+        return int(bound)
     found = _handover(info).get("bootstrap_port", info.get("disaggregation_bootstrap_port"))
     return found if isinstance(found, int) else None
 
