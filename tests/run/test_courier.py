@@ -114,10 +114,13 @@ def test_a_server_that_ends_is_noticed_and_its_successor_is_another_peer(make: C
     assert met(successor, decode) != peer
 
 
-def test_a_pair_that_does_not_fit_or_reach_is_refused_with_the_reason(make: Callable[..., Side]) -> None:
+def test_a_pair_that_does_not_fit_or_reach_is_refused_with_the_reason(
+    make: Callable[..., Side], caplog: pytest.LogCaptureFixture
+) -> None:
     decode = make("decode")
     decode.courier.do(Meet(make("prefill", page_size=8).address))
     assert "toy.tokens" in decode.wait(Unmet).why.text
+    assert "toy.tokens" in caplog.text, "its own log tells it too"
     decode.courier.do(Meet(make("prefill", unreachable="another host").address))
     assert "rank 0 cannot reach its ranks: another host" in decode.wait(Unmet).why.text
 

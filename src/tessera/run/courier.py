@@ -226,12 +226,12 @@ class Courier:
         try:
             async with asyncio.timeout(self.handover.decode_bootstrap_timeout):
                 session, found = await self._visit(address)
-        except TimeoutError:
-            text = f"prefill server {address} has not answered in {self.handover.decode_bootstrap_timeout:g} s"
+        except (TimeoutError, TesseraError, OSError, httpx.HTTPError) as error:
+            text = f"prefill server {address} cannot be used: {error}"
+            if isinstance(error, TimeoutError):
+                text = f"prefill server {address} has not answered in {self.handover.decode_bootstrap_timeout:g} s"
+            log.warning(text)
             self._tell(Unmet(address, Why(text)))
-            return
-        except (TesseraError, OSError, httpx.HTTPError) as error:
-            self._tell(Unmet(address, Why(f"prefill server {address} cannot be used: {error}")))
             return
         self._sessions[session] = found
         self._tell(Met(address, session))
@@ -320,7 +320,7 @@ class Courier:
                 self._tell(Heard(name, letter))
         except PeerError as error:
             reason = str(error)
-            log.info("session %s has ended: %s", name, reason)
+            log.warning("session %s has ended: %s", name, reason)
             session.line.close(reason)
             self._tell(Gone(name, reason))
             if self.handover.role == "prefill":
