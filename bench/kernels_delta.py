@@ -20,6 +20,8 @@ from tessera.ops import delta
 from tessera.ops.fused import DeltaInputs, delta_net_of
 from tessera.ops.segments import make_segments
 from tessera.ops.triton_delta import delta_net
+from tessera.ops.triton_delta_one import Cut, one
+from tessera.ops.triton_delta_step import step
 
 KEYS, VALUES, DIM, KERNEL, CHUNK = 16, 32, 128, 4, 64
 CHANNELS = (2 * KEYS + VALUES) * DIM
@@ -33,6 +35,13 @@ STEPS = {
     "8 ranges of 2048": [2048] * 8,
     "a range of 1024, 256 decodes": [1024] + [1] * 256,
 }
+CUTS = [
+    Cut(*cut)
+    for cut in (
+        (32, 2, 1), (64, 4, 1), (128, 4, 1), (32, 4, 1), (16, 2, 3), (8, 1, 1), (16, 1, 1), (32, 1, 1), (16, 2, 1),
+        (64, 2, 1), (16, 1, 2),
+    )
+]  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PLAIN = delta_net_of(delta.causal_conv, delta.gated_delta_rule)
 
@@ -70,9 +79,13 @@ def _delta(lengths: list[int], dtype: torch.dtype, name: str) -> Case:
         state = torch.randn(count + 1, VALUES, DIM, DIM, device="cuda").to(dtype)
         return random(total, width), random(count + 1, CHANNELS, KERNEL - 1), state, segments
 
-    def run(made: tuple[Any, ...]) -> Tensor:
+    def run(made: tuple[Any, ...], cut: Cut | None = None, whole: bool = False) -> Tensor:
         y, conv, state, segments = made
-        return delta_net(y, inputs, conv, state, segments, form)
+        if cut is None and not whole:
+            return delta_net(y, inputs, conv, state, segments, form)
+        out = torch.empty(total, VALUES * DIM, dtype=y.dtype, device="cuda")
+        step(y, inputs, conv, state, segments, total, out) if whole else one(y, inputs, conv, state, segments, out, cut)
+        return out
 
     def check(made: tuple[Any, ...], _: Tensor) -> float:
         y, conv, state, segments = made
@@ -83,4 +96,5 @@ def _delta(lengths: list[int], dtype: torch.dtype, name: str) -> Case:
     size = torch.empty(0, dtype=dtype).element_size()
     num_bytes = 2 * count * (VALUES * DIM * DIM * size + 2 * window) + 2 * total * (width + VALUES * DIM)
     operations = total * VALUES * (6 * DIM * DIM + 10 * CHUNK * DIM) if long else 0
-    return Case(name, num_bytes, operations, num_bytes, make, run, check)
+    variants = [{"whole": True}, *({"cut": cut} for cut in CUTS)] if count >= 64 and max(lengths) == 1 else []
+    return Case(name, num_bytes, operations, num_bytes, make, run, check, variants)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from ops.cases import TOLERANCE, Case, case, for_a_graph
-from tessera.ops import delta, fused, triton_delta, triton_delta_step
+from tessera.ops import delta, fused, triton_delta, triton_delta_one, triton_delta_step
 from tessera.ops.fused import DeltaInputs
+from tessera.ops.triton_delta_one import Cut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 plain = fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule)
@@ -116,10 +117,20 @@ def test_kernels_are_plain(ranges, form, heads, dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("ranges", ["decodes", "verify"])
-def test_many_states(ranges, monkeypatch):
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", SMALL, ids=str)
+@pytest.mark.parametrize("cut", [Cut(16, 4, 2), Cut(8, 1, 1), Cut(64, 4, 1)], ids=str)
+def test_many_decodes(cut, heads, state_dtype, monkeypatch):
+    """A program takes some columns of a state after the others, the last ones of which may not be there."""
+    monkeypatch.setattr(triton_delta_step, "num_processors", lambda _: 0)
+    monkeypatch.setattr(triton_delta_one, "CUTS", {2: cut, 4: cut})
+    _check(RANGES["decodes"], heads, "recurrent", torch.float32, state_dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_many_states(monkeypatch):
     """A program then takes all value heads of a key head; and to the bit as where each has its own."""
-    case_of = partial(_check, RANGES[ranges], SMALL[1], "recurrent", torch.float32)
+    case_of = partial(_check, RANGES["verify"], SMALL[1], "recurrent", torch.float32)
     monkeypatch.setattr(triton_delta_step, "num_processors", lambda _: 1000)
     one_each = case_of()
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ from tessera.ops.delta_forms import Form
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
 from tessera.ops.triton_delta_chunk import run_chunks
-from tessera.ops.triton_delta_step import move_window, step
+from tessera.ops.triton_delta_one import one
+from tessera.ops.triton_delta_step import are_many, move_window, step
 from tessera.ops.triton_tiles import result
 
 SHORT = 8  # tokens up to which a range, of a step whose form is "chunked", takes the recurrence all the same
@@ -108,6 +109,9 @@ def delta_net(
     if not segments.num_segments:
         return out
     limit = SHORT if form == "chunked" else segments.num_tokens
+    if segments.max_length == 1 and are_many(segments, inputs):
+        one(y, inputs, conv_state, state, segments, out)
+        return out
     step(y, inputs, conv_state, state, segments, limit, out)
     if segments.max_length > limit:
         mixed = _convolved(y, inputs, conv_state, segments, limit)

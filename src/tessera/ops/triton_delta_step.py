@@ -217,17 +217,25 @@ def _step(
         _put_last(reader, window_ptr, q_window, k_window, q_at, k_at, key, GROUP, KERNEL, TAPS)
 
 
+def are_many(segments: Segments, inputs: DeltaInputs) -> bool:
+    """Whether programs of one key head each are enough for the device."""
+    return inputs.key_heads * segments.num_segments >= 2 * num_processors(segments.device)
+
+
+def readers_of(segments: Segments, inputs: DeltaInputs) -> Tensor:
+    """[S, Hk] int32: zeros, which every launch leaves as such."""
+    counts = {"size": (segments.num_segments, inputs.key_heads), "dtype": torch.int32, "device": segments.device}
+    return segments.once(("readers", inputs.key_heads), lambda: torch.zeros(**counts))
+
+
 def step(
     y: Tensor, inputs: DeltaInputs, conv_state: Tensor, state: Tensor, segments: Segments, limit: int, out: Tensor
 ) -> None:
     """`fused.delta_net_of` for ranges of at most `limit` tokens: writes their rows of out [T, Hv * Dv]."""
     _, num_v, key_dim, value_dim = state.shape
     kernel = inputs.conv.shape[1]
-    counts = {"size": (segments.num_segments, inputs.key_heads), "dtype": torch.int32, "device": y.device}
-    readers = segments.once(("readers", inputs.key_heads), lambda: torch.zeros(**counts))
-    group = num_v // inputs.key_heads
-    many = inputs.key_heads * segments.num_segments >= 2 * num_processors(y.device)
-    taken = group if many else 1  # one after the other: the next state is read while the last is written
+    readers, group = readers_of(segments, inputs), num_v // inputs.key_heads
+    taken = group if are_many(segments, inputs) else 1  # the next state is read while the last is written
     _step[num_v // taken, segments.num_segments](
         y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
         segments.cu_lengths, segments.slots, readers, y.stride(0), conv_state.stride(0), state.stride(0),
