@@ -13,7 +13,7 @@ from tessera.core.config import Hardware
 from tessera.core.errors import ConfigError
 from tessera.serve.recipe import Recipe, changed, load_recipe, read_recipe
 from tessera.serve.recipe_hardware import GPUS, assumed
-from tessera.serve.recipe_plan import misplaced, plan
+from tessera.serve.recipe_plan import apart, check, misplaced, plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SEED = RECIPES / "qwen3.5-397b-gb200.yaml"
@@ -152,6 +152,24 @@ def test_a_worker_of_two_hosts_is_planned_as_one() -> None:
     crowded = changed(read_recipe(PLAIN), ["*.device=cuda", "*.tp=4"])
     assert "need 4 GPUs on a host that has 2" in str(misplaced(crowded, two)[0])
     assert misplaced(crowded, Hardware("cpu", 1 << 33)) == ()
+
+
+def test_a_pair_that_would_not_fit_is_refused_before_anything_starts() -> None:
+    """Both sides are known here, so nobody has to wait until they meet."""
+    for change, text in (
+        ("*.watchdog-timeout=100", ""),
+        ("decode.page-size=32", "prefill has pages of 16 tokens, decode of 32"),
+        ("decode.kv-cache-dtype=fp8_e4m3", ", decode float8_e4m3fn"),
+        ("decode.model-path=abacus-mla", "only decode has it"),
+        ("decode.disaggregation-transfer-backend=nixl", "transfer engine: prefill has ['local'], decode has ['nixl']"),
+    ):
+        recipe = changed(load_recipe(SEED.with_name("abacus-cpu.yaml")), [change])
+        plans = [plan(role, None) for role in recipe.roles]
+        assert not any(found.conflicts for found in plans)
+        told = [str(conflict) for conflict in apart(plans)]
+        assert bool(told) == bool(text)
+        assert text in "".join(told)
+        assert [c.flags[0] for c in check(recipe)[0]] == ["prefill and decode"] * len(told)
 
 
 def test_a_config_json_is_enough_to_plan(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tessera.core.errors import ConfigError, Conflict
 from tessera.serve.deployment import across_hosts
 from tessera.serve.recipe import Recipe
 from tessera.serve.recipe_hardware import GPUS, assumed
-from tessera.serve.recipe_plan import Plan, as_data, misplaced, plan
+from tessera.serve.recipe_plan import Plan, apart, as_data, misplaced, plan
 
 
 def show(recipe: Recipe, as_json: bool) -> int:
@@ -22,8 +22,8 @@ def show(recipe: Recipe, as_json: bool) -> int:
     hardware, told = _hardware(recipe)
     recipe = recipe if hardware is None else across_hosts(recipe)
     plans = [plan(role, None if _on_cpu(role.flags) else hardware) for role in recipe.roles]
-    wrong = misplaced(recipe, hardware)
-    can = all(found.resolved is not None for found in plans) and not wrong
+    wrong, unfit = misplaced(recipe, hardware), apart(plans)
+    can = all(found.resolved is not None for found in plans) and not wrong and not unfit
     ignored = [{"key": d.what, "why": d.why} for d in recipe.ignored]
     if as_json:
         roles = [as_data(found) for found in plans]
@@ -35,6 +35,7 @@ def show(recipe: Recipe, as_json: bool) -> int:
                     "can_run": can,
                     "roles": roles,
                     "hosts": [str(c) for c in wrong],
+                    "pairs": [str(c) for c in unfit],
                     "ignored": ignored,
                 },
                 indent=2,
@@ -48,6 +49,8 @@ def show(recipe: Recipe, as_json: bool) -> int:
         _conclusions(found)
     if wrong:
         table("hosts", [(str(conflict),) for conflict in wrong])
+    if unfit:
+        table("prefill and decode do not fit", [(str(conflict),) for conflict in unfit])
     if recipe.ignored:
         table("ignored", [(d.what, d.why) for d in recipe.ignored])
     return 0 if can else 2

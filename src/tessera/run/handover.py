@@ -15,7 +15,7 @@ from tessera.run.courier import Courier
 from tessera.run.poster import Connected, News, Order
 from tessera.run.profiling import Traced
 from tessera.run.seat import Seat
-from tessera.transfer.manifest import Manifest, new_instance
+from tessera.transfer.manifest import Manifest, Member, new_instance
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,7 @@ class Handover:
     def open(self, seats: list[Seat]) -> None:
         """Other servers may come. Raises `ConfigError` when a port cannot be had."""
         config = self._config
-        manifest = Manifest(
-            instance=new_instance(),
-            weights=weights_version(config.model),
-            mesh=config.mesh.mesh,
-            page_size=config.memory.page_size,
-            caches=cache_table(self._spec, config.memory.page_size, config.memory.dtypes),
-            members=tuple(seat.member for seat in seats),
-        )
+        manifest = manifest_of(config, self._spec, tuple(seat.member for seat in seats))
         names = tuple(seat.name for seat in seats)
         self._courier = Courier(config.handover, config.serving.host, manifest, names, self._post)
         if self.bootstrap is not None:
@@ -65,3 +58,15 @@ class Handover:
         """Ends every session."""
         if self._courier is not None:
             self._courier.close()
+
+
+def manifest_of(config: Config, spec: ModelSpec, members: tuple[Member, ...]) -> Manifest:
+    """What a server so configured keeps of a sequence. `members`: its ranks."""
+    return Manifest(
+        instance=new_instance(),
+        weights=weights_version(config.model),
+        mesh=config.mesh.mesh,
+        page_size=config.memory.page_size,
+        caches=cache_table(spec, config.memory.page_size, config.memory.dtypes),
+        members=members,
+    )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tessera.core.config import BY_KEY, Decision, Flag, Hardware, Notes, Resolved, read, read_environment
+from tessera.core.config import BY_KEY, Config, Decision, Flag, Hardware, Notes, Resolved, read, read_environment
 from tessera.core.errors import ConfigError, Conflict, LayoutError, ModelError
+from tessera.core.spec import ModelSpec
+from tessera.run.handover import manifest_of
 from tessera.run.hardware import measure
 from tessera.run.startup import prepare
 from tessera.serve.deployment import Site, deploy, hosts_each, numbered
 from tessera.serve.recipe import Recipe, Role
+from tessera.transfer.manifest import Manifest, Member, differences
 
 SOMEWHERE = "host:31000"  # where the hosts of a worker meet is not known yet
 Fate = Literal["honoured", "refused", "ignored", "passed on"]
@@ -40,20 +43,24 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One role. `resolved`: where it can run. `conflicts`: why not; they are told of their keys, too."""
+    """One role. `resolved`: where it can run. `conflicts`: why not; they are told of their keys, too.
+    `spec`: the model's, where it can run."""
 
     role: Role
     verdicts: tuple[Verdict, ...]
     conflicts: tuple[Conflict, ...]
     resolved: Resolved | None = None
+    spec: ModelSpec | None = None
 
 
 def plan(role: Role, hardware: Hardware | None) -> Plan:
     """Resolves a role's flags as `tessera serve` would. `hardware`: assumed; None: that of this host."""
     conflicts: tuple[Conflict, ...] = ()
     resolved: Resolved | None = None
+    spec: ModelSpec | None = None
     try:
-        resolved = prepare(_as_started(role), role.environment, hardware, weights=False).resolved
+        prepared = prepare(_as_started(role), role.environment, hardware, weights=False)
+        resolved, spec = prepared.resolved, prepared.spec
         decisions = resolved.decisions
     except ConfigError as error:
         conflicts, decisions = error.conflicts, _read_alone(role)
@@ -62,7 +69,20 @@ def plan(role: Role, hardware: Hardware | None) -> Plan:
         conflicts, decisions = (Conflict(("--model-path",), str(error), remedy), *_conflicts(role)), _read_alone(role)
     verdicts = [_flag(name, value, conflicts, decisions) for name, value in role.flags.items()]
     verdicts += [_variable(name, value, decisions) for name, value in role.environment.items()]
-    return Plan(role, tuple(verdicts), conflicts, resolved)
+    return Plan(role, tuple(verdicts), conflicts, resolved, spec)
+
+
+def apart(plans: Sequence[Plan]) -> tuple[Conflict, ...]:
+    """Why prefill and decode would refuse each other when they meet; nothing where either cannot run anyway."""
+    shown = {found.role.name: _manifest(found.resolved.config, found.spec) for found in plans if found.resolved}
+    if not {"prefill", "decode"} <= shown.keys():
+        return ()
+    return tuple(differences(shown["prefill"], shown["decode"]))
+
+
+def _manifest(config: Config, spec: ModelSpec | None) -> Manifest:
+    assert spec is not None, "of what can run"
+    return manifest_of(config, spec, (Member(config.handover.engine, b"", 0, 0, ()),))
 
 
 def _as_started(role: Role) -> Mapping[str, Any]:
@@ -140,6 +160,7 @@ def check(recipe: Recipe) -> tuple[list[Conflict], int]:
         for found in plans
         for conflict in found.conflicts
     ]
+    wrong += [Conflict(("prefill and decode", *one.flags), one.reason, one.remedy) for one in apart(plans)]
     cuda = any(found.resolved is not None and found.resolved.config.mesh.device == "cuda" for found in plans)
     return wrong, measure("cuda").count if cuda else 0
 

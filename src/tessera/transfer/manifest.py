@@ -109,11 +109,16 @@ def compare(source: Manifest, destination: Manifest) -> None:
 
     Otherwise raises one `ConfigError` with every reason, each with the tensors that it concerns and both sides.
     """
-    conflicts = [*_whole(source, destination), *_tables(source, destination)]
+    conflicts = differences(source, destination)
     for side, manifest in (("prefill", source), ("decode", destination)):
         conflicts += _inside(side, manifest)
     if conflicts:
         raise ConfigError(conflicts)
+
+
+def differences(source: Manifest, destination: Manifest) -> list[Conflict]:
+    """Why state of `source` cannot continue on `destination`, whatever memory their ranks have: nothing has to run."""
+    return [*_whole(source, destination), *_tables(source, destination)]
 
 
 def _both(what: str, source: object, destination: object, remedy: str) -> Conflict:
