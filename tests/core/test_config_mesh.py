@@ -170,6 +170,30 @@ def test_ranks_of_one_host_share_its_ram_and_not_their_gpus() -> None:
     assert meshed(tp_size=4, gpus=4).config.memory.available == CUDA.memory
 
 
+def test_from_where_on_steps_are_halved_is_told_whoever_chose_it() -> None:
+    asked = {"tp": 2, "enable_two_batch_overlap": True}
+    told = decided(meshed(**asked), "two-batch overlap")
+    assert (told.value, "default on cpu" in told.why, "48 %" in told.why) == ("steps of 64 tokens or more", True, True)
+    chosen = decided(meshed(**asked, tbo_min_tokens=7, tbo_token_distribution_threshold=0.25), "two-batch overlap")
+    assert chosen.value == "steps of 7 tokens or more"
+    assert ("as asked" in chosen.why, "25 %" in chosen.why) == (True, True)
+    never = decided(meshed(gpus=2, **asked, chunked_prefill_size=1024), "two-batch overlap")
+    assert (never.value, never.why.split(";")[0]) == (
+        "off",
+        "no step holds the 32768 tokens from which on it pays on cuda",
+    )
+    assert "--tbo-min-tokens" in never.why
+    whole = decided(meshed(gpus=2, **asked, chunked_prefill_size=-1), "two-batch overlap")
+    assert whole.value == "steps of 32768 tokens or more", "a prompt that is not cut may be as long"
+
+
+def test_how_tokens_meet_around_experts_is_told_wherever_they_meet() -> None:
+    groups = {"tp": 2, "dp": 2, "enable_dp_attention": True}
+    assert decided(meshed(**groups), "--moe-a2a-backend").value == "none"
+    for asked in ({"tp": 2}, {**groups, "model": "dense"}):
+        assert not [d for d in meshed(**asked).decisions if d.what == "--moe-a2a-backend"]  # type: ignore[arg-type]
+
+
 def test_how_requests_are_spread_is_told_where_it_means_nothing() -> None:
     assert decided(meshed(load_balance_method="total_tokens"), "--load-balance-method total_tokens").value == "ignored"
     told = meshed(dp_size=2, load_balance_method="minimum_tokens")

@@ -36,7 +36,7 @@ def mesh_phase(
     _devices(mesh, hardware, notes)
     model = Cut(_kinds(spec, quantization), quantization)
     _model(values, mesh, model, notes)
-    _experts(mesh, notes)
+    _experts(mesh, spec, notes)
     return mesh, model.fits(mesh)
 
 
@@ -116,7 +116,7 @@ def _groups(values: Asked, notes: Notes) -> None:
         )
     if dp > 1 and split:
         why = "counts per data-parallel rank and step, the riding decodes included (SGLang divides it by --dp-size)"
-        notes.decide("--chunked-prefill-size", "as given", why)
+        notes.decide("--chunked-prefill-size", "of each rank", why)
 
 
 def _divisors(values: Asked, notes: Notes) -> None:
@@ -236,13 +236,13 @@ def _model(values: Asked, mesh: MeshConfig, model: Cut, notes: Notes) -> None:
             notes.refuse((*flags, "the model"), why, remedy)
 
 
-def _experts(mesh: MeshConfig, notes: Notes) -> None:
+def _experts(mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> None:
     """How tokens get to experts."""
     if mesh.all_to_all and mesh.ep == 1:
         flags = ("--moe-a2a-backend all_to_all", "--ep-size 1")
         why = "every rank holds a share of every expert, so every token would go everywhere"
         notes.refuse(flags, why, "Give --ep-size, or leave --moe-a2a-backend out.")
-    elif mesh.ep > 1:
+    elif max(mesh.ep, mesh.dp) > 1 and any(isinstance(layer.mlp, MoESpec) for layer in spec.layers):
         way = "all_to_all" if mesh.all_to_all else "none"
         why = "each token goes where its experts are" if mesh.all_to_all else "all ranks see the tokens of all"
         notes.decide("--moe-a2a-backend", way, f"{why}; shared experts are {'whole' if mesh.all_to_all else 'cut'}")

@@ -233,6 +233,9 @@ def _scheduling(
             "Use --schedule-policy fcfs.",
         )
     split_from, split_share = _halves(values, mesh, notes)
+    if split_from:
+        most = max(limits.most, max_running) if limits.chunk else float("inf")
+        _tell_halves(values, split_from, split_share, most, mesh.device, notes)
     queued = values.whole("max_queued_requests")
     if queued is None:
         queued = QUEUE_PER_ROW * max_running
@@ -266,8 +269,20 @@ def _halves(values: Asked, mesh: MeshConfig, notes: Notes) -> tuple[int, float]:
         return 0, share
     if smallest is None:
         smallest = SPLIT_FROM[mesh.device]
-        notes.decide("tbo-min-tokens", smallest, f"default on {mesh.device}: smaller steps run whole")
     return smallest, share
+
+
+def _tell_halves(values: Asked, smallest: int, share: float, most: float, device: str, notes: Notes) -> None:
+    """From which step on there are halves, and how they are cut. `most`: tokens of any step."""
+    asked = values.gave("tbo_min_tokens")
+    if smallest > most:
+        why = f"no step holds the {smallest} tokens from which on it {'is asked for' if asked else f'pays on {device}'}"
+        remedy = "lower --tbo-min-tokens, or raise --chunked-prefill-size"
+        notes.decide("two-batch overlap", "off", f"{why}; {remedy}")
+        return
+    why = "as asked" if asked else f"default on {device}: smaller ones run whole"
+    cut = f"a half has at least {share:.0%} of the tokens, if need be by a cut inside one sequence".replace("%", " %")
+    notes.decide("two-batch overlap", f"steps of {smallest} tokens or more", f"{why}; {cut}")
 
 
 def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
