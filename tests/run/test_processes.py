@@ -202,6 +202,25 @@ def test_what_a_rank_says_of_itself_explains_more_than_what_others_say_of_it() -
         context.term()
 
 
+def test_a_rank_of_another_host_that_has_gone_is_named_and_not_what_others_say_of_it() -> None:
+    hub, context = Hub(2), zmq.Context()
+    try:
+        with context.socket(zmq.DEALER) as link:
+            link.routing_id = b"0"
+            link.connect(hub.address)
+            with context.socket(zmq.DEALER) as other:
+                other.routing_id = b"1"
+                other.connect(hub.address)
+                other.send(encode(Hello()))
+                assert hub.receive(5) == (1, Hello())
+            link.send(encode(Failed("PeerError", "rank 0 in sum over 'tp': Connection reset by peer. GLHF!")))
+            with pytest.raises(PeerError, match=r"^ranks \[1\] on other hosts have gone, or cannot be reached$"):
+                hub.receive(5)
+    finally:
+        hub.close(0)
+        context.term()
+
+
 def test_an_address_in_use_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

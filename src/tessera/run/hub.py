@@ -39,6 +39,7 @@ class Hub:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._children: Children | None = None
+        self._ranks: list[int] = []  # those of this host
         self._told: dict[int, Failed] = {}
         self._also: int | None = None  # a file that is waited for too
         self._gone = watched(self._socket)
@@ -113,7 +114,8 @@ class Hub:
         return rank, message
 
     def _why(self, first: str) -> TesseraError:
-        """What is wrong: what a rank said of itself; else how one ended; else what one says of others."""
+        """What is wrong: what a rank said of itself; else how one ended; else which have gone elsewhere; else what one
+        says of others."""
         until = time.monotonic() + GATHER_S
         while (left := until - time.monotonic()) > 0 and not self._causes():
             if self._socket.poll(int(left * 1000) + 1):
@@ -121,15 +123,21 @@ class Hub:
         ended = {rank: how for rank, how in self._ended().items() if rank not in self._told}
         if ended and not self._causes():
             return PeerError("; ".join(f"rank {rank} {how}" for rank, how in ended.items()))
+        if not self._causes() and (lost := self._lost()):
+            return PeerError(f"ranks {lost} on other hosts have gone, or cannot be reached")
         told = self._causes() or self._told
         if not told:
-            lost = [rank for rank in range(self.num_ranks) if not self._reaches(rank)]
-            return PeerError(f"ranks {lost} on other hosts have gone, or cannot be reached" if lost else first)
+            return PeerError(first)
         rank, failed = min(told.items())
         if failed.conflicts:
             return ConfigError(list(failed.conflicts))
         kind = PLAIN.get(failed.kind)
         return kind(failed.error) if kind else PeerError(f"rank {rank}: {failed.kind}: {failed.error}")
+
+    def _lost(self) -> list[int]:
+        """Ranks of other hosts that said nothing of themselves and are not there."""
+        elsewhere = set(range(self.num_ranks)) - set(self._ranks) - self._told.keys()
+        return [rank for rank in sorted(elsewhere) if not self._reaches(rank)]
 
     def _reaches(self, rank: int) -> bool:
         """Whether a rank is connected; it is told the end."""
