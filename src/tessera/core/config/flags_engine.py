@@ -12,7 +12,7 @@ PAGE = {"cpu": 16, "cuda": 64}  # tokens; CUDA: attention of prompts at 383 inst
 
 FP8_KV = "use 'fp8_e4m3', or keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
-TORCH = "use 'torch', which runs on every device"
+AUTO = "use 'auto', the fastest that this device has"
 
 MODEL = (
     Flag("model_path", text, None, "Folder, hub name, or a model of this package (abacus-hybrid, abacus-mla).", "model",
@@ -137,13 +137,13 @@ SCHEDULING = (
 KERNELS = (
     Flag("attention_backend", text, "auto", "Attention kernels; reference: the plain twin, slow. Others follow it.",
          "kernels", choices=("auto", "torch", "torch_native", "triton", "flashinfer", "reference"),
-         unbuilt=("fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha", "trtllm_mla", "intel_amx"), instead=TORCH),
+         unbuilt=("fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mha", "trtllm_mla", "intel_amx"), instead=AUTO),
     Flag("linear_attn_backend", text, "auto", "Delta-rule kernels.", "kernels",
-         choices=("auto", "torch", "triton", "reference"), unbuilt=("cutedsl", "flashinfer"), instead=TORCH),
+         choices=("auto", "torch", "triton", "reference"), unbuilt=("cutedsl", "flashinfer"), instead=AUTO),
     Flag("moe_runner_backend", text, "auto", "Expert kernels.", "kernels",
          choices=("auto", "torch", "triton", "grouped_mm", "deep_gemm", "reference"),
          unbuilt=("flashinfer_trtllm", "flashinfer_cutlass", "cutlass", "flashinfer_mxfp4", "marlin"),
-         instead=TORCH),
+         instead=AUTO),
     Flag("fp8_gemm_backend", text, "auto",
          "Products of fp8 weights, experts' too; torch: the plain twin, slow; dequantize: none, weights get --dtype "
          "back while they are loaded.", "kernels", ("--fp8-gemm-runner-backend",),
@@ -158,7 +158,7 @@ KERNELS = (
          "kernels"),
     Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels",
          choices=("auto", "torch", "pytorch", "reference"),
-         unbuilt=("flashinfer",), instead=TORCH),
+         unbuilt=("flashinfer",), instead=AUTO),
     Flag("grammar_backend", text, "none", "Structured output.", "kernels", choices=("none",),
          unbuilt=("xgrammar", "llguidance", "outlines"), instead="use 'none'; structured output comes later"),
     Flag("enable_deterministic_inference", switch, False, "The same bits under every layout and batch.", "kernels",
