@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -42,7 +43,8 @@ PAGE = """# Seed 2's evidence: four-choice questions through a hand-over between
 {model}, {num} held-out questions, temperature {temperature}, fixed seeds, float32 on CPU. *hand-over*: prefill with
 attention TP 4, decode with TP 4, DP 2, EP 2, dp-lm-head, dense TP 1 (attention TP 2), as in the seed's recipe. The
 three faults are put into the plan of copies. *alike*: answers that are the single rank's, to the character.
-Written by `python bench/pd_eval.py` on {machine}, {date}.
+Written by `python bench/pd_eval.py` at commit {commit} on
+{machine}, {date}.
 
 | run | repeat | mean | scores | alike |
 |---|---|---|---|---|
@@ -171,6 +173,12 @@ def row(name: str, result: Result, single: Result) -> str:
     return f"| {name} | {len(result.scores)} | {result.score:.3f} | {scores} | {alike:.4f} |"
 
 
+def commit() -> str:
+    """What is checked out."""
+    head = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> int:
     """Runs all, writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -198,6 +206,7 @@ def main() -> int:
         "temperature": plan.temperature,
         "machine": machine,
         "date": time.strftime("%F"),
+        "commit": commit(),
     }
     options.output.write_text(PAGE.format(rows="\n".join(rows), **told))
     sys.stdout.write(options.output.read_text())

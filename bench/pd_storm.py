@@ -15,6 +15,7 @@ import platform
 import random
 import re
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +40,8 @@ PAGE = """# A storm: aborts, and a prefill server that is killed
 
 `abacus-hybrid`, prefill TP 2, decode TP 2 DP 2, engine `local`, one client that asks both servers for each request.
 {num} requests, {share:.0%} of them left by their client at a random moment; the prefill server and its ranks are killed
-and started anew {kills} times meanwhile. Written by `python bench/pd_storm.py` on {machine}, {date}.
+and started anew {kills} times meanwhile. Written by `python bench/pd_storm.py` at commit {commit} on
+{machine}, {date}.
 
 | | |
 |---|---|
@@ -176,6 +178,12 @@ async def rage(
         await asyncio.gather(*(server.kill() for server in servers if server.process), return_exceptions=True)
 
 
+def commit() -> str:
+    """What is checked out."""
+    head = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> int:
     """Runs it, writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -203,7 +211,13 @@ def main() -> int:
     rows += [f"| answers that differ from the single engine's | {len(differ)} |"]
     rows += [f"| slowest end of a request | {storm.slowest:.1f} s |"]
     rows += [f"| until every page and state was free | {f'{seconds:.1f} s' if seconds >= 0 else 'never'} |"]
-    told = {"num": len(asked), "share": options.share, "kills": options.kills, "date": time.strftime("%F")}
+    told = {
+        "num": len(asked),
+        "share": options.share,
+        "kills": options.kills,
+        "date": time.strftime("%F"),
+        "commit": commit(),
+    }
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
     options.output.write_text(PAGE.format(rows="\n".join(rows), machine=machine, **told))
     sys.stdout.write(options.output.read_text())
