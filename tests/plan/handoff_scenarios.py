@@ -5,7 +5,7 @@ from __future__ import annotations
 from plan.fake import EOS, request
 from plan.pair import HOME, Pair, Side, Write, config, paired
 from tessera.core.messages import Submit
-from tessera.plan.handoff import Closed, Gone, Over, Unmet, Why
+from tessera.plan.handoff import Closed, Gone, Over, Reserve, Unmet, Why
 
 PROMPT = [1, 2, 3, 4, 5, 1, 2, 3, 4]  # two pages of 4 and a token, the last one; 2 chunks of 5
 
@@ -391,6 +391,22 @@ def ended_by_its_first_token() -> Pair:
     return p
 
 
+def asked_for_at_once() -> Pair:
+    """Pages that nobody held for a while are reserved while steps run: those touch others."""
+    p = pair(decode={"max_in_flight": 2})
+    decode = p.sides["decode"]
+    both(p, "meets", 1)
+    p.drain()
+    decode.submit(request("own", [5, 4, 3], 6, ignore_eos=True))
+    decode.turn()
+    while decode.launch():
+        pass
+    both(p, "first", 2)
+    assert [type(item.what.letter) for item in p.bag] == [Reserve], "it waits for steps"  # type: ignore[union-attr]
+    p.drain()
+    return p
+
+
 def seeds_of_their_own() -> Pair:
     """A request without a seed gets one of either server: decode's holds."""
     p = pair()
@@ -415,6 +431,7 @@ ALL = (
     told_before_a_step,
     written_before_it_is_told,
     ended_by_its_first_token,
+    asked_for_at_once,
     seeds_of_their_own,
     one_token_left_of_a_prompt,
     one_write_fails,

@@ -17,9 +17,11 @@ from tessera.plan.handoff import Action, Arrive, Closed, End, Free, Opened, Prom
 from tessera.plan.handoff_desk import Desk
 from tessera.plan.handoff_giver import Giver, Giving
 from tessera.plan.handoff_taker import Taker, Taking
+from tessera.plan.pages import PagePool
 from tessera.plan.request import Sequence
-from tessera.plan.state import RankState
-from tessera.plan.step import ints
+from tessera.plan.slots import SlotPool
+from tessera.plan.state import Lease, RankState
+from tessera.plan.step import Ints, ints
 
 Patch = pytest.MonkeyPatch
 
@@ -202,6 +204,29 @@ def a_lease_is_told_while_steps_run(patch: Patch) -> None:
     patch.setattr(Desk, "settle", lambda self, index, oldest: original(self, index, index))
 
 
+def every_lease_waits_for_steps(patch: Patch) -> None:
+    """Also one whose pages no step under way touches."""
+    original = RankState.lease
+
+    def lease(self: RankState, sequence: Sequence) -> Lease | None:
+        found = original(self, sequence)
+        return None if found is None else found._replace(quiet_from=self.pages.next_step)
+
+    patch.setattr(RankState, "lease", lease)
+
+
+def nobody_notes_until_when_pages_were_held(patch: Patch) -> None:
+    def forgetful(drop: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def forgets(self: PagePool | SlotPool, given: Ints | list[int]) -> None:
+            drop(self, given)
+            self.quiet_from[:] = 0
+
+        return forgets
+
+    for pool in (PagePool, SlotPool):
+        patch.setattr(pool, "drop", forgetful(pool.drop))
+
+
 def a_prompt_arrives_twice(patch: Patch) -> None:
     original = Taker._heard
 
@@ -270,6 +295,8 @@ FAULTS = [
     (the_last_token_of_a_prompt_is_a_decode, scenarios.one_token_left_of_a_prompt),
     (prefill_frees_while_it_writes, scenarios.aborted_at_prefill),
     (a_lease_is_told_while_steps_run, scenarios.overshoot_in_flight),
+    (nobody_notes_until_when_pages_were_held, scenarios.overshoot_in_flight),
+    (every_lease_waits_for_steps, scenarios.asked_for_at_once),
     (swapped_pages_are_freed, scenarios.twins),
     (the_client_is_not_told, scenarios.nobody_there),
     (nothing_is_said_twice, scenarios.lost_answer),

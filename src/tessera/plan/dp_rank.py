@@ -62,6 +62,7 @@ class DpRank:
         `alone`: no rank has a sequence that could decode.
         """
         ranges = _Ranges()
+        self.state.pages.next_step = self.state.slots.next_step = index + 1
         if self.state.arrived and self.state.seat_arrived(index):
             self._dirty = True
         if self._rides():

@@ -2,7 +2,7 @@
 
 At decode, pages of a lease may have been held before by a sequence of which a step is in flight (an overshoot range,
 or one that was aborted). Other ranks of this instance would write them in order; a prefill server would not. So a lease
-is told to nobody before the steps that were planned by then are done.
+is told to nobody before the steps are done that were planned while its pages were held.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Desk:
         self._ended: list[tuple[str, list[Output]]] = []
         self._said: list[Output] = []
         self._wanting: deque[int] = deque()
-        self._settling: deque[tuple[int, int, Lease]] = deque()  # first step after it, key, lease
+        self._settling: dict[int, Lease] = {}  # by key
         self._num_opened = 0
 
     @property
@@ -163,7 +163,7 @@ class Desk:
         return (sequence if sequence.leader is None else sequence.leader).key in self.cases
 
     def settle(self, index: int, oldest: int) -> None:
-        """Sets pages aside for who wants some, at step `index`; all steps before `oldest` are done."""
+        """Sets pages aside for who wants some. Steps from `oldest` to before `index` are under way."""
         full: set[int] = set()  # DP ranks: who comes first gets pages first, however many it needs
         for key in list(self._wanting) if self._wanting else ():
             case = self.cases[key]
@@ -174,9 +174,11 @@ class Desk:
                 full.add(case.leader.dp_rank)
             else:
                 self._wanting.remove(key)
-                self._settling.append((index, key, lease))
-        while self._settling and self._settling[0][0] <= oldest:
-            _, key, lease = self._settling.popleft()
+                self._settling[key] = lease
+        for key, lease in list(self._settling.items()) if self._settling else ():
+            if lease.quiet_from > oldest and oldest < index:
+                continue
+            del self._settling[key]
             if key in self.cases:
                 case = self.cases[key]
                 moved = case.leader.num_prompt - (not drawn_first(case.submit))

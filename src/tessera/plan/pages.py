@@ -12,13 +12,19 @@ from tessera.plan.step import Ints
 
 
 class PagePool:
-    """`num_pages` pages, the scratch page included."""
+    """`num_pages` pages, the scratch page included.
+
+    `next_step`: steps before it may be under way. `quiet_from`: of each page the first step that was planned when no
+    row held it any more: once those before it are done, none touches it.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.refs = np.zeros(num_pages, np.int32)
         self.cached = np.zeros(num_pages, np.bool_)
         self.num_idle = 0
+        self.next_step = 0
+        self.quiet_from = np.zeros(num_pages, np.int64)
         self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)
         self.num_free = num_pages - 1
 
@@ -56,6 +62,7 @@ class PagePool:
         assert (after >= 0).all(), "a page was dropped more often than held"
         self.refs[pages] = after
         self.num_idle += int(np.count_nonzero(self.cached[pages] & (after == 1)))
+        self.quiet_from[pages] = self.next_step
         self._push(pages[after == 0])
 
     def num_alone(self, pages: Ints) -> int:

@@ -10,12 +10,15 @@ UNLIMITED = 1 << 30
 
 
 class SlotPool:
-    """`num_slots` slots, the scratch slot included; 0 for a model without recurrent state, which always has room."""
+    """`num_slots` slots, the scratch slot included; 0 for a model without recurrent state, which always has room.
+    `next_step`, `quiet_from`: as of pages."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._stack = np.arange(num_slots - 1, 0, -1, dtype=np.int32)
         self.num_free = max(num_slots - 1, 0)
+        self.next_step = 0
+        self.quiet_from = np.zeros(max(num_slots, 1), np.int64)
 
     @property
     def room(self) -> int:
@@ -39,6 +42,7 @@ class SlotPool:
     def drop(self, slots: Sequence[int]) -> None:
         """Give slots back; without recurrent state there is nothing to give."""
         if self.num_slots:
+            self.quiet_from[slots] = self.next_step
             self._stack[self.num_free : self.num_free + len(slots)] = slots
             self.num_free += len(slots)
 

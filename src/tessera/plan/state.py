@@ -28,10 +28,12 @@ from tessera.plan.table import RowTable
 
 
 class Lease(NamedTuple):
-    """Pages and slot that another server reads from or writes to; nobody's row holds them."""
+    """Pages and slot that another server reads from or writes to; nobody's row holds them. `quiet_from`: a row did,
+    perhaps, until that step was planned, so steps before it may touch them."""
 
     pages: Ints
     slot: int
+    quiet_from: int = 0
 
 
 class RankState:
@@ -178,7 +180,9 @@ class RankState:
             return None
         if config.pages_for(min(num_known + 1, sequence.goal)) > self.num_spare:
             return None
-        lease = self.leases[sequence.key] = Lease(self.take_pages(config.pages_for(num_known)), *self.slots.take(1))
+        pages, (slot,) = self.take_pages(config.pages_for(num_known)), self.slots.take(1)
+        quiet = max(int(self.pages.quiet_from[pages].max()), int(self.slots.quiet_from[max(slot, 0)]))
+        lease = self.leases[sequence.key] = Lease(pages, slot, quiet)
         return lease
 
     def detach(self, sequence: Sequence) -> None:
