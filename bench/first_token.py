@@ -178,7 +178,8 @@ class Clients:
         return Times(found, legs)
 
     async def measure(self, prompt: int, count: int, others: int, found: dict[str, Any]) -> None:
-        """Medians in milliseconds, put into `found`; `gap_ms`: over requests, of the largest gap between tokens."""
+        """Medians in milliseconds, put into `found`; `gap_ms`: over the other requests, of the largest gap between
+        tokens from the second one on; `to_second_ms`: until that, for which a request that comes waits for a step."""
         for turn in range(3):  # graphs and kernels, of many rows too
             began = time.perf_counter()
             await asyncio.gather(
@@ -197,11 +198,12 @@ class Clients:
             firsts.append(asyncio.create_task(self.times(prompt, NEW)))
             await asyncio.sleep(0.5)
         busy, streams = await asyncio.gather(*firsts), await asyncio.gather(*beside)
-        ticks = [[b - a for a, b in pairwise(t.chunks)] for t in streams]
+        ticks = [[b - a for a, b in pairwise(t.chunks[1:])] for t in streams]
         found["beside_first_ms"] = MS * statistics.median(t.chunks[0] for t in busy)
         found["beside_second_ms"] = MS * statistics.median(t.chunks[1] for t in busy)
         found["beside_legs_ms"] = medians(busy)
         found["gap_ms"] = MS * statistics.median(map(max, ticks))
+        found["to_second_ms"] = MS * statistics.median(t.chunks[1] - t.chunks[0] for t in streams)
         found["token_ms"] = MS * statistics.median(tick for t in ticks for tick in t)
 
 
