@@ -56,6 +56,41 @@ def test_a_hand_over_replays_from_the_event_logs() -> None:
         assert not side.gives or any(part.sends for step in steps for part in step.parts)
 
 
+# A prompt arrives at the end of its last page, takes a row, and is preempted before a step has told ranks of that row.
+NEVER_TOLD = [
+    0,
+    1,
+    0,
+    0,
+    0,
+    15918,
+    0,
+    618,
+    0,
+    0,
+    13031,
+    0,
+    0,
+    26369,
+    198,
+    0,
+    126,
+    18,
+    *[0] * 8,
+    117,
+    0,
+    0,
+    1,
+    258,
+    0,
+    0,
+    0,
+    8,
+]
+TIGHT = {"num_slots": 3}, {"num_pages": 10, "num_slots": 4, "max_running": 3, "mixed": True, "max_in_flight": 3}
+
+
+@hypothesis.example(NEVER_TOLD, TIGHT)
 @hypothesis.settings(max_examples=max(FEW, hypothesis.settings.default.max_examples))
 @given(TAPES, KINDS)
 def test_every_schedule_ends_well(tape: list[int], kinds: tuple[dict[str, object], dict[str, object]]) -> None:

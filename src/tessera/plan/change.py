@@ -21,9 +21,14 @@ class ChangeBuilder:
         self._empty = True
 
     def leave(self, rows: list[int]) -> None:
-        """The occupants of rows left."""
+        """The occupants of rows left. Ranks never hear of one that has entered since the last step and leaves again."""
         self._empty = False
-        self._leave += rows
+        unheard = {enter.row: enter for enter in self._enter if enter.row in rows} if self._enter else {}
+        if unheard:
+            self._enter = [enter for enter in self._enter if enter.row not in unheard]
+            slots = {enter.slot for enter in unheard.values()}
+            self._zero_slots = [slot for slot in self._zero_slots if slot not in slots]
+        self._leave += [row for row in rows if row not in unheard]
         for row in rows if self._swapped else ():
             self._swapped.pop(row, None)
 
