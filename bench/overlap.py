@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--nccl", action="store_true", help="no collectives through the memory of the peers")
     parser.add_argument("--trace")
     args = parser.parse_args()
+    if torch.cuda.device_count() < 2:
+        parser.error(f"needs 2 CUDA devices, found {torch.cuda.device_count()}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

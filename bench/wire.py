@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 256, 1024])
     args = parser.parse_args()
+    if torch.cuda.device_count() < args.ranks:
+        parser.error(f"needs {args.ranks} CUDA devices, found {torch.cuda.device_count()}")
     found = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     ports = [s.getsockname()[1] for s in found]
     for s in found:

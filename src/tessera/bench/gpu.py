@@ -12,10 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +161,33 @@ def main() -> None:
     parser.add_argument("--flags", type=json.loads, default={}, help="Further flags of the engine, as JSON.")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    card = measure_card()
-    print(f"{card.name}: copy {card.bytes_per_s / 1e12:.2f} TB/s, bf16 product {card.flops_per_s / 1e12:.0f} TFLOP/s")
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    card, about = measure_card(), versions()
+    told = sys.stderr if args.json else sys.stdout
+    limits = f"copy {card.bytes_per_s / 1e12:.2f} TB/s, bf16 product {card.flops_per_s / 1e12:.0f} TFLOP/s"
+    print(f"{card.name}: {limits}, {', '.join(f'{name} {value}' for name, value in about.items())}", file=told)
     for shape in args.shapes:
         folder = Path(shape) if Path(shape).is_dir() else SHAPES / shape
         flags = {"max_running_requests": 512, "context_length": 8192, **args.flags}
         with started(folder, flags) as (ours, seconds):
             size = torch.cuda.memory_allocated() / 1e9
-            print(f"{shape}: ready after {seconds:.1f} s, {size:.1f} GB: {ours.core.stages.line()}", flush=True)
+            print(
+                f"{shape}: ready after {seconds:.1f} s, {size:.1f} GB: {ours.core.stages.line()}", file=told, flush=True
+            )
             for name in args.workloads:
                 row = run(ours, shape, WORKLOADS[name], card, args.rounds)
-                print(json.dumps(asdict(row)) if args.json else line(row), flush=True)
+                print(json.dumps({"device": card.name, **about, **asdict(row)}) if args.json else line(row), flush=True)
         del ours
         torch.cuda.empty_cache()
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on beside the device."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    commit = found.stdout.strip() if found is not None else ""
+    return {"torch": torch.__version__, "triton": version("triton"), "commit": commit or "unknown"}
 
 
 def line(row: Row) -> str:
