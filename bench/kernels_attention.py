@@ -183,8 +183,7 @@ def latent_mixed(name: str, decodes: int, start: int, length: int, heads: int = 
     work += 2 * heads * (2 * RANK + ROPE) * int((starts + lengths)[1:].sum())
     moved = 2 * (keys * (RANK + ROPE) + real * heads * (NOPE + ROPE + VALUE) + kv_b.numel())
     variants: list[dict[str, Any]] = [{"form": "expanded"}]
-    variants += [{"tiles": tiles, "beside": beside} for tiles in MIXED for beside in (True, False)]
-    variants += [{"splits": n} for n in MIXED_SPLITS] + [{"beside": False}]
+    variants += [{"tiles": tiles} for tiles in MIXED] + [{"splits": n} for n in MIXED_SPLITS]
     variants += [{"tiles": replace(triton_latent.TILES[2], join=join)} for join in JOINS]
     return Case(name, moved, work, num_pages * 128 * (RANK + ROPE), make, run, check, variants)
 

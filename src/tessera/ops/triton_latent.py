@@ -145,15 +145,15 @@ def _latents(
     q_latent, q_rope, pool, partial, lse, blocks, counts, num_blocks, at, before, cu_lengths, starts, lengths,
     page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride, table_stride,
     queries, splits, H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr, DRP: tl.constexpr,
-    PAGE: tl.constexpr, LISTED: tl.constexpr, LONG: tl.constexpr, BESIDE: tl.constexpr, PREFIX: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, LISTED: tl.constexpr, LONG: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs share the parts of the LONG ranges of a step, or of the others; see `_part`.
 
     LISTED: `blocks` and `counts` tell them; else there are `num_blocks`, as many of each range as `queries` tokens
-    fill. BESIDE: runs beside the launch before, of which it needs nothing, and ends after it.
+    fill. In a list, the others run beside the launch of long ones, of which they need nothing, and end after it.
     """
-    if LISTED and not BESIDE:
+    if LISTED and LONG:
         follow()
     if LISTED:
         num_long = tl.load(counts)
@@ -171,7 +171,7 @@ def _latents(
             page_table, scale, latent_token, latent_head, rope_token, rope_head, page_stride, token_stride,
             table_stride, queries, splits, H, R, RP, DR, DRP, PAGE, LONG, PREFIX, not LISTED, M, N, STAGES,
         )  # fmt: skip
-    if BESIDE:
+    if LISTED and not LONG:
         follow()
 
 
@@ -276,10 +276,8 @@ def _join_few(
 def attend_latents(
     q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
     tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None, before: Tensor | None = None,
-    beside: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See `mla_absorbed_reference`: [T, H, V]. `tiles` and `splits`, of short and of long ranges, override the tables;
-    without `beside` one kind waits for the other.
+    """See `mla_absorbed_reference`: [T, H, V]. `tiles` and `splits`, of short and of long ranges, override the tables.
 
     With `before` [S], ranges above `SHORT` see so many keys, and log2 of the sums of exponentials [T, H] is given too.
     """
@@ -309,14 +307,14 @@ def attend_latents(
     if long:
         _latents[(processors,)](
             q_latent, q_rope, pool, partial, lse, blocks, counts, 0, short_rows, before, *ranges, *numbers,
-            queries, long_splits, **sizes, LONG=True, BESIDE=False, PREFIX=before is not None, STAGES=t.long.stages,
+            queries, long_splits, **sizes, LONG=True, PREFIX=before is not None, STAGES=t.long.stages,
             M=t.long.m, N=t.long.n, num_warps=t.long.warps, **chained(q_nope.device),
         )  # fmt: skip
     short = t.short if long or short_splits == 1 else t.split
     number = segments.num_segments * triton.cdiv(queries * heads, short.m)
     _latents[(min(2 * processors, number * short_splits) if long else number * short_splits,)](
         q_latent, q_rope, pool, partial, lse, blocks, counts, number, 0, None, *ranges, *numbers,
-        queries, short_splits, **sizes, LONG=False, BESIDE=long and beside, PREFIX=False, STAGES=short.stages,
+        queries, short_splits, **sizes, LONG=False, PREFIX=False, STAGES=short.stages,
         M=short.m, N=short.n, num_warps=short.warps, **chained(q_nope.device),
     )  # fmt: skip
     counts, room = (short_rows, queries, short_splits, long_splits), splits or _splits(segments, heads, t, True)

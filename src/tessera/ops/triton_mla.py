@@ -116,15 +116,13 @@ def _own(
 
 def mla_absorbed(
     q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, pool: Tensor, segments: Segments, scale: float, *,
-    tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None, beside: bool = True,
+    tiles: LatentTiles | None = None, splits: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """See `mla_absorbed_reference`. Only the last dims must be dense; R and Dr are best powers of two.
 
-    For `tiles`, `splits` and `beside` see `attend_latents`.
+    For `tiles` and `splits` see `attend_latents`.
     """
-    return attend_latents(
-        q_nope, q_rope, kv_b, pool, segments, scale, tiles=tiles, splits=splits, beside=beside
-    )[0]  # fmt: skip
+    return attend_latents(q_nope, q_rope, kv_b, pool, segments, scale, tiles=tiles, splits=splits)[0]
 
 
 def mla_expanded(
