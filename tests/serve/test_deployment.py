@@ -85,6 +85,16 @@ def test_between_hosts_bytes_move_by_an_engine_that_can() -> None:
         assert all(flag not in process.command for process in one_host.workers)
 
 
+@pytest.mark.parametrize("engine", ["local", "cuda_ipc"])
+def test_an_engine_of_one_host_is_refused_between_hosts(engine: str) -> None:
+    asked = [f"*.disaggregation-transfer-backend={engine}"]
+    with pytest.raises(ConfigError, match="moves bytes inside one host") as refused:
+        made(asked, here(4, packed=False))
+    assert len(refused.value.conflicts) == 2
+    for fits in (made(asked, here(8)), made([*asked, "*.tp-size=2", "decode.nodes=0"], here(4, packed=False))):
+        assert after(fits.workers[0].command, "--disaggregation-transfer-backend") == engine
+
+
 def test_ports_of_the_recipe_are_kept_and_counted_on() -> None:
     found = made(["prefill.port=31000", "prefill.workers=2", "prefill.tp-size=1", "decode.tp-size=2"], here())
     assert [after(p.command, "--port") for p in found.workers[:2]] == ["31000", "31001"]

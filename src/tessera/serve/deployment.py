@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tessera.core.config import BY_KEY, Asked, Notes, read
+from tessera.core.config.handover import INSIDE
 from tessera.core.errors import ConfigError, Conflict
 from tessera.core.mesh import divisors, share
 from tessera.serve.recipe import WORKER, Recipe, Role
@@ -88,9 +89,19 @@ def deploy(recipe: Recipe, site: Site, router: Mapping[str, Any]) -> Deployment:
 
 
 def across_hosts(recipe: Recipe) -> Recipe:
-    """The recipe, for hosts of its own: where prefill and decode are on different ones, bytes move between hosts."""
+    """The recipe, for hosts of its own: where prefill and decode are on different ones, bytes move between hosts.
+
+    Raises `ConfigError` where an engine was asked for that cannot.
+    """
     if WORKER in {role.name for role in recipe.roles} or sum(role.nodes for role in recipe.roles) < 2:
         return recipe
+    remedy = f"Use {ACROSS} or nixl, or leave it out; or --set decode.nodes=0 puts both onto one host."
+    reason = "it moves bytes inside one host, and prefill and decode are on different ones"
+    asked = {role.name: role.flags.get(ENGINE) for role in recipe.roles}
+    flag = BY_KEY[ENGINE].spellings[0]
+    wrong = [Conflict((f"{name}: {flag} {one}",), reason, remedy) for name, one in asked.items() if one in INSIDE]
+    if wrong:
+        raise ConfigError(wrong)
     roles = [
         replace(role, flags={**role.flags, ENGINE: ACROSS}) if role.flags.get(ENGINE, "auto") == "auto" else role
         for role in recipe.roles
