@@ -6,7 +6,9 @@ import itertools
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from tessera.core.config.types import Config
 from tessera.core.errors import RequestError
@@ -323,10 +325,11 @@ class Reader:
     def _ids(self, ids: Any, field: str) -> list[int]:
         """Checks token ids against the vocabulary."""
         size = self.limits.vocab_size
-        if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= size):
+        try:
+            return msgspec.convert(list(ids), list[Annotated[int, msgspec.Meta(ge=0, lt=size)]])
+        except msgspec.ValidationError:
             wrong = next(i for i in ids if type(i) is not int or not 0 <= i < size)
-            raise bad(field, wrong, f"token ids from 0 to {size - 1}")
-        return list(ids)
+            raise bad(field, wrong, f"token ids from 0 to {size - 1}") from None
 
     def encode(self, text: str, field: str, add_special: bool) -> list[int]:
         """Token ids of a text. One that cannot fit the context is refused before it is encoded."""

@@ -7,6 +7,7 @@ import logging
 import secrets
 import uuid
 from collections.abc import Mapping
+from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -79,7 +80,7 @@ class Relayed(Response):
         for left in reversed(range(TRIES)):
             if own_id:  # servers are asked by it to abort
                 self._body["rid"] = f"{PREFIXES.get(self._path, 'gen')}-{uuid.uuid4().hex}"
-            uses = self._router.fleet.pick(prompt_of(self._body), num_prompts(self._body), missed)
+            uses = self._router.fleet.pick(partial(prompt_of, self._body), num_prompts(self._body), missed)
             try:
                 await self._try(uses, send)
                 break

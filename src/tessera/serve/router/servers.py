@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -154,11 +154,15 @@ class Fleet:
                 return f"no {role} server takes requests now: {told}"
         return None
 
-    def pick(self, prompt: Prompt, prompts: int, avoid: frozenset[str] = frozenset()) -> dict[Role, Use]:
-        """One server of each role. Raises UnavailableError, having claimed none, where a role has none."""
+    def pick(self, prompt: Callable[[], Prompt], prompts: int, avoid: frozenset[str] = frozenset()) -> dict[Role, Use]:
+        """One server of each role. Raises UnavailableError, having claimed none, where a role has none.
+
+        `prompt` is asked where a role has several: long ones take time to be looked at.
+        """
         if (trouble := self.trouble(avoid)) is not None:
             raise UnavailableError(trouble)
-        return {role: self._claim(role, prompt, prompts, avoid) for role in self.roles}
+        known = prompt() if len(self.servers) > len(self.roles) else None
+        return {role: self._claim(role, known, prompts, avoid) for role in self.roles}
 
     def lost(self, server: Server) -> None:
         """`server` has gone down: what it had cached is gone."""
