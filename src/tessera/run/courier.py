@@ -320,8 +320,7 @@ class Courier:
                 self._tell(Heard(name, letter))
         except PeerError as error:
             reason = str(error)
-            level = logging.INFO if self._ending.is_set() else logging.WARNING
-            log.log(level, "session %s has ended: %s", name, reason)
+            log.info("session %s has ended: %s", name, reason)
             session.line.close(reason)
             self._tell(Gone(name, reason))
             if self.handover.role == "prefill":
