@@ -9,12 +9,14 @@ from typing import get_type_hints
 
 import pytest
 
-from core.test_config import HYBRID, config_of, decided, resolved, spec_of
+from core.test_config import DENSE, HYBRID, config_of, decided, resolved, spec_of
 from house.source import PACKAGE
 from tessera.core.config import Config
 from tessera.ops.backend import BACKENDS, chosen
 
-SOURCE = "\n".join(p.read_text() for p in sorted(PACKAGE.rglob("*.py")) if "config" not in p.relative_to(PACKAGE).parts)
+COMPARES = PACKAGE / "run" / "hosts.py"  # names fields and uses none
+READERS = [p for p in sorted(PACKAGE.rglob("*.py")) if "config" not in p.relative_to(PACKAGE).parts and p != COMPARES]
+SOURCE = "\n".join(p.read_text() for p in READERS)
 FIELDS = [f"{group}.{f.name}" for group, kind in get_type_hints(Config).items() for f in fields(kind)]
 
 # What nobody reads, and why that is no flag passed over.
@@ -67,3 +69,23 @@ def test_kernels_that_nobody_chose_follow_the_attention_and_are_told() -> None:
     assert not [d for d in result.decisions if d.what == "moe-runner-backend"]
     assert not [d for d in resolved().decisions if d.what in ("linear-attn-backend", "moe-runner-backend")]
     assert config_of(sampling_backend="pytorch", attention_backend="torch_native").kernels.sampling == "torch"
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "why"),
+    [
+        (DENSE, {"linear_attn_backend": "reference"}, "the model has no recurrent state"),
+        (DENSE, {"mamba_ssm_dtype": "bfloat16"}, "the model has no recurrent state"),
+        (DENSE, {"max_mamba_cache_size": 2}, "the model has no recurrent state"),
+        (DENSE, {"moe_runner_backend": "reference"}, "the model has no experts"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
+)
+def test_what_the_model_has_nothing_for_is_told_and_changes_nothing(
+    model: dict[str, object], flags: dict[str, object], why: str
+) -> None:
+    (name,) = flags
+    told = decided(resolved(spec_of(model), **flags), f"--{name.replace('_', '-')}")
+    assert (told.value, told.why) == ("ignored", why)
+    assert config_of(spec_of(model), **flags) == config_of(spec_of(model))
+    assert not [d for d in resolved(spec_of(HYBRID), **flags).decisions if d.value == "ignored"]

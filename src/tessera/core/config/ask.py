@@ -38,6 +38,11 @@ class Asked:
         """True when the user asked for a value."""
         return name in self._given
 
+    def without(self, names: Iterable[str]) -> Asked:
+        """The same, as if nobody had asked for these."""
+        left = self._given.keys() - set(names)
+        return Asked({name: value for name, value in self._given.items() if name in left})
+
     def text(self, name: str) -> str | None:
         """A text, or None where there is none."""
         value = self._all[name]

@@ -55,7 +55,7 @@ def resolve(
     Raises `ConfigError` with every conflict at once. Same arguments, same result; nothing is read from outside.
     """
     notes = Notes()
-    values = read(asked, notes)
+    values = _meant(read(asked, notes), spec, notes)
     device = _device(values, hardware, notes)
     dtype = _dtype(values, spec, hardware, notes)
     quantization, fp8 = quantization_phase(values, spec, hardware, dtype, notes)
@@ -101,6 +101,18 @@ def resolve(
     if notes.conflicts:
         raise ConfigError(notes.conflicts)
     return Resolved(config, tuple(notes.decisions))
+
+
+def _meant(values: Asked, spec: ModelSpec, notes: Notes) -> Asked:
+    """What was asked, but for what the model has nothing for."""
+    experts = any(isinstance(layer.mlp, MoESpec) for layer in spec.layers)
+    states = ("linear_attn_backend", "mamba_ssm_dtype", "max_mamba_cache_size")
+    idle = [] if spec.recurrent else [(name, "the model has no recurrent state") for name in states]
+    idle += [] if experts else [("moe_runner_backend", "the model has no experts")]
+    for name, why in idle:
+        if values.gave(name):
+            notes.decide(f"--{name.replace('_', '-')}", "ignored", why)
+    return values.without(name for name, _ in idle)
 
 
 def _device(values: Asked, hardware: Hardware, notes: Notes) -> str:
