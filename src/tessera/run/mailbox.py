@@ -6,19 +6,11 @@ import contextlib
 import os
 import queue
 import select
-import sys
 import weakref
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-TURN_S = 2e-4
-
-
-def short_turns() -> None:
-    """Other threads of this process wait so long for Python's lock at most, and not the 5 ms that are the default: what
-    a step has computed is sent, and letters of other servers are heard, while the step loop still counts."""
-    sys.setswitchinterval(TURN_S)
 
 
 def counter() -> int:

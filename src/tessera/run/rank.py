@@ -28,7 +28,7 @@ from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
 from tessera.run.hosts import conflicts
-from tessera.run.mailbox import Mailbox, short_turns
+from tessera.run.mailbox import Mailbox
 from tessera.run.poster import News
 from tessera.run.runner import Launched, Runner
 from tessera.run.stages import Stages
@@ -246,7 +246,6 @@ def main(argv: list[str]) -> int:
     """The process. Ctrl-C and SIGTERM are for others to answer: the engine tells it when to end."""
     spawn = msgspec.json.decode(argv[0], type=Spawn)
     die_with(spawn.parent)
-    short_turns()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(format=FORM.format(spawn.rank), datefmt="%Y-%m-%d %H:%M:%S")

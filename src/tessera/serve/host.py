@@ -17,7 +17,6 @@ from typing import Protocol
 from tessera.core.errors import ConfigError, PeerError, TesseraError
 from tessera.core.messages import Fatal, Inbound
 from tessera.run.children import die_with
-from tessera.run.mailbox import short_turns
 from tessera.serve import logs
 from tessera.serve.wire import Begin, EngineEnd, Loading, Refusal, Upward
 
@@ -45,7 +44,6 @@ Build = Callable[[Begin, Tell], Engine]
 def host(argv: Sequence[str], build: Build) -> int:
     """Runs an engine for the front that started this process with (folder of the wire, its process id)."""
     die_with(int(argv[1]))
-    short_turns()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logs.configure()
