@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import random
 import re
 import signal
@@ -18,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from tessera.evals.tasks import TASKS, recall_question
+from tessera.run.hardware import cores
 
 RESULTS = Path(__file__).resolve().parent / "results" / "seed1.md"
 LINE = "--tp 2 --dp 2 --enable-dp-attention --enable-mixed-chunk --chunked-prefill-size 256"
@@ -38,7 +41,9 @@ PAGE = """# Two data-parallel groups with mixed chunks answer as one rank
     tessera eval {asked} --url ...
 
 Two processes on CPU, collectives through shared memory; against the same model by one rank without mixed chunks.
-Written by `python bench/seed1.py`. *right alike*: questions that both get right or both get wrong; *same text*: answers
+Written by `python bench/seed1.py` on {date}, commit {commit}, {machine}.
+
+*right alike*: questions that both get right or both get wrong; *same text*: answers
 that are the same to the character; *long and short*: prompts of very unequal length, all at once, with the same answer
 (see below); *mixed lines*: lines of the log with kind MIXED and `#running-req` above 0.
 
@@ -131,7 +136,10 @@ def main() -> int:
             (Path(folder) / dtype).mkdir()
             found.append(compare(dtype, Path(folder) / dtype))
     rows, lines = "\n".join(row for row, _, _ in found), "\n".join(found[0][1][:6])
-    RESULTS.write_text(PAGE.format(line=LINE, asked=EVAL, rows=rows, dtype=DTYPES[0], lines=lines))
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    taken = {"date": date.today(), "commit": commit, "machine": f"{cores()} cores of {platform.machine()}"}
+    RESULTS.write_text(PAGE.format(line=LINE, asked=EVAL, rows=rows, dtype=DTYPES[0], lines=lines, **taken))
     sys.stdout.write(RESULTS.read_text())
     return 0 if found[0][2] else 1
 

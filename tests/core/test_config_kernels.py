@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from core.test_config import CUDA, DENSE, HYBRID, config_of, refusals, resolved, spec_of
+from core.test_config import CUDA, DENSE, HYBRID, config_of, decided, refusals, resolved, spec_of
 from tessera.core.config.kernels import GRAPH_TOKENS, LIBRARIES
 
 
@@ -53,6 +53,9 @@ def test_graphs_that_are_off_are_told_and_so_is_each_flag_that_sizes_them(off: d
 def test_sizes_are_those_asked_for() -> None:
     assert graphs(cuda_graph_bs=(4, 1, 4))[0] == (1, 4)
     assert graphs(cuda_graph_max_bs=3)[0] == (1, 2, 3)
+    for size, told in ((9, True), (8, False)):
+        why = decided(resolved(spec_of(), CUDA, max_running_requests=8, cuda_graph_max_bs=size), "CUDA graphs").why
+        assert ("no step has more than 8" in why) == told
 
 
 def test_float64_gets_kernels_that_compute_in_it() -> None:

@@ -154,12 +154,13 @@ def _graphs(
     tokens = GRAPH_TOKENS
     if most_tokens is not None:
         rows, tokens = (tuple(n for n in sizes if n <= most_tokens) for sizes in (rows, tokens))
+    over = f"; no step has more than {max_running}" if max(most, *asked, 0) > max_running else ""
     if asked and values.gave("cuda_graph_max_bs"):
         notes.refuse(("--cuda-graph-bs", "--cuda-graph-max-bs"), "both say which sizes", "Leave one of them out.")
     notes.decide(
         "CUDA graphs",
         f"decode of up to {max(rows, default=0)} rows, other steps of up to {max(tokens, default=0)} tokens",
-        f"{len(rows)} sizes of decode; each is recorded while nothing runs, or when it was met twice",
+        f"{len(rows)} sizes of decode; each is recorded while nothing runs, or when it was met twice{over}",
     )
     segments = tuple(1 << n for n in range(3, max(max_running.bit_length(), 3) + 1))  # all rows, and one of padding
     return rows, segments, tokens
