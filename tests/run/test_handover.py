@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ import pytest
 from run.pd import Pair, Server
 from tessera.core.errors import ConfigError
 from tessera.core.messages import SamplingParams, Submit
+from tessera.plan.step import Send
 from tessera.run import loop
 from tessera.run.build import build_instance
 from tessera.run.poster import Poster
@@ -153,6 +155,22 @@ def test_what_has_landed_does_not_wait_for_a_step(flags: dict[str, Any], monkeyp
         answered.set()
         pair.prefill.ended([("first", 0), ("other", 0)])
         assert not pair.prefill.errors
+
+
+def test_pages_go_while_later_chunks_compute_and_the_state_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[tuple[int, bool]] = []
+    post = Poster.post
+
+    def noted(self: Poster, sends: Sequence[Send]) -> None:
+        posted.extend((len(send.pages), send.slot >= 0) for send in sends)
+        post(self, sends)
+
+    monkeypatch.setattr(Poster, "post", noted)
+    with Pair(MODELS["hybrid"], {}, {}, **EXACT) as pair:
+        pair.answer([Submit("meets", prompt(0, 2), SamplingParams(max_new_tokens=2))])
+        posted.clear()
+        check_equal(pair, [Submit("r", prompt(1, 70), SamplingParams(temperature=0.0, max_new_tokens=3))])
+    assert posted == [(4, False)] * 4 + [(2, True)], "chunks of 16 tokens, pages of 4"
 
 
 def test_more_requests_than_room() -> None:
