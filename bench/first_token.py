@@ -34,10 +34,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 
+from tessera.run.ahead import COMMAND
 from tessera.serve.here import free_port
 
-MS = 1e3
+MS, COMPILER = 1e3, COMMAND[-1]
 SHAPES = Path(__file__).resolve().parent / "shapes"
 STOP_S, LOOK_S = 15.0, 0.1
 READY = re.compile(r"processes are ready: http|^\[[^]]*\] INFO The server is fired up")
@@ -87,6 +89,14 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     }
 
 
+def compiles(process: psutil.Process) -> bool:
+    """It is one of `tessera.run.ahead`'s, or of theirs."""
+    try:
+        return COMPILER in process.cmdline()
+    except psutil.Error:  # it has ended
+        return False
+
+
 class Server:
     """The processes of one side: what they write goes to stderr, all of it until they are ready."""
 
@@ -115,6 +125,13 @@ class Server:
             if time.monotonic() > limit:
                 raise TimeoutError("not ready in time")
         return time.monotonic() - self._began
+
+    def until_compiled(self, limit: float) -> float:
+        """Seconds until no process compiles kernels beside them any more: those take every core. At most to `limit`."""
+        began = time.monotonic()
+        while time.monotonic() < limit and any(map(compiles, psutil.Process(self._process.pid).children(True))):
+            time.sleep(LOOK_S)
+        return time.monotonic() - began
 
     def stop(self) -> None:
         """Ends them in order, or at once when that takes too long."""
@@ -220,6 +237,7 @@ def side(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
     server = Server(command)
     try:
         found["ready_s"] = server.until_ready(limit)
+        found["compiled_s"] = server.until_compiled(limit)
         left = max(limit - time.monotonic(), 1.0)
         asyncio.run(within(Clients(server.url, vocab_size, left), options, left, found))
     except (TimeoutError, RuntimeError, httpx.HTTPError) as error:
