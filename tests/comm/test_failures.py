@@ -16,6 +16,7 @@ import torch
 from comm.ranks import CPU, as_processes, free_port, place, raise_first, run_program, together
 from tessera.comm.base import Comm
 from tessera.comm.connect import Place, connect
+from tessera.comm.dist import explained
 from tessera.comm.meet import meet
 from tessera.core.errors import ConfigError, DeadlineError, PeerError
 from tessera.core.mesh import instance_mesh
@@ -179,3 +180,15 @@ def test_kinds_for_a_device() -> None:
 def test_one_rank_needs_nobody() -> None:
     comm = connect(Place(instance_mesh(1), 0, CPU, "", "gloo"))
     assert torch.equal(comm.sum([torch.ones(2), torch.ones(2)], "tp").wait(), torch.full((2,), 2.0))
+
+
+def test_what_gloo_says_is_told_without_its_advice() -> None:
+    """Which is for those who develop it: where in its source it was, and to look at other logs."""
+    advice = "This is typically caused by a remote worker hanging or bugs in the application. GLHF!"
+    said = (
+        f"[/__w/pytorch/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:23: Connection reset by peer. {advice}"
+    )
+    with pytest.raises(PeerError) as caught, explained("rank 0 in sum", 10.0):
+        raise RuntimeError(said)
+    told = "a rank has ended or left (Read error [127.0.0.1]:23: Connection reset by peer.)"
+    assert str(caught.value) == f"rank 0 in sum: {told}"

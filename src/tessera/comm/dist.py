@@ -16,6 +16,7 @@ two ranks there is one, so it is the same sum).
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 NCCL_GROUP = 512 << 20  # bytes of a communicator between GPUs of one host, rounded up
 
+NOISE = re.compile(r"^\[\S+\.cc:\d+\] | This is typically caused by .*")  # of gloo: for those who develop it
 Ranks = tuple[int, ...]
 Mapped = Callable[[Meeting, Ranks, torch.device], "Peers | None"]
 
@@ -55,7 +57,7 @@ class _Work:
 
     def wait(self) -> Tensor:
         """The result."""
-        with _explained(self.what, self.deadline_s):
+        with explained(self.what, self.deadline_s):
             self.work.wait()
         return self.finish()
 
@@ -73,8 +75,8 @@ class _Made:
 
 
 @contextmanager
-def _explained(what: str, deadline_s: float) -> Iterator[None]:
-    """Errors of the backends as ours. They are all RuntimeErrors: only the time tells why."""
+def explained(what: str, deadline_s: float) -> Iterator[None]:
+    """Errors of the backends as `PeerError` or `DeadlineError`. They are all RuntimeErrors: only the time tells why."""
     began = time.monotonic()
     try:
         yield
@@ -82,7 +84,8 @@ def _explained(what: str, deadline_s: float) -> Iterator[None]:
         waited = time.monotonic() - began
         if waited >= 0.9 * deadline_s:
             raise DeadlineError(f"{what}: nothing came for {waited:.1f} s") from error
-        raise PeerError(f"{what}: a rank has ended or left ({str(error).splitlines()[0]})") from error
+        said = NOISE.sub("", str(error).splitlines()[0])
+        raise PeerError(f"{what}: a rank has ended or left ({said})") from error
 
 
 def told_late(mesh: Mesh, rank: int, late: Mapping[str, Sequence[int]], deadline_s: float) -> DeadlineError | None:
@@ -120,7 +123,7 @@ class DistComm:
         made: dict[Ranks, dist.Backend] = {}
         for ranks in self.mesh.groups(self.rank):  # in one order: making one waits
             store = dist.PrefixStore(f"group/{ranks}", meeting.store)
-            with _explained(f"rank {self.rank} connecting to ranks {ranks}", deadline_s):
+            with explained(f"rank {self.rank} connecting to ranks {ranks}", deadline_s):
                 made[ranks] = backend(store, ranks.index(self.rank), len(ranks))
         peers = {} if mapped is None else {ranks: mapped(meeting, ranks, device) for ranks in made}
         self._groups = {axis: made.get(ranks) for axis, ranks in groups.items()}
@@ -233,7 +236,7 @@ class DistComm:
 
     def _start(self, what: str, finish: Callable[[], Tensor], call: Callable[..., dist.Work], *args: object) -> Handle:
         what = f"rank {self.rank} in {what}"
-        with _explained(what, self._deadline_s):
+        with explained(what, self._deadline_s):
             return _Work(call(*args), finish, what, self._deadline_s)
 
     def _lengths(self, length: int, group: dist.Backend, axis: str) -> list[int]:
