@@ -111,13 +111,12 @@ def test_all_ranks_choose_by_the_tokens_of_all() -> None:
 
     for counts in ((4, 4), (4, 5), (9, 0)):
         for dp in range(2):
-            form = BySize(8, Noted("padded"), Noted("counted"))
+            form = BySize(8, Noted("padded"), Noted("counted")).chosen(sum(counts))
             drain(form(rows_of(dp, counts[dp], torch.float32), counts, Toy(())))
     assert chosen == [(8, "padded")] * 2 + [(9, "counted")] * 4
 
     def kinds(comm: Comm) -> tuple[type, type, int]:
         made = dispatch(comm, [range(4), range(4, 8)], EXPERTS, CPU, padded_up_to=8, carrier=TRAVEL)
-        assert isinstance(made, BySize)
         return type(made.small), type(made.large), made.most
 
     assert as_threads(mesh, kinds) == [(Padded, Travelling, 8)] * 2

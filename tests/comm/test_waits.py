@@ -48,5 +48,13 @@ def test_alone(stages: int) -> None:
     assert len(log) == 2 * stages + 1
 
 
+@pytest.mark.parametrize("stages", [(3, 2), (2, 3), (0, 1)])
+def test_one_that_ends_before_the_other_is_refused(stages: tuple[int, int]) -> None:
+    """Known fault: the later half got ahead of the one whose keys it reads, and results came in the order of ends."""
+    log: list[str] = []
+    with pytest.raises(RuntimeError, match="1 of 2 batches side by side ended"):
+        interleave([work(name, n, log) for name, n in zip("ab", stages, strict=True)])
+
+
 def test_nothing_is_run_of_nothing() -> None:
     assert interleave([]) == []

@@ -57,6 +57,12 @@ def test_row_2_two_batch_overlap_and_mixed_chunk() -> None:
     assert "MIXED" in labels(same(asked(9, 30, 25, 40), **DP, **MIXED, **HALVES), halved=True)
 
 
+def test_halves_on_either_side_of_the_size_up_to_which_exchanges_are_padded() -> None:
+    """Known fault: each half chose for itself, so one had fewer stages and overtook the one whose keys it reads."""
+    travel = {"ep": 2, "moe_a2a_backend": "all_to_all", "moe_a2a_padded_tokens": 12}
+    assert "MIXED" in labels(same(asked(9, 30, 25, 40), **DP, **MIXED, **HALVES, **travel), halved=True)
+
+
 def test_a_rule_that_does_not_know_mixed_steps_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The crash of other engines: where to split is not defined for the kind of step that prompts and decodes make."""
 

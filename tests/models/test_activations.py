@@ -130,7 +130,7 @@ def test_experts_hold_no_more(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     at, moe = next((i, layer.mlp) for i, layer in enumerate(rank.decoder.layers) if isinstance(layer.mlp, MoE))
     monkeypatch.setattr(triton_moe, "pays", lambda *sizes: False)
     x = torch.randn(64, spec.hidden)
-    batch = Batch(None, {}, None, (len(x),))  # type: ignore[arg-type]
+    batch = Batch(None, {}, None, (len(x),), len(x))  # type: ignore[arg-type]
     with counted(monkeypatch) as held:
         drain(moe(x, batch))
     sketch = sketch_of(family, len(x), len(x), spec=spec)

@@ -164,16 +164,16 @@ def _known(counts: Tensor, most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class BySize:
-    """`small` for steps of up to `most` tokens in all DP ranks, `large` for others: all ranks choose alike."""
+    """`small` for steps of up to `most` tokens in all DP ranks, `large` for others: all ranks choose alike, and so do
+    the halves of a step, which take their turns by stages (`comm/waits.py`)."""
 
     most: int
     small: Dispatch
     large: Dispatch
 
-    def __call__(self, x: Tensor, counts: Sequence[int], experts: Experts) -> Waits[Tensor]:
-        """See `Dispatch`."""
-        chosen = self.small if sum(counts) <= self.most else self.large
-        return (yield from chosen(x, counts, experts))
+    def chosen(self, largest: int) -> Dispatch:
+        """For a step whose largest half, or which whole, has so many tokens in all DP ranks."""
+        return self.small if largest <= self.most else self.large
 
 
 def dispatch(
@@ -183,9 +183,9 @@ def dispatch(
     device: torch.device,
     padded_up_to: int,
     carrier: Carrier,
-) -> Dispatch:
+) -> BySize:
     """As the mesh is made: tokens travel where shared experts are whole (`instance_mesh(all_to_all=True)`), padded in
     steps of up to `padded_up_to` tokens in all DP ranks."""
     if comm.mesh.size_of("shared") == comm.mesh.size_of("tp"):
-        return Everywhere(comm)
+        return BySize(0, Everywhere(comm), Everywhere(comm))
     return BySize(padded_up_to, Padded(comm), Travelling(comm, holders, num_experts, device, carrier))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
@@ -23,15 +22,21 @@ def drain(waits: Waits[Result]) -> Result:
 def interleave(runs: Sequence[Waits[Result]]) -> list[Result]:
     """Runs generators side by side, taking turns: while what one waits for is on the wire, the others compute.
 
-    Each stage of one runs before the same stage of those after it, which may build on what it wrote. All ranks take the
-    same turns, so collectives meet in the same order everywhere.
+    Each stage of one runs before the same stage of those after it, which may build on what it wrote. So all must have
+    as many stages; else one would get ahead of what it builds on. All ranks take the same turns, so collectives meet in
+    the same order everywhere.
+
+    Raises `RuntimeError` where some end before the others.
     """
     results: list[Result] = []
-    waiting: deque[tuple[Waits[Result], Handle | None]] = deque((run, None) for run in runs)
-    while waiting:
-        run, handle = waiting.popleft()
-        try:
-            waiting.append((run, next(run) if handle is None else run.send(handle.wait())))
-        except StopIteration as end:
-            results.append(end.value)
+    waiting: list[Handle | None] = [None] * len(runs)
+    while len(results) < len(runs):
+        for nth, run in enumerate(runs):
+            handle = waiting[nth]
+            try:
+                waiting[nth] = next(run) if handle is None else run.send(handle.wait())
+            except StopIteration as end:
+                results.append(end.value)
+        if len(results) not in (0, len(runs)):
+            raise RuntimeError(f"{len(results)} of {len(runs)} batches side by side ended a stage before the others")
     return results

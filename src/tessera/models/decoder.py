@@ -102,9 +102,14 @@ class Decoder:
         segments: Segments,
         caches: Mapping[str, Tensor],
         counts: tuple[int, ...] | None = None,
+        largest: int = 0,
     ) -> Waits[Tensor]:
-        """tokens [T] of the step's ranges -> [T, hidden] after the final norm. Writes keys, values and states."""
-        batch = Batch(segments, caches, choose_forms(segments), self._counts(counts, len(tokens)))
+        """tokens [T] of the step's ranges -> [T, hidden] after the final norm. Writes keys, values and states.
+
+        `largest`: see `Batch`, if others run beside this.
+        """
+        known = self._counts(counts, len(tokens))
+        batch = Batch(segments, caches, choose_forms(segments), known, largest or sum(known))
         x, added = (yield from self.embed(tokens, batch.counts)), None
         for layer in self.layers:
             x, added = yield from layer(x, added, batch)

@@ -37,7 +37,7 @@ class MoE:
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
-        return (yield from self.dispatch(x, batch.counts, self))
+        return (yield from self.dispatch.chosen(batch.largest)(x, batch.counts, self))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Experts`."""

@@ -103,10 +103,12 @@ class Tools:
 class Batch:
     """A step as layers see it: its ranges, the caches by `CacheSpec.name`, and the form of each op.
 
-    `counts`: tokens of every DP rank of the instance; those of this one are the ranges'.
+    `counts`: tokens of every DP rank of the instance; those of this one are the ranges'. `largest`: those of all DP
+    ranks together, of the largest of the halves that run side by side.
     """
 
     segments: Segments
     caches: Mapping[str, Tensor]
     forms: Forms
     counts: tuple[int, ...]
+    largest: int

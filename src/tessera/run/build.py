@@ -56,7 +56,8 @@ class Driven:
 
     def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
         """T tokens in all -> hidden states after the final norm [T, hidden]."""
-        found = interleave([self.decoder.hidden(i.tokens, i.segments, caches, i.counts) for i in inputs])
+        largest = max(sum(i.counts) for i in inputs)
+        found = interleave([self.decoder.hidden(i.tokens, i.segments, caches, i.counts, largest) for i in inputs])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
