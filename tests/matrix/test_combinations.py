@@ -59,7 +59,7 @@ def test_row_2_two_batch_overlap_and_mixed_chunk() -> None:
 
 def test_halves_on_either_side_of_the_size_up_to_which_exchanges_are_padded() -> None:
     """Known fault: each half chose for itself, so one had fewer stages and overtook the one whose keys it reads."""
-    travel = {"ep": 2, "moe_a2a_backend": "all_to_all", "moe_a2a_padded_tokens": 12}
+    travel = {"ep": 2, "moe_a2a_backend": "all_to_all", "moe_a2a_padded_tokens": 5}
     assert "MIXED" in labels(same(asked(9, 30, 25, 40), **DP, **MIXED, **HALVES, **travel), halved=True)
 
 
