@@ -84,7 +84,7 @@ DEEPSEEK = {
     "rope_theta": 1e4,
 }
 EQUIPPED = replace(CUDA, libraries=tuple(LIBRARIES))
-WIDE = spec_of(HYBRID, head_dim=64)
+WIDE = spec_of(HYBRID, head_dim=64, moe_intermediate_size=64)
 OLDER = replace(EQUIPPED, capability=(8, 0))
 REFUSED = {
     "no library": (WIDE, CUDA, {"attention_backend": "flashinfer"}, "pip install 'tessera-llm[flashinfer]'"),

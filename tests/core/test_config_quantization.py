@@ -127,6 +127,16 @@ def test_deep_gemm_multiplies_experts_too_unless_others_are_asked_for() -> None:
     assert (alone.fp8, alone.moe) == ("triton", "deep_gemm")
 
 
+def test_experts_in_bf16_that_deep_gemm_does_not_multiply_are_refused() -> None:
+    """Known fault: the first long step ended the engine ("k % 64 == 0"). Cut over ranks they may not fit any more."""
+    asked = {"moe_runner_backend": "deep_gemm", "quantization": None}
+    fits, odd = (spec_of({**DENSE, **MOE, "hidden_size": 64}, moe_intermediate_size=n) for n in (128, 48))
+    assert config_of(fits, EQUIPPED, **asked).kernels.moe == "deep_gemm"
+    for spec, ranks in ((odd, 1), (fits, 4)):
+        (text,) = refusals(spec, replace(EQUIPPED, count=4), tp=ranks, **asked)
+        assert "--moe-runner-backend deep_gemm: its products take columns in 64s, layers." in text
+
+
 def test_weights_that_deep_gemm_does_not_multiply_are_named() -> None:
     """10944 rows are 85.5 blocks, so gate | up has scales every 64, as experts of 192 have. What comes down from these
     would fit, but goes the way of what goes up."""

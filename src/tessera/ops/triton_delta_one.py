@@ -29,7 +29,7 @@ class Cut:
 
 
 # By bytes of a number of the state, from one H100; `bench/kernels.py delta --sweep` tries others.
-CUTS = {2: Cut(32, 2, 1), 4: Cut(128, 4, 1)}
+CUTS = {2: Cut(64, 2, 1), 4: Cut(128, 4, 1)}
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The last word on DeepGEMM's products of fp8 weights: which tiles get them, once it is known how the model is cut."""
+"""The last word on DeepGEMM's products: which tiles get them, once it is known how the model is cut."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from tessera.core.tensors import TensorSpec
 from tessera.core.weights import weight_table
 
 NEWER = (10, 0)  # compute capability from which on its scales are powers of two
+COLUMNS = 64  # of a weight in bf16, of which its products take whole ones
 
 
 def deep_gemm_phase(
     spec: ModelSpec, quantization: Quantization | None, mesh: Mesh | None, kernels: KernelConfig, hardware: Hardware,
     notes: Notes,
 ) -> None:  # fmt: skip
-    """Tells which fp8 weights DeepGEMM does not multiply, and refuses it where there are no others.
+    """Tells which fp8 weights DeepGEMM does not multiply, and refuses it where there are no others, or for experts in
+    bf16 that it does not multiply.
 
     `mesh`: None where the model cannot be cut so, which is refused already.
     """
     flags = {"linear": "--fp8-gemm-backend", "experts": "--moe-runner-backend"}
     asked = {role for role, name in (("linear", kernels.fp8), ("experts", kernels.moe)) if name == "deep_gemm"}
-    if quantization is None or not kernels.fp8 or not asked:
+    if not asked:
+        return
+    if quantization is None or not kernels.fp8:
+        if mesh is not None:
+            _plain_experts(spec, mesh, notes)
         return
     flag = next(f"{flags[role]} deep_gemm" for role in ("linear", "experts") if role in asked)
     if hardware.capability is not None and hardware.capability >= NEWER:
@@ -43,6 +49,16 @@ def deep_gemm_phase(
             names = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in left)
             shown = ", ".join(f"{name} ({count})" for name, count in names.items())
             notes.decide("triton's products instead of DeepGEMM's", shown, reasons)
+
+
+def _plain_experts(spec: ModelSpec, mesh: Mesh, notes: Notes) -> None:
+    """Experts' weights [E, N, K] in bf16: K comes in whole blocks, on every rank."""
+    parts = (part for tensor in weight_table(spec, mesh) for part in tensor.parts() if part.role == "experts")
+    columns = ((part.name, part.layout.local_shape(mesh, rank)[-1]) for part in parts for rank in range(mesh.size))
+    odd = next(((name, count) for name, count in columns if count % COLUMNS), None)
+    if odd is not None:
+        why = f"its products take columns in {COLUMNS}s, {odd[0]} has {odd[1]} on a rank"
+        notes.refuse(("--moe-runner-backend deep_gemm",), why, "Use triton.")
 
 
 def _tiles(
