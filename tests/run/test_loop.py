@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tessera.core.errors import ConfigError
+from tessera.core.errors import ConfigError, PeerError
 from tessera.core.messages import Abort, Fatal, Outbound, Output, Outputs, Ready, SamplingParams, Stop, Submit, Tick
 from tessera.plan.log import encode, replay
 from tessera.plan.step import Step
@@ -123,6 +123,21 @@ def test_a_failure_anywhere_is_told_to_all_and_ends_the_loop(
         assert isinstance(late, Outputs)
         assert "out of cheese" in (late.items[0].error or "")
     assert engine.raised is None
+
+
+@pytest.mark.parametrize("error", [PeerError("rank 1 was ended by SIGKILL"), ValueError("out of cheese")])
+def test_what_may_be_expected_is_one_line_and_a_fault_of_ours_one_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    monkeypatch.setattr(engine.core.runner, "launch", third(engine.core.runner.launch, error))
+    for i in range(6):
+        engine.core.post(Submit(f"r{i}", prompt(i), LONG))
+    with engine:
+        assert len(engine.ended()) == 6
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert caplog.text.count(str(error)) == 1
+    assert (record.exc_info is not None, "Traceback" in caplog.text) == (isinstance(error, ValueError),) * 2
 
 
 def test_an_interrupt_in_the_loop_is_told_and_goes_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:

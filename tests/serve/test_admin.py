@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -18,6 +18,7 @@ from tessera.serve.metrics import Metrics
 from tessera.serve.steplog import StepLog
 
 PATH = "/v1/completions"
+T = TypeVar("T")
 
 
 @in_loop
@@ -91,13 +92,22 @@ async def test_health_generate_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -
 
 
 @in_loop
-async def test_an_engine_that_goes_silent_fails_what_is_in_flight() -> None:
+async def test_an_engine_that_goes_silent_fails_what_is_in_flight_and_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with world(silence=0.2) as (made, http):
-        error = refusal(await _while_watched(made, http.post(PATH, json={"prompt": [HANG]})), 503)
-        assert "has not stepped" in error["message"]
+
+        async def ask_all() -> list[httpx.Response]:
+            found = await asyncio.gather(*(http.post(PATH, json={"prompt": [HANG]}) for _ in range(6)))
+            await asyncio.sleep(0.2)  # it goes on being silent
+            return found
+
+        for response in await _while_watched(made, ask_all()):
+            assert "has not stepped" in refusal(response, 503)["message"]
+        assert [r.levelname for r in caplog.records if "has not stepped" in r.getMessage()] == ["ERROR"]
 
 
-async def _while_watched(made: World, call: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+async def _while_watched(made: World, call: Coroutine[Any, Any, T]) -> T:
     watch = asyncio.create_task(made.client.watch(0.05))
     try:
         return await call

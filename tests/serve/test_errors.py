@@ -203,6 +203,32 @@ async def test_an_error_inside_a_stream_is_an_event_of_it() -> None:
         refusal(await http.post(PATH, json={"prompt": "a"}), 503)
 
 
+async def broken_streams(error: Exception) -> list[str]:
+    """Six streams under way, and the same breaks all of them."""
+    async with world(delay=0.01) as (made, http):
+        body = {"prompt": "a", "stream": True, "max_tokens": 300, "ignore_eos": True}
+        calls = [asyncio.create_task(http.post(PATH, json=body)) for _ in range(6)]
+        await until(lambda: made.engine.steps > 3)
+        made.client.fail(error)  # type: ignore[arg-type]
+        return [(await call).text for call in calls]
+
+
+@in_loop
+async def test_an_engine_that_ends_is_not_logged_by_every_stream_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Who looks after engines tells it once, and every client is told."""
+    for text in await broken_streams(wire.PeerError("the engine process was ended by SIGKILL")):
+        assert text.count("ended by SIGKILL") == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@in_loop
+async def test_a_fault_of_ours_in_a_stream_leaves_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    for text in await broken_streams(KeyError("forgotten")):
+        assert ("internal error (KeyError)" in text, "forgotten" in text) == (True, False)
+    assert {record.getMessage() for record in caplog.records if record.exc_info} == {"a stream failed"}
+    assert "KeyError: 'forgotten'" in caplog.text
+
+
 # -- whatever comes ----------------------------------------------------------------------------------------------------
 
 NUMBERS = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, -1, 2, 5])

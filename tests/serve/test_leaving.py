@@ -125,13 +125,16 @@ def item(n: int = 1) -> Item:
 
 
 @in_loop
-async def test_a_stream_that_nobody_reads_fails_and_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_that_nobody_reads_fails_and_does_not_grow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(client_module, "MAX_PENDING", 10)
     client = EngineClient([lambda message: None])
     stream = client.submit([item()])
-    for _ in range(11):
+    for _ in range(12):
         stream.put(Output(stream.ids[0], 0, [1]))
-    assert len(await stream.read()) == 11
+    assert len(await stream.read()) == 12
+    assert caplog.messages == ["a stream failed: 10 outputs wait unread: the client reads too slowly"]
     with pytest.raises(CapacityError, match="reads too slowly"):
         await stream.read()
 

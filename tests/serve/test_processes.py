@@ -121,6 +121,7 @@ def test_the_end_of_the_engine_fails_what_is_in_flight_and_the_server(folder: Pa
         assert '"type":"unavailable_error"' in streamed.text
         assert streamed.text.endswith("data: [DONE]\n\n")
         assert "PeerError: the engine process was ended by SIGKILL" in server.text
+        assert (server.text.count("SIGKILL"), "Traceback" in server.text) == (1, False), server.text
 
 
 @pytest.mark.parametrize(("first", "why"), [(2, "the engine failed: asked to fail"), (3, "exit code 9")])

@@ -94,16 +94,22 @@ def test_a_rank_that_is_killed_is_a_503_and_a_failed_server(started: Started) ->
         target=lambda: found.append(httpx.post(f"{started.url}/v1/completions", json=body, timeout=20))
     )
     ask.start()
-    wait_until(lambda: httpx.get(f"{started.url}/server_info").json()["state"]["in_flight"] == 1)
+    streams = [Asking(started.url, stream=True, max_tokens=500) for _ in range(4)]
+    assert all(one.begun.wait(20) for one in streams)
+    wait_until(lambda: httpx.get(f"{started.url}/server_info").json()["state"]["in_flight"] == 5)
     began = time.monotonic()
     started.ranks[1].kill()
-    ask.join(5)
+    for one in (ask, *streams):
+        one.join(5)
     assert found[0].status_code == 503
     assert "was ended by SIGKILL" in found[0].text
     assert started.server.code(5) == 1
     started.all_gone()
     assert time.monotonic() - began < 5
-    assert "was ended by SIGKILL" in started.server.text
+    assert all("was ended by SIGKILL" in one.text for one in streams)
+    lines = [line for line in started.server.text.splitlines() if "was ended by SIGKILL" in line]
+    assert ["the step loop failed: " in line for line in lines] == [True, False], "the cause, and why the server ends"
+    assert "Traceback" not in started.server.text
 
 
 def ranks(server: Running) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from tessera.core.errors import CapacityError, PeerError
+from tessera.core.errors import CapacityError, PeerError, TesseraError
 from tessera.core.messages import (
     EndProfile,
     Fatal,
@@ -207,7 +207,10 @@ class StepLoop(Generic[TicketT]):
                     self._hook()
             self._end("the engine has stopped")
         except BaseException as error:
-            log.exception("the step loop failed")
+            if isinstance(error, TesseraError):  # a rank that has ended, say: where we noticed tells nothing
+                log.error("the step loop failed: %s", error)
+            else:
+                log.exception("the step loop failed")
             why = f"{type(error).__name__}: {error}"
             self._end(f"the engine failed: {why}")
             self.sink(Fatal(why, type(error).__name__))

@@ -7,6 +7,7 @@ takes what comes back. Whoever waits is told when his engine fails, ends or goes
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from tessera.plan.balance import BALANCES, named
 from tessera.serve.replica import Replica
 from tessera.serve.schema import Item
 
+log = logging.getLogger(__name__)
 Send = Callable[[Inbound], None]
 MAX_PENDING = 1 << 16  # outputs of one stream that nobody has read
 
@@ -48,8 +50,9 @@ class Stream:
         if output.finish is not None:
             self._open.discard(key)
         self._pending.append(output)
-        if len(self._pending) > MAX_PENDING:
+        if len(self._pending) > MAX_PENDING and self._failure is None:
             self.fail(CapacityError(f"{MAX_PENDING} outputs wait unread: the client reads too slowly"))
+            log.warning("a stream failed: %s", self._failure)
         self._wake.set()
 
     def fail(self, error: TesseraError) -> None:
@@ -204,9 +207,18 @@ class EngineClient:
             replica.fail_all(replica.failure)
 
     async def watch(self, interval: float = 1.0) -> None:
-        """Fails what is in flight at engines that have been silent for too long. Runs until cancelled."""
+        """Fails what is in flight at engines that have been silent for too long; logs it once for each time that one
+        falls silent. Runs until cancelled."""
+        hung: set[int] = set()
         while True:
             await asyncio.sleep(interval)
             for replica in self.replicas:
-                if replica.stale:
-                    replica.fail_all(replica.silent())
+                if not replica.stale:
+                    hung.discard(replica.number)
+                    continue
+                error = replica.silent()
+                replica.fail_all(error)
+                # One that has ended or still loads is silent too: others tell that.
+                if replica.number not in hung and replica.ready.is_set() and replica.failure is None:
+                    log.error("%s", error)
+                    hung.add(replica.number)

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from tessera.core.errors import CapacityError, DeadlineError, PeerError, RequestError
+from tessera.core.errors import CapacityError, DeadlineError, PeerError, RequestError, TesseraError
 from tessera.serve.trace import Span
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ async def _events(first: Any, payloads: AsyncGenerator[Any, None]) -> AsyncGener
         async for payload in payloads:
             yield b"data: " + encode(payload) + b"\n\n"
     except Exception as error:
-        log.exception("a stream failed")
+        if not isinstance(error, TesseraError):  # told to its client; an engine's end is logged once, where it is found
+            log.exception("a stream failed")
         yield b"data: " + bytes(failure(error).body) + b"\n\n"
     yield b"data: [DONE]\n\n"
 
