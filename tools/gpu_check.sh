@@ -7,6 +7,8 @@ python="${PYTHON:-python3}"
 if [[ -n "${WHEELS:-}" ]]; then
     "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
+# References are computed on the CPU: with as many threads as cores in each of several processes they crawl.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 (($#)) || set -- tests/ops tests/run tests/comm tests/transfer
 # A machine without compiled kernels compiles for minutes: no test may take that for a hang.
