@@ -11,7 +11,6 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.fake_engine import HANG
 from serve.support import World, in_loop, refusal, until, world
 from tessera.core.messages import Flush, StepReport
 from tessera.serve.metrics import Metrics
@@ -96,10 +95,11 @@ async def test_an_engine_that_goes_silent_fails_what_is_in_flight_and_is_logged_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with world(silence=0.2) as (made, http):
+        made.paused = True  # and stays so: one that only hangs wakes when what it hangs in is aborted
 
         async def ask_all() -> list[httpx.Response]:
-            found = await asyncio.gather(*(http.post(PATH, json={"prompt": [HANG]}) for _ in range(6)))
-            await asyncio.sleep(0.2)  # it goes on being silent
+            found = await asyncio.gather(*(http.post(PATH, json={"prompt": "a"}) for _ in range(6)))
+            await asyncio.sleep(0.3)
             return found
 
         for response in await _while_watched(made, ask_all()):
