@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from serve.test_processes import Asking
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.messages import Abort, Inbound, Output, Outputs, SamplingParams, Submit
 from tessera.serve.client import EngineClient, Stream
+from tessera.serve.replica import Replica
 from tessera.serve.schema import Item
 
 SLOW = {"DELAY": "0.02"}
@@ -325,3 +327,13 @@ def test_an_end_in_order_is_no_failure(folder: Path) -> None:
         server.process.terminate()
         assert server.code(10) == 0
         assert "anew" not in server.text
+
+
+def test_an_engine_that_has_ended_keeps_no_frames_of_the_requests_that_it_refused() -> None:
+    """Known fault: all raised one error object, whose traceback grew with each of them."""
+    replica = Replica(0, "", lambda message: None, 5.0)
+    replica.failure = PeerError("rank 1 has ended")
+    for _ in range(20):
+        with pytest.raises(PeerError) as caught:
+            replica.submit(Submit("r", [1], SamplingParams()), lambda output: None)
+    assert len(traceback.extract_tb(caught.value.__traceback__)) == 2, "the caller's, and where it is raised"

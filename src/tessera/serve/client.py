@@ -67,7 +67,7 @@ class Stream:
         """
         while not self._pending:
             if self._failure is not None:
-                raise self._failure
+                raise self._failure.with_traceback(None)  # else that of every reader is kept
             self._wake.clear()
             await self._wake.wait()
         found, self._pending = self._pending, []
@@ -146,7 +146,7 @@ class EngineClient:
         """Starts requests. Raises PeerError or DeadlineError when their engine has ended or hangs, CapacityError when
         too many are in flight."""
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.with_traceback(None)  # else that of every request is kept
         if len(self._homes) + len(items) > self._max_open:
             message = f"{len(self._homes)} prompts are in flight, allowed are {self._max_open}; try again later"
             raise CapacityError(message)

@@ -82,7 +82,7 @@ class Replica:
     def submit(self, submit: Submit, sink: Sink) -> None:
         """Starts a request. Raises why it cannot."""
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.with_traceback(None)  # else that of every request is kept
         if self.stale:
             raise self.silent()
         tokens = len(submit.tokens) + submit.params.max_new_tokens
