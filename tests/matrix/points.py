@@ -120,3 +120,8 @@ def layouts() -> list[Point]:
     for point in ACCEPTED:
         found.setdefault((point.model, *point.layout), []).append(point)
     return [same[i % len(same)] for i, same in enumerate(found.values())]
+
+
+def features() -> list[Point]:
+    """Every combination of what is no layout, and of how tokens meet experts, in one layout of every model."""
+    return [p for p in ACCEPTED if (p.attn, p.dp, p.ep, p.dense, p.lm_head) == (1, 2, 2, "tp", False)]
