@@ -15,7 +15,8 @@ WAIT = SCRIPT.with_name("handover_wait.py")
 def lines(*arguments: str, script: Path = SCRIPT) -> list[dict[str, Any]]:
     """What it writes as JSON."""
     command = [sys.executable, str(script), *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
