@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tessera.bench.commit import commit
 from tessera.evals.tasks import TASKS, Question
 from tessera.models.folder import find_model, packaged_models
 from tessera.run.hardware import cores
@@ -121,11 +121,8 @@ def main() -> None:
     parser.add_argument("--num-questions", type=int, default=100)
     args = parser.parse_args()
     rows = [row for model in packaged_models() for row in measure(model, args.num_questions)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     machine = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    head = HEAD.format(num=args.num_questions, date=date.today(), commit=commit.stdout.strip(), machine=machine)
+    head = HEAD.format(num=args.num_questions, date=date.today(), commit=commit(), machine=machine)
     RESULTS.write_text(head + "".join(rows))
 
 

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tessera.bench.commit import commit
 from tessera.client import Ask, Piece
 from tessera.core.layout import Layout, Section
 from tessera.core.mesh import Mesh
@@ -171,12 +171,6 @@ def row(name: str, result: Result, single: Result) -> str:
     alike = sum(a.text == b.text for a, b in zip(result.answers, single.answers, strict=False)) / len(result.answers)
     scores = ", ".join(f"{score:.3f}" for score in result.scores)
     return f"| {name} | {len(result.scores)} | {result.score:.3f} | {scores} | {alike:.4f} |"
-
-
-def commit() -> str:
-    """What is checked out."""
-    head = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ import platform
 import random
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tessera.bench.commit import commit
 from tessera.evals.tasks import TASKS
 from tessera.serve.engine import Engine
 
@@ -176,12 +176,6 @@ async def rage(
         return storm, time.monotonic() - ended
     finally:
         await asyncio.gather(*(server.kill() for server in servers if server.process), return_exceptions=True)
-
-
-def commit() -> str:
-    """What is checked out."""
-    head = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from typing import Any
 
 import httpx
 
+from tessera.bench.commit import commit
 from tessera.evals.tasks import TASKS, recall_question
 from tessera.run.hardware import cores
 
@@ -136,9 +137,7 @@ def main() -> int:
             (Path(folder) / dtype).mkdir()
             found.append(compare(dtype, Path(folder) / dtype))
     rows, lines = "\n".join(row for row, _, _ in found), "\n".join(found[0][1][:6])
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
-    taken = {"date": date.today(), "commit": commit, "machine": f"{cores()} cores of {platform.machine()}"}
+    taken = {"date": date.today(), "commit": commit(), "machine": f"{cores()} cores of {platform.machine()}"}
     RESULTS.write_text(PAGE.format(line=LINE, asked=EVAL, rows=rows, dtype=DTYPES[0], lines=lines, **taken))
     sys.stdout.write(RESULTS.read_text())
     return 0 if found[0][2] else 1

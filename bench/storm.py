@@ -26,6 +26,7 @@ import httpx
 import psutil
 
 from tessera import Engine
+from tessera.bench.commit import commit
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "recipes" / "abacus-cpu.yaml"
@@ -192,10 +193,9 @@ def main() -> int:
             process.kill()
         text = log.read_text(errors="replace")
         troubled = "Traceback" in text or text.count("was ended by SIGKILL") != KILLS
-    head = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     about = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "cores": psutil.cpu_count(),
         "load": psutil.getloadavg()[1],
         "kernel": platform.release().split("-")[0],

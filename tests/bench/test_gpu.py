@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tessera.bench import gpu
+from tessera.bench.commit import commit
 
 
 def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +26,12 @@ def test_figures_have_versions_and_a_commit(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(found.values())
     monkeypatch.setenv("PATH", "")
     assert gpu.versions()["commit"] == "unknown"
+
+
+@pytest.mark.parametrize("changed", ["", " M a file"])
+def test_a_commit_tells_whether_the_tree_is_it(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = tmp_path / "git"
+    git.write_text(f'#!/bin/sh\ncase "$*" in *rev-parse*) echo abc123;; *status*) echo "{changed}";; esac\n')
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == ("abc123+" if changed else "abc123")

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tessera.bench.commit import commit
 from tessera.bench.limits import Card, measure_card, work_of
 from tessera.bench.ours import Ours
 from tessera.bench.touched import experts_touched
@@ -184,10 +183,7 @@ def main() -> None:
 
 def versions() -> dict[str, str]:
     """What a figure depends on beside the device."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    commit = found.stdout.strip() if found is not None else ""
-    return {"torch": torch.__version__, "triton": version("triton"), "commit": commit or "unknown"}
+    return {"torch": torch.__version__, "triton": version("triton"), "commit": commit()}
 
 
 def line(row: Row) -> str:
