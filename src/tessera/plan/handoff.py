@@ -82,9 +82,14 @@ def drawn_first(submit: Submit) -> bool:
     return submit.n == 1 and submit.params.max_new_tokens > 0
 
 
+def num_moved(submit: Submit, num_prompt: int) -> int:
+    """Tokens of a prompt whose state moves: all, but for one that decode computes."""
+    return num_prompt - (not drawn_first(submit))
+
+
 def prompt_of(submit: Submit, tokens: Ints) -> Prompt:
     """What is handed over of a request whose prompt is `tokens`."""
-    return Prompt(len(tokens) - (not drawn_first(submit)), zlib.crc32(tokens.tobytes()))
+    return Prompt(num_moved(submit, len(tokens)), zlib.crc32(tokens.tobytes()))
 
 
 class First(msgspec.Struct, frozen=True):

@@ -42,6 +42,7 @@ from tessera.plan.handoff import (
     Why,
     Wire,
     drawn_first,
+    num_moved,
     prompt_of,
 )
 from tessera.plan.handoff_giver import Giver
@@ -181,7 +182,7 @@ class Desk:
             del self._settling[key]
             if key in self.cases:
                 case = self.cases[key]
-                moved = case.leader.num_prompt - (not drawn_first(case.submit))
+                moved = num_moved(case.submit, case.leader.num_prompt)
                 pages = lease.pages[: case.rank.config.pages_for(moved)]
                 self.hear(Leased(key, case.rank.state.load.dp_rank, pages, lease.slot))
 

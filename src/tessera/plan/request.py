@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from tessera.core.messages import Fault, FinishReason, Output, SamplingParams, Submit, choice_seed
-from tessera.plan.handoff import Start, drawn_first
+from tessera.plan.handoff import Start, drawn_first, num_moved
 from tessera.plan.prefix import Node
 from tessera.plan.step import Ints
 
@@ -98,9 +98,8 @@ class Sequence(msgspec.Struct, eq=False):
 def given(submit: Submit, max_context: int, arrival: int) -> Sequence:
     """The sequence of a request whose prompt another server will have: all choices go on from there."""
     (sequence, *_) = choices(submit, max_context, arrival)
-    first = drawn_first(submit)
-    sequence.params = msgspec.structs.replace(submit.params, max_new_tokens=int(first))
-    sequence.goal = sequence.num_prompt - (not first)
+    sequence.params = msgspec.structs.replace(submit.params, max_new_tokens=int(drawn_first(submit)))
+    sequence.goal = num_moved(submit, sequence.num_prompt)
     return sequence
 
 
