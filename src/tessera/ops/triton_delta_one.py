@@ -16,7 +16,7 @@ from torch import Tensor
 from tessera.ops.fused import DeltaInputs
 from tessera.ops.segments import Segments
 from tessera.ops.triton_common import chained, follow
-from tessera.ops.triton_delta_step import _l2norm, _put_last, _read, gates, put_window, readers_of, shifted
+from tessera.ops.triton_delta_step import conv_at, gates, l2norm, operands, put_last, put_window, shifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ def _one(
     state_ptr += slot * stride_state + head * (DK * DV) + i[:, None] * DV
     q_window = shifted(mixed_ptr, window_ptr, 1, q_at, key, stride_y, KERNEL, TAPS)
     k_window = shifted(mixed_ptr, window_ptr, 1, k_at, key, stride_y, KERNEL, TAPS)
-    q = _l2norm(_read(mixed_ptr, window_ptr, conv_ptr, 0, q_at, key, stride_y, KERNEL, TAPS, 0)) * q_scale
-    k = _l2norm(_read(mixed_ptr, window_ptr, conv_ptr, 0, k_at, key, stride_y, KERNEL, TAPS, 0))
+    q = l2norm(conv_at(mixed_ptr, window_ptr, conv_ptr, 0, q_at, key, stride_y, KERNEL, TAPS, 0)) * q_scale
+    k = l2norm(conv_at(mixed_ptr, window_ptr, conv_ptr, 0, k_at, key, stride_y, KERNEL, TAPS, 0))
     g, beta = gates(
         tl.load(y_ptr + A + head), tl.load(y_ptr + B + head), tl.load(decay_ptr + head), tl.load(dt_bias_ptr + head)
     )
@@ -68,7 +68,7 @@ def _one(
         held = key[:, None] & (column < DV)[None, :]
         memory = tl.load(state_ptr + column[None, :], mask=held, other=0.0).to(tl.float32) * shrink
         v_at = VALUE + head * DV + column
-        v = _read(mixed_ptr, window_ptr, conv_ptr, 0, v_at, column < DV, stride_y, KERNEL, TAPS, 1)
+        v = conv_at(mixed_ptr, window_ptr, conv_ptr, 0, v_at, column < DV, stride_y, KERNEL, TAPS, 1)
         fresh = (v - tl.sum(memory * k[:, None], 0)) * beta
         read = tl.sum(memory * q[:, None], 0) + same * fresh
         memory += k[:, None] * fresh[None, :]
@@ -84,7 +84,7 @@ def _one(
     tl.debug_barrier()  # all of this program have read the windows
     put_window(window_ptr, v_window, v_at, shown, KERNEL, TAPS)
     reader = readers_ptr + s * (HEADS // GROUP) + key_head
-    _put_last(reader, window_ptr, q_window, k_window, q_at, k_at, key, GROUP, KERNEL, TAPS)
+    put_last(reader, window_ptr, q_window, k_window, q_at, k_at, key, GROUP, KERNEL, TAPS)
 
 
 def one(
@@ -93,16 +93,10 @@ def one(
 ) -> None:  # fmt: skip
     """`triton_delta_step.step` for ranges of at most one token."""
     _, num_v, key_dim, value_dim = state.shape
-    cut, kernel = cut or CUTS[state.element_size()], inputs.conv.shape[1]
-    padded = triton.next_power_of_2(value_dim)
+    cut, padded = cut or CUTS[state.element_size()], triton.next_power_of_2(value_dim)
     columns = min(cut.columns, padded)
+    arguments, sizes = operands(y, inputs, conv_state, state, segments, out)
     _one[num_v, segments.num_segments](
-        y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
-        segments.cu_lengths, segments.slots, readers_of(segments, inputs),
-        y.stride(0), conv_state.stride(0), state.stride(0), inputs.eps, key_dim**-0.5,
-        MIXED=inputs.mixed.start, Z=inputs.z.start, B=inputs.b.start, A=inputs.a.start,
-        KEY=inputs.channels[1].start, VALUE=inputs.channels[2].start,
-        HEADS=num_v, GROUP=num_v // inputs.key_heads, DK=key_dim, DV=value_dim, KERNEL=kernel,
-        DK_PADDED=triton.next_power_of_2(key_dim), TAPS=triton.next_power_of_2(kernel),
+        *arguments, inputs.eps, key_dim**-0.5, **sizes,
         COLUMNS=columns, CUTS=padded // columns, STAGES=cut.stages, num_warps=cut.warps, **chained(y.device),
     )  # fmt: skip

@@ -18,7 +18,8 @@ from tessera.ops.triton_common import chained, follow, num_processors
 
 
 @triton.jit
-def _l2norm(x):
+def l2norm(x):
+    """x [N] over its length."""
     return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
 
 
@@ -77,7 +78,7 @@ def _convolved(x, taps, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _read(
+def conv_at(
     y_ptr, window_ptr, w_ptr, t, channel, valid, stride_y, KERNEL: tl.constexpr, TAPS: tl.constexpr, AXIS: tl.constexpr
 ):
     """What the convolution gives at token t."""
@@ -101,12 +102,12 @@ def _token(
         z = tl.load(row + Z + head * DV + j, mask=shown, other=0.0)
         q, k, v = _convolved(q, q_taps, 0), _convolved(k, k_taps, 0), _convolved(v, v_taps, 1)
     else:
-        q = _read(y_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0)
-        k = _read(y_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0)
-        v = _read(y_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
+        q = conv_at(y_ptr, window_ptr, conv_ptr, t, q_at, key, stride_y, KERNEL, TAPS, 0)
+        k = conv_at(y_ptr, window_ptr, conv_ptr, t, k_at, key, stride_y, KERNEL, TAPS, 0)
+        v = conv_at(y_ptr, window_ptr, conv_ptr, t, v_at, shown, stride_y, KERNEL, TAPS, 1)
         a, b = tl.load(row + A + head), tl.load(row + B + head)
         z = 0.0
-    return _l2norm(q), _l2norm(k), v, a, b, z
+    return l2norm(q), l2norm(k), v, a, b, z
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def put_window(window_ptr, window, channel, valid, KERNEL: tl.constexpr, TAPS: t
 
 
 @triton.jit
-def _put_last(
+def put_last(
     reader, window_ptr, q_window, k_window, q_at, k_at, valid,
     GROUP: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +215,7 @@ def _step(
         move_window(mixed_ptr, window_ptr, length, k_at, key, stride_y, KERNEL, TAPS)
     else:
         reader = readers_ptr + s * (HEADS // GROUP) + key_head
-        _put_last(reader, window_ptr, q_window, k_window, q_at, k_at, key, GROUP, KERNEL, TAPS)
+        put_last(reader, window_ptr, q_window, k_window, q_at, k_at, key, GROUP, KERNEL, TAPS)
 
 
 def are_many(segments: Segments, inputs: DeltaInputs) -> bool:
@@ -228,21 +229,33 @@ def readers_of(segments: Segments, inputs: DeltaInputs) -> Tensor:
     return segments.once(("readers", inputs.key_heads), lambda: torch.zeros(**counts))
 
 
+def operands(
+    y: Tensor, inputs: DeltaInputs, conv_state: Tensor, state: Tensor, segments: Segments, out: Tensor
+) -> tuple[tuple[object, ...], dict[str, int]]:
+    """What both kernels of short ranges take: their first arguments, and sizes that they are compiled for."""
+    (_, num_v, key_dim, value_dim), kernel = state.shape, inputs.conv.shape[1]
+    _, keys, values = inputs.channels
+    arguments = (
+        y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
+        segments.cu_lengths, segments.slots, readers_of(segments, inputs),
+        y.stride(0), conv_state.stride(0), state.stride(0),
+    )  # fmt: skip
+    return arguments, {
+        "MIXED": inputs.mixed.start, "Z": inputs.z.start, "B": inputs.b.start, "A": inputs.a.start,
+        "KEY": keys.start, "VALUE": values.start, "HEADS": num_v, "GROUP": num_v // inputs.key_heads,
+        "DK": key_dim, "DV": value_dim, "DK_PADDED": triton.next_power_of_2(key_dim),
+        "KERNEL": kernel, "TAPS": triton.next_power_of_2(kernel),
+    }  # fmt: skip
+
+
 def step(
     y: Tensor, inputs: DeltaInputs, conv_state: Tensor, state: Tensor, segments: Segments, limit: int, out: Tensor
 ) -> None:
     """`fused.delta_net_of` for ranges of at most `limit` tokens: writes their rows of out [T, Hv * Dv]."""
     _, num_v, key_dim, value_dim = state.shape
-    kernel = inputs.conv.shape[1]
-    readers, group = readers_of(segments, inputs), num_v // inputs.key_heads
-    taken = group if are_many(segments, inputs) else 1  # the next state is read while the last is written
+    taken = num_v // inputs.key_heads if are_many(segments, inputs) else 1  # the next is read while one is written
+    arguments, sizes = operands(y, inputs, conv_state, state, segments, out)
     _step[num_v // taken, segments.num_segments](
-        y, inputs.conv, conv_state, state, inputs.decay, inputs.dt_bias, inputs.norm, out,
-        segments.cu_lengths, segments.slots, readers, y.stride(0), conv_state.stride(0), state.stride(0),
-        limit, inputs.eps, key_dim**-0.5,
-        MIXED=inputs.mixed.start, Z=inputs.z.start, B=inputs.b.start, A=inputs.a.start,
-        KEY=inputs.channels[1].start, VALUE=inputs.channels[2].start,
-        HEADS=num_v, GROUP=group, TAKEN=taken, DK=key_dim, DV=value_dim, KERNEL=kernel,
-        DK_PADDED=triton.next_power_of_2(key_dim), DV_PADDED=triton.next_power_of_2(value_dim),
-        TAPS=triton.next_power_of_2(kernel), num_warps=4, **chained(y.device),
+        *arguments, limit, inputs.eps, key_dim**-0.5, **sizes,
+        TAKEN=taken, DV_PADDED=triton.next_power_of_2(value_dim), num_warps=4, **chained(y.device),
     )  # fmt: skip
