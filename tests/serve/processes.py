@@ -101,11 +101,22 @@ class Running:
             return []
 
     def engine(self) -> psutil.Process:
-        """The engine process, once it runs a program of its own."""
-        own = psutil.Process(self.process.pid).cmdline()
-        wait_until(lambda: [one for one in self.children() if one.cmdline() not in ([], own)])
-        (engine,) = self.children()
-        return engine
+        """The engine process, once it runs a program of its own.
+
+        It is told the front's number, last in its command line; a process that is not yet beyond its fork has its
+        parent's command line, and the front's libraries may run programs for a moment.
+        """
+        found: list[psutil.Process] = []
+
+        def seen() -> bool:
+            for one in self.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if one.cmdline()[-1:] == [str(self.process.pid)]:
+                        found.append(one)
+            return bool(found)
+
+        wait_until(seen)
+        return found[0]
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the server's own process."""
