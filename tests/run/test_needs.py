@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from tessera.core.spec import DeltaSpec
 from tessera.ops import sample
 from tessera.ops.flashinfer_attention import WORKSPACE, workspace_bytes
 from tessera.ops.rope import rope_bytes, rope_tables
-from tessera.ops.sample import Adjustments, Drawing, Penalties, adjust, draw_reference, token_counts, token_logprobs
+from tessera.ops.sample import Adjustments, Drawing, Penalties, adjust, draw_reference, token_logprobs
 from tessera.run import sampler
 from tessera.run.graphs import graph_bytes
 from tessera.run.hardware import CONTEXT, device_bytes
@@ -75,8 +74,7 @@ def test_drawing_with_every_filter_and_every_penalty(at_once: int, monkeypatch: 
     every = torch.arange(rows)
     drawing = Drawing(every, ones, every, every, torch.full((rows,), 9), 0.9 * ones, 0.01 * ones)
     with torch.inference_mode(), Held() as held:
-        counts, seen = (partial(token_counts, tokens, first, last, vocab) for first in (last - 1, last - 50))
-        adjust(logits, Adjustments(Penalties(every, counts(), seen() > 0, ones, ones, ones)))
+        adjust(logits, Adjustments(Penalties(every, tokens, last - 1, last, ones, ones, ones)))
         draw_reference(logits, drawing)
         token_logprobs(logits, tokens, 20)
     counted = draw_bytes(sketch) - 3 * rows * vocab * sketch.element

@@ -6,26 +6,46 @@ on nothing else, so batching, preemption, a sharded vocabulary, speculation and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-DRAW_ELEMENTS = 1 << 24  # logits that are drawn from at once: what that holds would else be gigabytes
-DRAW_BYTES = 60  # held at most for each of them, in fp32, while rows are drawn by all filters (`draw_reference`)
-ADJUST_BYTES = 27  # and for each logit of a step, while all rows are penalised (`adjust`)
+DRAW_ELEMENTS = 1 << 24  # logits that are penalised or drawn from at once: what that holds would else be gigabytes
+DRAW_BYTES = 60  # held at most for each of them, in fp32, while rows are drawn by all filters (`draw_reference`);
+# what penalties hold for them is less
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 @dataclass(frozen=True, slots=True)
-class Penalties:
-    """Of some rows. `counts` [M, V]: how often each token was generated; `seen` [M, V]: prompt or output has it."""
+class Rows:
+    """What some rows of the logits ask for: all tensors are of these M rows, of which `rows` says which they are."""
 
     rows: Tensor  # [M] int64
-    counts: Tensor
-    seen: Tensor
+
+    def part(self, rows: Tensor | slice) -> Self:
+        """Those of some of its rows."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: c[rows] for name, c in columns.items() if isinstance(c, Tensor)})
+
+    def blocks(self, vocab_size: int) -> Iterator[Self]:
+        """All its rows in turn, as many at once as have `DRAW_ELEMENTS` logits together."""
+        size = max(DRAW_ELEMENTS // vocab_size, 1)
+        for first in range(0, len(self.rows), size):
+            yield self.part(slice(first, first + size))
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties(Rows):
+    """What rows have said and shall not say again. The prompt ends at position `first`, the output at `last`."""
+
+    tokens: Tensor  # [M, L]
+    first: Tensor  # [M]
+    last: Tensor  # [M]
     presence: Tensor  # [M]
     frequency: Tensor  # [M]
     repetition: Tensor  # [M]
@@ -41,13 +61,10 @@ class Adjustments:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """How tokens are drawn. Filters are None where no row asks for them, which then cost nothing.
+class Drawing(Rows):
+    """How tokens are drawn; rows that are not in it are greedy. Filters are None where no row asks for them, which then
+    cost nothing."""
 
-    `rows` (int64 [M]): the rows that are drawn; all other rows are greedy. The tensors below are of these M rows.
-    """
-
-    rows: Tensor
     temperature: Tensor  # > 0
     seeds: Tensor  # int64
     positions: Tensor  # int64, position of the token that is drawn
@@ -55,11 +72,6 @@ class Drawing:
     top_p: Tensor | None = None
     min_p: Tensor | None = None
     max_top_k: int = 0  # the largest top_k when every row has one, else 0
-
-    def part(self, rows: Tensor | slice) -> Drawing:
-        """The drawing of some of its rows."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: c[rows] for name, c in columns.items() if isinstance(c, Tensor)})
 
 
 def token_counts(tokens: Tensor, first: Tensor, last: Tensor, vocab_size: int) -> Tensor:
@@ -76,19 +88,24 @@ def adjust(logits: Tensor, adjustments: Adjustments) -> Tensor:
     Repetition (prompt and output) divides positive and multiplies negative logits; presence and frequency (output only)
     are subtracted.
     """
-    p = adjustments.penalties
-    if p is not None:
-        own = logits[p.rows]
-        factor = torch.where(p.seen, p.repetition[:, None], 1.0).to(logits.dtype)
-        own = torch.where(own > 0, own / factor, own * factor)
-        minus = p.counts * p.frequency[:, None] + (p.counts > 0) * p.presence[:, None]
-        logits[p.rows] = own - minus.to(logits.dtype)
+    if adjustments.penalties is not None:
+        for part in adjustments.penalties.blocks(logits.shape[1]):
+            logits[part.rows] = _penalised(logits[part.rows], part)
     if adjustments.bias is not None:
         rows, ids, values = adjustments.bias
         logits.index_put_((rows, ids), values.to(logits.dtype), accumulate=True)
     if adjustments.banned is not None:
         logits[adjustments.banned] = float("-inf")
     return logits
+
+
+def _penalised(logits: Tensor, p: Penalties) -> Tensor:
+    seen = token_counts(p.tokens, torch.zeros_like(p.last), p.last, logits.shape[1]) > 0
+    factor = torch.where(seen, p.repetition[:, None], 1.0).to(logits.dtype)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    counts = token_counts(p.tokens, p.first, p.last, logits.shape[1])
+    minus = counts * p.frequency[:, None] + (counts > 0) * p.presence[:, None]
+    return logits - minus.to(logits.dtype)
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -160,9 +177,7 @@ def draw_reference(logits: Tensor, drawing: Drawing | None) -> Tensor:
     """Tokens int64 [N] drawn from adjusted logits [N, V]; None: every row is greedy (ties go to the lowest id)."""
     tokens = logits.argmax(-1)
     if drawing is not None:
-        block = max(DRAW_ELEMENTS // logits.shape[1], 1)
-        for first in range(0, len(drawing.rows), block):
-            part = drawing.part(slice(first, first + block))
+        for part in drawing.blocks(logits.shape[1]):
             tokens[part.rows] = _drawn(logits, part)
     return tokens
 

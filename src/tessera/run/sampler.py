@@ -19,14 +19,12 @@ from torch import Tensor
 from tessera.core.config.needs import Sketch
 from tessera.core.tensors import DTYPE_BYTES, wide_dtype
 from tessera.ops.sample import (
-    ADJUST_BYTES,
     DRAW_BYTES,
     DRAW_ELEMENTS,
     Adjustments,
     Drawing,
     Penalties,
     adjust,
-    token_counts,
     token_logprobs,
 )
 from tessera.ops.upload import upload
@@ -44,11 +42,11 @@ ToLogits = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 def draw_bytes(sketch: Sketch) -> int:
     """Bytes of what a step holds from the product with the head on, when every row draws and asks for all filters:
-    logits as the product gives them, as they come together and as they are, in fp32 or wider; then penalties, the
-    drawing of a block of rows, or the scores of a block of prompt positions."""
+    logits as the product gives them, as they come together and as they are, in fp32 or wider; then the drawing
+    of a block of rows, which takes more than its penalties, or the scores of a block of prompt positions."""
     logits, wide = sketch.rows * sketch.spec.vocab_size, DTYPE_BYTES[wide_dtype(sketch.dtype)]
     block = min(logits, max(DRAW_ELEMENTS, sketch.spec.vocab_size))
-    after = max(logits * ADJUST_BYTES, block * DRAW_BYTES, BLOCK_ELEMENTS * SCORED)
+    after = max(block * DRAW_BYTES, BLOCK_ELEMENTS * SCORED)
     return logits * (3 * sketch.element + wide) + after
 
 
@@ -166,7 +164,7 @@ class Sampler:
         """Tokens [N] of logits [N, V] (which are overwritten), then what `plan.scores` asks for (see `score`)."""
         scores = plan.scores
         raw = logits[scores.rows] if scores is not None else None
-        adjust(logits, Adjustments(self._penalties(logits, draws, plan), plan.bias, plan.banned))
+        adjust(logits, Adjustments(self._penalties(draws, plan), plan.bias, plan.banned))
         tokens = self.draw_op(logits, self._drawing(draws, plan))
         if scores is None or raw is None:
             return [tokens]
@@ -190,18 +188,16 @@ class Sampler:
                 blocks.append(score(logits, tokens[block], part))
         return [torch.cat(columns) for columns in zip(*blocks, strict=True)]
 
-    def _penalties(self, logits: Tensor, draws: Wanted, plan: DrawPlan) -> Penalties | None:
+    def _penalties(self, draws: Wanted, plan: DrawPlan) -> Penalties | None:
         if plan.penalised is None:
             return None
         rows = draws.rows[plan.penalised]
         floats, integers = self.params.floats[rows], self.params.integers[rows]
-        tokens = self.table.tokens[rows, : plan.longest]
-        last = draws.positions[plan.penalised]
-        vocab_size = logits.shape[-1]
         return Penalties(
             rows=plan.penalised,
-            counts=token_counts(tokens, integers[:, 2], last, vocab_size),
-            seen=token_counts(tokens, torch.zeros_like(last), last, vocab_size) > 0,
+            tokens=self.table.tokens[rows, : plan.longest],
+            first=integers[:, 2],
+            last=draws.positions[plan.penalised],
             presence=floats[:, 3],
             frequency=floats[:, 4],
             repetition=floats[:, 5],
