@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,6 +91,24 @@ def test_what_precedes_long_ranges_is_expanded(monkeypatch, most_bytes):
         inputs = _inputs(ranges, 16, TINY, torch.float32)
         _assert_plain(*inputs)
         assert expansion(inputs[0], 1).whole == (len(ranges) == 2 and most_bytes > 0)
+
+
+def test_what_is_expanded_counts_its_latents_too(monkeypatch):
+    """A rank of few heads has more bytes of them than of keys and values."""
+    segments, pool, q_nope, q_rope, kv_b = _inputs([(33, 20)], 16, TINY, torch.float32)
+    held = 53 * (kv_b.shape[0] * kv_b.shape[1] + pool.shape[2]) * q_nope.element_size()
+    monkeypatch.setattr(triton_mla, "PAYS", 12)
+    gathered, gather = [], triton_mla._gathered
+
+    def counting(pool, rows, dtype):
+        gathered.append(len(rows.pages))
+        return gather(pool, rows, dtype)
+
+    monkeypatch.setattr(triton_mla, "_gathered", counting)
+    for most in (held, held - 1):
+        monkeypatch.setattr(triton_mla, "MOST_BYTES", most)
+        mla_expanded(q_nope, q_rope, kv_b, pool, replace(segments, _made={}), SCALE)
+    assert gathered == [53, 20]
 
 
 @settings(max_examples=8)

@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 CARRIED = 5  # [T, H]: sum and addend that came in, the layer's own sum, its norm, what the mixer made
 PIECES = 64 << 20  # partial results of keys in splits: as many as fill the chip
-EXPANDED = 1 << 30  # most bytes of keys and values made of latents (`triton_mla.py`, `flashinfer_attention.py`)
+EXPANDED = 1 << 30  # most bytes of latents gathered and the keys and values made of them (`triton_mla.py`)
 SHORT = 8  # tokens of a range up to which its keys are attended in splits
 CHUNK = 64  # tokens of a chunk of the delta rule
 FRAGMENTS = 1.1  # what the allocator holds for what is asked
@@ -86,8 +86,8 @@ def _latent(step: _Step, shapes: Shapes, spec: MLASpec) -> int:
     queries = heads * (2 * spec.query_dim + spec.rope.dim)
     pieces = (step.own + SHORT * step.rows) * heads * spec.latent_dim
     entry = wide + spec.latent_dim + spec.rope.dim
-    expanded = max(step.own, min(EXPANDED // (wide * step.sketch.element), step.own + step.earlier))
-    keys = expanded * entry * step.sketch.element
+    keys = max(step.own * entry, min(EXPANDED // step.sketch.element, (step.own + step.earlier) * entry))
+    keys *= step.sketch.element
     elements = step.own * (into + queries + 3 * out + 2 * step.hidden + heads * spec.latent_dim) + pieces
     return elements * step.sketch.element + keys + _narrow(step, out, step.hidden)
 

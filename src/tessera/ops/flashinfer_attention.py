@@ -33,7 +33,7 @@ LATENT = (512, 64)  # R and Dr that there are MLA kernels for
 EXPANDED = (192, 128)  # N + Dr and V that there are Hopper kernels for where they differ
 WRAPPER = (8 << 20) + (128 << 10)  # bytes that a wrapper keeps for plans
 TURNS = 3  # wrappers of one kind: of the steps that are under way, and of the one that is planned
-MOST_BYTES = 1 << 30  # of expanded keys and values; past that, `rest` expands only the step's own tokens
+MOST_BYTES = 1 << 30  # of gathered latents with their keys and values; past that, `rest` expands the step's own
 
 
 def workspace_bytes(sketch: Sketch) -> int:
@@ -156,7 +156,8 @@ class FlashInfer:
         """See `mla_expanded_reference`; in bf16 or fp16. All positions become keys and values, heads side by side."""
         (heads, width, rank), nope, dim = kv_b.shape, q_nope.shape[2], q_rope.shape[2]
         ends = segments.host_starts + segments.host_lengths
-        fits = int(ends.sum()) * heads * (width + nope + dim) * q_nope.element_size() <= MOST_BYTES
+        entry = rank + dim + heads * (width + nope + dim)
+        fits = int(ends.sum()) * entry * q_nope.element_size() <= MOST_BYTES
         if not self._serves(segments) or (nope + dim, width - nope) != EXPANDED or not fits:
             return self._rest.mla_expanded(q_nope, q_rope, kv_b, pool, segments, scale)
         rows = segments.once("flashinfer expanded", partial(_expanded, segments))

@@ -27,7 +27,7 @@ from tessera.ops.upload import upload_columns
 
 PAYS = 192  # tokens of a range from which on expanding what precedes it costs less than attending it in latent space:
 # expanding takes 2 R (N + V) operations a head and position, attending in latent space 2 (2 R - N - V) more a query
-MOST_BYTES = 1 << 30  # of expanded keys and values; past that, only those of the step's own tokens
+MOST_BYTES = 1 << 30  # of gathered latents with their keys and values; past that, only those of the step's own tokens
 
 GATHERED = 4  # rows that a program brings together
 
@@ -136,7 +136,7 @@ def mla_expanded(
     num_tokens, heads, nope = q_nope.shape
     dim, rank = q_rope.shape[-1], kv_b.shape[-1]
     value = kv_b.shape[1] - nope
-    rows = expansion(segments, heads * kv_b.shape[1] * q_nope.element_size())
+    rows = expansion(segments, (heads * kv_b.shape[1] + pool.shape[2]) * q_nope.element_size())
     if rows.whole or num_tokens == 0:
         out, lse = q_nope.new_empty(num_tokens, heads, value), None
     else:
