@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plan.fake import EOS, request
-from plan.pair import HOME, Pair, Side, Write, config, paired
+from plan.pair import HOME, Item, Pair, Side, Write, config, paired
 from tessera.core.messages import Submit
 from tessera.plan.handoff import Closed, Gone, Over, Reserve, Unmet, Why
 
@@ -296,6 +296,57 @@ def nobody_there() -> Pair:
     return p
 
 
+def does_not_fit() -> Pair:
+    """The two servers do not fit: both halves end at once with the reason, whichever came first."""
+    for first in ("prefill", "decode"):
+        p = pair()
+        p.misfit = why = "layers.0.kv: prefill has pages of 4 tokens, decode of 8"
+        submit = paired(request("first", PROMPT, 3), PROMPT, 1)
+        for role in (first, *(p.sides.keys() - {first})):
+            p.sides[role].submit(submit)
+            p.run_errands()
+            carry(p)
+        for side in p.sides.values():
+            assert ("first", 0) in side.ends, f"{side.name} is not told"
+            assert side.ends["first", 0].error == why
+            assert side.planner.idle, f"{side.name} holds on"
+        assert not any(session.up for session in p.sessions.values()), "the line stays open"
+        p.drain()
+    return p
+
+
+def refused_at_decode() -> Pair:
+    """Decode gets a request that it cannot serve, before it has met prefill or after: prefill hears it at once."""
+    p = pair(decode={"max_context": len(PROMPT)})
+    for room in (1, 2):
+        both(p, f"r{room}", room)
+        carry(p)
+        for side in p.sides.values():
+            assert (f"r{room}", 0) in side.ends, f"{side.name} is not told"
+            end = side.ends[f"r{room}", 0]
+            assert (end.finish, "tokens" in (end.error or "")) == ("error", True), side.name
+            assert side.planner.idle, f"{side.name} holds on"
+    assert len(p.sessions) == 1, "they met once"
+    p.drain()
+    return p
+
+
+def cut_before_it_is_asked_for() -> Pair:
+    """The line is cut while decode has no pages yet: it meets prefill again to say that the request has ended."""
+    p = pair(decode=tight())
+    both(p, "other", 1)
+    carry(p)
+    both(p, "first", 2)
+    (session,) = p.sessions.values()
+    for side in p.sides.values():
+        p.bag.append(Item(side, Gone(session.name, "the line was cut"), session))
+    carry(p)
+    for side in p.sides.values():
+        assert "has gone" in (side.ends["first", 0].error or ""), side.name
+    p.drain()
+    return p
+
+
 def lost_answer() -> Pair:
     """Prefill's last word is lost: decode asks again, and frees nothing before."""
     p = pair()
@@ -436,6 +487,9 @@ ALL = (
     one_token_left_of_a_prompt,
     one_write_fails,
     refused_at_prefill,
+    refused_at_decode,
+    cut_before_it_is_asked_for,
+    does_not_fit,
     aborted_before_it_is_asked_for,
     aborted_while_written,
     out_of_time_while_written,

@@ -142,6 +142,7 @@ class Pair:
         self.writes: list[Write] = []
         self.fenced: set[tuple[str, int]] = set()
         self.dead: list[Side] = []
+        self.misfit = ""  # why they do not fit or reach each other, when they meet next
         for role in self.configs:
             self.start(role)
 
@@ -210,7 +211,8 @@ class Pair:
         self.num_sessions += 1
         self.sessions[session.name] = session
         prefill.hear_wire(Joined(session.name))
-        side.hear_wire(Met(address, session.name))
+        why, self.misfit = self.misfit, ""
+        side.hear_wire(Unmet(address, Why(why), session.name) if why else Met(address, session.name))
 
     def land(self, write: Write, fails: bool = False) -> None:
         """One writer writes its half of the tokens and of the slot, if it still can."""
@@ -312,6 +314,8 @@ class Pair:
             session = list(self.sessions.values())[next(tape) % len(self.sessions)]
             for end in tuple(session.up):
                 self.bag.append(Item(getattr(session, end), Gone(session.name, "the line was cut"), session))
+        elif what == 39:
+            self.misfit = "rank 0 cannot reach its ranks"
         self.run_errands()
 
     def go_on(self) -> None:

@@ -259,6 +259,32 @@ def the_client_is_not_told(patch: Patch) -> None:
     patch.setattr(Taker, "_unmet", unmet)
 
 
+def a_misfit_is_told_to_the_clients_of_decode_alone(patch: Patch) -> None:
+    """Prefill learns from its deadline that the two do not fit."""
+    original = Taker._unmet
+    patch.setattr(Taker, "_unmet", lambda self, address, why, peer: original(self, address, why, ""))
+
+
+def a_line_is_left_before_all_is_said(patch: Patch) -> None:
+    """Requests that wait for the meeting are ended after the session was left."""
+    original = Taker._unmet
+
+    def unmet(self: Taker, *args: Any) -> Iterator[Action]:
+        return iter(sorted(original(self, *args), key=lambda action: isinstance(action, Tell)))
+
+    patch.setattr(Taker, "_unmet", unmet)
+
+
+def what_ended_with_a_session_is_not_said_in_the_next(patch: Patch) -> None:
+    original = Taker._gone
+
+    def gone(self: Taker, *args: Any) -> Iterator[Action]:
+        yield from original(self, *args)
+        self.unsaid.clear()
+
+    patch.setattr(Taker, "_gone", gone)
+
+
 def nothing_is_said_twice(patch: Patch) -> None:
     """A taker says once that it gives up, and waits for ever."""
     patch.setattr(Taker, "_tick", lambda self, room: iter(()))
@@ -303,6 +329,10 @@ FAULTS = [
     (a_prompt_arrives_twice, scenarios.half_written),
     (a_write_that_failed_is_taken_for_done, scenarios.one_write_fails),
     (a_refusal_is_told_to_the_client_alone, scenarios.refused_at_prefill),
+    (a_refusal_is_told_to_the_client_alone, scenarios.refused_at_decode),
+    (a_misfit_is_told_to_the_clients_of_decode_alone, scenarios.does_not_fit),
+    (what_ended_with_a_session_is_not_said_in_the_next, scenarios.cut_before_it_is_asked_for),
+    (a_line_is_left_before_all_is_said, scenarios.does_not_fit),
 ]
 
 

@@ -114,15 +114,53 @@ def test_a_server_that_ends_is_noticed_and_its_successor_is_another_peer(make: C
     assert met(successor, decode) != peer
 
 
-def test_a_pair_that_does_not_fit_or_reach_is_refused_with_the_reason(
-    make: Callable[..., Side], caplog: pytest.LogCaptureFixture
+MISFITS = {
+    "pages": ({"page_size": 8}, ("toy.tokens", "prefill has pages of 8 tokens, decode of 4")),
+    "reach": ({"unreachable": "another host"}, ("rank 0 cannot reach its ranks: another host",)),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_pair_that_does_not_fit_or_reach_is_refused_with_the_reason_and_both_are_told(
+    make: Callable[..., Side], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
+    flags, words = MISFITS[name]
+    prefill, decode = make("prefill", **flags), make("decode")
+    decode.courier.do(Meet(prefill.address))
+    unmet = decode.wait(Unmet)
+    assert all(word in unmet.why.text for word in words)
+    logged = [record.getMessage() for record in caplog.records]
+    assert all(sum(word in line for line in logged) >= 2 for word in words), "the logs of both servers tell it"
+    assert prefill.wait(Joined).peer == unmet.peer
+    for errand in (Tell(unmet.peer, Over(3, 7, unmet.why)), Fence(unmet.peer)):  # what the taker does then
+        decode.courier.do(errand)
+    assert prefill.wait(Heard).letter == Over(3, 7, unmet.why)
+    assert prefill.wait(Gone).peer == unmet.peer
+    assert decode.wait(Shut) == Shut(unmet.peer, ())
+
+
+def test_what_was_said_before_a_line_is_left_arrives(make: Callable[..., Side]) -> None:
+    """More than the line takes at once."""
+    prefill, decode = make("prefill", page_size=8), make("decode")
+    decode.courier.do(Meet(prefill.address))
+    peer = decode.wait(Unmet).peer
+    for i in range(200):
+        decode.courier.do(Tell(peer, Over(i, i, Why("x" * 100_000))))
+    decode.courier.do(Fence(peer))
+    assert [prefill.wait(Heard).letter.room for _ in range(200)] == list(range(200))
+    assert prefill.wait(Gone).peer == peer
+
+
+def test_a_server_of_another_release_is_refused_and_told(
+    make: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = make("prefill")
     decode = make("decode")
-    decode.courier.do(Meet(make("prefill", page_size=8).address))
-    assert "toy.tokens" in decode.wait(Unmet).why.text
-    assert "toy.tokens" in caplog.text, "its own log tells it too"
-    decode.courier.do(Meet(make("prefill", unreachable="another host").address))
-    assert "rank 0 cannot reach its ranks: another host" in decode.wait(Unmet).why.text
+    monkeypatch.setattr("tessera.transfer.manifest.PROTOCOL", 99)  # what both will compare with: decode's is of before
+    decode.courier.do(Meet(prefill.address))
+    unmet = decode.wait(Unmet)
+    assert "run one release on both sides" in unmet.why.text
+    assert prefill.wait(Joined).peer == unmet.peer
 
 
 def test_somebody_else_at_the_address(make: Callable[..., Side]) -> None:

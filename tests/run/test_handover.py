@@ -220,15 +220,30 @@ def test_nobody_at_the_address() -> None:
     assert pair.decode.core.planner.idle
 
 
-def test_a_pair_that_does_not_fit_is_refused_naming_the_tensor() -> None:
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_a_pair_that_does_not_fit_is_refused_naming_the_tensor_and_both_halves_end(first: str) -> None:
+    """No router is there to cancel the half at prefill: decode tells it."""
     with Pair(MODELS["hybrid"], {"page_size": 8}, {}, **EXACT) as pair:
-        pair.post(Submit("r", prompt(0, 20), LONG))
-        pair.decode.ended([("r", 0)])
-        assert "layers.3.kv" in pair.decode.errors["r"]
-        assert "pages of 8 tokens" in pair.decode.errors["r"]
-        pair.decode.free()
-        pair.prefill.abort("r")
-        pair.prefill.free()
+        address = pair.prefill.address
+        for name, room in (("r", 1), ("again", 2)):
+            submit = Submit(name, prompt(0, 20), LONG, bootstrap_room=room, bootstrap=address)
+            for server in (pair.prefill, pair.decode)[:: 1 if first == "prefill" else -1]:
+                server.post(submit)
+            for server in (pair.prefill, pair.decode):
+                server.ended([(name, 0)], seconds=20.0)  # deadlines of hand-overs are minutes
+                assert "layers.3.kv" in server.errors[name]
+                assert "prefill has pages of 8 tokens, decode of 4" in server.errors[name]
+                server.free()
+
+
+def test_what_decode_refuses_ends_at_prefill_too() -> None:
+    with Pair(MODELS["qwen3"], {}, {"context_length": 16}, **EXACT) as pair:
+        for name in ("first", "second"):  # before the two have met, and after
+            pair.post(Submit(name, prompt(0, 20), LONG))
+            for server in (pair.prefill, pair.decode):
+                server.ended([(name, 0)], seconds=20.0)
+                assert "at most 15 are allowed" in server.errors[name]
+                server.free()
 
 
 def test_half_a_pair_is_told_at_its_deadline() -> None:

@@ -20,6 +20,9 @@ each side numbers its own, and no number comes twice.) A taker frees pages only 
 `Closed` of their generation, or when every one of its ranks has fenced the peer; a deadline ends a request, but frees
 no page. A giver that has closed a generation remembers it until the taker says (`floor`) that it is past it.
 
+What decode refuses, or cannot serve since the two servers do not fit, it says by `Over` too, so that the other half of
+the pair ends at once: prefill does not know for which of its rooms a decode server comes.
+
 A *peer* is a session between two servers: when the connection ends, or the other side is another process than before,
 it is another peer, and all that was agreed with the old one is void.
 """
@@ -164,14 +167,16 @@ class Met(msgspec.Struct, tag=True, frozen=True):
 
 
 class Unmet(msgspec.Struct, tag=True, frozen=True):
-    """The server at `address` cannot be reached, or does not fit."""
+    """The server at `address` cannot be reached, or does not fit. `peer`: a session in which it can be told so, and in
+    which nothing can be written; empty: there is none."""
 
     address: Address
     why: Why
+    peer: str = ""
 
 
 class Joined(msgspec.Struct, tag=True, frozen=True):
-    """At prefill: a decode server has met this one, as `peer`; the two fit."""
+    """At prefill: a decode server has met this one, as `peer`. If the two do not fit, all that it says is `Over`."""
 
     peer: str
 
@@ -234,10 +239,12 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """At prefill: a request of `room` came that cannot be served."""
+    """A request of `room` came that cannot be served. At decode it has a `key`, and the `address` of its other half."""
 
     room: int
     why: Why
+    key: int = -1
+    address: Address | None = None
 
 
 class Cancelled(msgspec.Struct, frozen=True):

@@ -126,8 +126,8 @@ class Desk:
     def refuse(self, submit: Submit, why: Why) -> None:
         """A request with a room cannot be served here: whoever waits for it is told."""
         assert submit.bootstrap_room is not None
-        if self.gives:
-            self.hear(Refused(submit.bootstrap_room, why))
+        key, self._num_opened = self._num_opened, self._num_opened + 1
+        self.hear(Refused(submit.bootstrap_room, why, key, submit.bootstrap))
 
     def hear(self, event: Wire | Inner) -> None:
         """Something happened."""

@@ -29,6 +29,7 @@ from tessera.plan.handoff import (
     Opened,
     Over,
     Prompt,
+    Refused,
     Reserve,
     Sent,
     Tell,
@@ -76,7 +77,7 @@ class Taker:
         self.rooms: dict[int, Taking] = {}
         self.peers: dict[Address, str] = {}
         self.meeting: set[Address] = set()
-        self.unsaid: dict[Address, list[Over]] = {}  # of rooms that ended before the server was met
+        self.unsaid: dict[Address, list[Over]] = {}  # of rooms that ended, for when the server is met
         self.fencing: dict[str, tuple[Address, set[int]]] = {}  # and the ranks that have not fenced it yet
 
     @property
@@ -91,8 +92,10 @@ class Taker:
                 return list(self._open(event))
             case Met(address, peer):
                 return list(self._met(address, peer))
-            case Unmet(address, why):
-                return list(self._unmet(address, why))
+            case Unmet(address, why, peer):
+                return list(self._unmet(address, why, peer))
+            case Refused():
+                return list(self._refuse(event))
             case Leased():
                 return list(self._leased(event))
             case Heard(peer, (Sent() | Closed()) as letter):
@@ -129,12 +132,22 @@ class Taker:
         self._wait(room, self.config.meet_s)
         if address in self.peers:
             yield from self._want(room)
-        elif address not in self.meeting:
+        else:
             yield from self._meet(address)
+
+    def _refuse(self, refused: Refused) -> Iterator[Action]:
+        """Prefill is told, though it has to be met for that."""
+        assert refused.address is not None
+        over = Over(refused.key, refused.room, refused.why)
+        if (peer := self.peers.get(refused.address)) is not None:
+            yield Tell(peer, over)
+        else:
+            self.unsaid.setdefault(refused.address, []).append(over)
+            yield from self._meet(refused.address)
 
     def _meet(self, address: Address) -> Iterator[Action]:
         """Not while its last session is being fenced: to connect anew lifts the fence."""
-        if all(address != at for at, _ in self.fencing.values()):
+        if address not in self.meeting and all(address != at for at, _ in self.fencing.values()):
             self.meeting.add(address)
             yield Meet(address)
 
@@ -146,11 +159,16 @@ class Taker:
         for room in self._at(address, MEETING):
             yield from self._want(room)
 
-    def _unmet(self, address: Address, why: Why) -> Iterator[Action]:
-        self.meeting.discard(address)
-        self.unsaid.pop(address, None)
+    def _unmet(self, address: Address, why: Why, peer: str) -> Iterator[Action]:
+        """Rooms that wait for it end, and those of prefill with them, where `peer` can be told."""
         for room in self._at(address, MEETING):
             yield from self._cancel(room, why)
+        self.meeting.discard(address)
+        unsaid = self.unsaid.pop(address, [])
+        if peer:
+            for over in unsaid:
+                yield Tell(peer, over)
+            yield Fence(peer)
 
     def _at(self, address: Address, stage: str) -> list[Taking]:
         return [room for room in self.rooms.values() if room.address == address and room.stage == stage]
@@ -213,7 +231,7 @@ class Taker:
             over = Over(room.key, room.room, why)
             if room.stage == WANTING and room.peer in self.peers.values():
                 yield Tell(room.peer, over)
-            elif room.stage == MEETING and room.address in self.meeting:
+            elif room.stage == MEETING:
                 self.unsaid.setdefault(room.address, []).append(over)
             return
         room.stage = LEAVING
@@ -249,12 +267,14 @@ class Taker:
         for room in [room for room in self.rooms.values() if room.peer == peer]:
             if room.stage == LEAVING:
                 continue
-            yield End(room.key, Why(f"prefill server {address} has gone: {reason}"))
+            why = Why(f"prefill server {address} has gone: {reason}")
+            yield End(room.key, why)
             if room.stage == ASKED:
                 room.stage = LEAVING
             else:
                 del self.rooms[room.key]
                 yield Free(room.key)
+                self.unsaid.setdefault(address, []).append(Over(room.key, room.room, why))  # if it lives after all
         yield Fence(peer)
 
     def _fenced(self, peer: str, rank: int) -> Iterator[Action]:
@@ -268,5 +288,5 @@ class Taker:
         for room in [room for room in self.rooms.values() if room.peer == peer]:
             del self.rooms[room.key]
             yield Free(room.key)
-        if self._at(address, MEETING):
+        if self._at(address, MEETING) or address in self.unsaid:
             yield from self._meet(address)

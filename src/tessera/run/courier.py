@@ -3,7 +3,8 @@
 A prefill server listens at two ports: HTTP, where decode servers fetch its manifest (`GET /bootstrap`), and one for
 connections. A connection is a session, and the peer of the planners (`plan/handoff.py`): decode says who it is, prefill
 compares manifests and has its ranks reach those of decode, then both may send letters, each a length and a msgpack of
-`Frame`. It ends when either side closes it, or is silent for too long. All of it runs in one thread with an event loop.
+`Frame`. It ends when either side closes it, or is silent for too long. Where the two do not fit it is a session all the
+same, in which decode says what ends by that, and leaves. All of it runs in one thread with an event loop.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ LENGTH = struct.Struct("<I")
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A decode server's first word. `every`: seconds between the signs of life that it wants to hear."""
+    """A decode server's first word. `every`: seconds between the signs of life that it wants to hear. `refused`: why
+    the two do not fit, where it has found that already."""
 
     manifest: bytes
     every: float
+    refused: str | None = None
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
@@ -56,9 +59,11 @@ class Welcome(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refusal(msgspec.Struct, tag=True, frozen=True):
-    """The two do not fit, or cannot reach each other."""
+    """The two do not fit, or cannot reach each other: what ends by that may be said, in this session."""
 
     reason: str
+    session: str = ""  # a server of an earlier release takes no letters then
+    every: float = 1.0
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):
@@ -82,11 +87,13 @@ class Line:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     reason: str = "it closed the connection"
+    left: bool = False
 
     def say(self, frame: Frame) -> None:
         """Sends without waiting."""
-        data = encode(frame)
-        self.writer.write(LENGTH.pack(len(data)) + data)
+        if not self.left:
+            data = encode(frame)
+            self.writer.write(LENGTH.pack(len(data)) + data)
 
     async def hear(self, seconds: float) -> Frame:
         """The next word. Raises `PeerError` when the other side has left, is silent for `seconds`, or babbles."""
@@ -106,8 +113,17 @@ class Line:
 
     def close(self, reason: str) -> None:
         """Ends it at once; who still listens to it here hears `reason`."""
-        self.reason = reason
-        self.writer.transport.abort()
+        self.reason, self.left = reason, True
+        if not self.writer.transport.is_closing():
+            self.writer.transport.abort()
+
+    def leave(self, reason: str) -> None:
+        """Says nothing more, and lets the other side end it when it has heard all; it has `CLOSE_S` for that. To close
+        it here would drop what is under way, where something has come that is not read yet."""
+        if not self.left and not self.writer.transport.is_closing():
+            self.writer.write_eof()
+            asyncio.get_running_loop().call_later(CLOSE_S, self.close, reason)
+        self.reason, self.left = reason, True
 
 
 @dataclass(eq=False)
@@ -217,7 +233,7 @@ class Courier:
                 self._spawn(self._meet(address))
             case Fence(peer):
                 session = self._sessions.pop(peer)
-                session.line.close("it is fenced")
+                session.line.leave("it is fenced")
                 self._tell(Shut(peer, session.writers))
 
     # decode
@@ -225,20 +241,23 @@ class Courier:
     async def _meet(self, address: Address) -> None:
         try:
             async with asyncio.timeout(self.handover.decode_bootstrap_timeout):
-                session, found = await self._visit(address)
+                name, session, refused = await self._visit(address)
         except (TimeoutError, TesseraError, OSError, httpx.HTTPError) as error:
-            text = f"prefill server {address} cannot be used: {error}"
-            if isinstance(error, TimeoutError):
-                text = f"prefill server {address} has not answered in {self.handover.decode_bootstrap_timeout:g} s"
-            log.warning(text)
-            self._tell(Unmet(address, Why(text)))
+            late = f"it has not answered in {self.handover.decode_bootstrap_timeout:g} s"
+            self._tell(Unmet(address, self._unusable(address, late if isinstance(error, TimeoutError) else error)))
             return
-        self._sessions[session] = found
-        self._tell(Met(address, session))
-        await self._listen(session, found)
+        self._sessions[name] = session
+        self._tell(Met(address, name) if refused is None else Unmet(address, self._unusable(address, refused), name))
+        await self._listen(name, session)
 
-    async def _visit(self, address: Address) -> tuple[str, Session]:
-        """Fetches who is there, compares, and asks to be welcomed."""
+    def _unusable(self, address: Address, reason: object) -> Why:
+        text = f"prefill server {address} cannot be used: {reason}"
+        log.warning(text)
+        return Why(text)
+
+    async def _visit(self, address: Address) -> tuple[str, Session, str | None]:
+        """Fetches who is there, compares, and asks to be welcomed. Gives the session, and why nothing is handed over
+        in it. Raises when there is none."""
         async with httpx.AsyncClient(trust_env=False) as client:
             answer = await client.get(f"http://{address}/bootstrap", timeout=self.handover.decode_bootstrap_timeout)
         if answer.status_code != 200:
@@ -247,47 +266,72 @@ class Courier:
             found = msgspec.msgpack.decode(answer.content, type=Bootstrap)
         except msgspec.DecodeError as error:
             raise PeerError(f"what it sent from /bootstrap is no bootstrap record: {error}") from error
-        compare(decode_manifest(found.manifest), self.manifest)
-        line = Line(*await asyncio.open_connection(address.host, found.port))
-        line.say(Hello(encode_manifest(self.manifest), self.handover.heartbeat_interval))
+        refused = self._misfit(found.manifest)
         try:
-            frame = await line.hear(self.handover.decode_bootstrap_timeout)
-            if not isinstance(frame, Welcome):
-                raise PeerError(f"it refuses: {frame.reason if isinstance(frame, Refusal) else frame}")
+            line = Line(*await asyncio.open_connection(address.host, found.port))
+            line.say(Hello(encode_manifest(self.manifest), self.handover.heartbeat_interval, refused))
+            return await self._answered(line, refused, found.names)
+        except (PeerError, OSError) as error:
+            raise PeerError(refused or str(error)) from error
+
+    def _misfit(self, prefill: bytes) -> str | None:
+        try:
+            compare(decode_manifest(prefill), self.manifest)
+        except TesseraError as error:
+            return str(error)
+        return None
+
+    async def _answered(
+        self, line: Line, refused: str | None, names: tuple[str, ...]
+    ) -> tuple[str, Session, str | None]:
+        try:
+            answer = await line.hear(self.handover.decode_bootstrap_timeout if refused is None else HELLO_S)
+            match answer:
+                case Welcome(session, every) if refused is None:
+                    return session, Session(line, every, names), None
+                case Refusal(reason, session, every) if session:
+                    return session, Session(line, every), refused or f"it refuses: {reason}"
+                case Refusal(reason):
+                    raise PeerError(f"it refuses: {reason}")
+                case _:
+                    raise PeerError(f"it said {type(answer).__name__} and welcomed nobody")
         except BaseException:
             line.close("not welcomed")
             raise
-        return frame.session, Session(line, frame.every, found.names)
 
     # prefill
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line = Line(reader, writer)
-        self._count += 1
-        name = ""
         try:
             hello = await line.hear(HELLO_S)
             if not isinstance(hello, Hello):
                 raise PeerError(f"it said {type(hello).__name__} and not who it is")
-            manifest = decode_manifest(hello.manifest)
-            compare(self.manifest, manifest)
-            name = f"{self.manifest.instance}-{manifest.instance}-{self._count}"
-            await self._reach(name, manifest)
-        except (TesseraError, TimeoutError) as error:
-            log.warning("a decode server is refused: %s", error)
-            if name:
-                self._tell(Part(name))
+        except PeerError as error:
+            log.warning("somebody at the port of decode servers is refused: %s", error)
             line.say(Refusal(str(error)))
-            with contextlib.suppress(OSError):
-                await writer.drain()
             writer.close()
             return
+        self._count += 1
+        name, refused = f"{self.manifest.instance}-{self._count}", hello.refused
+        try:
+            if refused is None:
+                await self._reach(name, decode_manifest(hello.manifest))
+        except TesseraError as error:
+            refused = str(error)
         session = self._sessions[name] = Session(line, hello.every)
         self._tell(Joined(name))
-        line.say(Welcome(name, self.handover.heartbeat_interval))
+        if refused is None:
+            line.say(Welcome(name, self.handover.heartbeat_interval))
+        else:
+            log.warning("a decode server is refused: %s", refused)
+            self._tell(Part(name))
+            line.say(Refusal(refused, name, self.handover.heartbeat_interval))
         await self._listen(name, session)
 
     async def _reach(self, name: str, manifest: Manifest) -> None:
+        """Raises unless the two fit, and all ranks of this server reach those of decode."""
+        compare(self.manifest, manifest)
         reaching = self._reaching[name] = Reaching(set(range(self.manifest.mesh.size)))
         self._tell(Connect(name, self.manifest, manifest))
         try:
@@ -333,7 +377,8 @@ class Courier:
         while True:
             match await line.hear(self.handover.silence):
                 case Mail(letter):
-                    yield letter
+                    if not line.left:
+                        yield letter
                 case Beat():
                     pass
                 case other:
