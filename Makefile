@@ -11,7 +11,7 @@ endif
 BIN := .venv/bin
 TYPED := $(wildcard src/tessera/core src/tessera/plan src/tessera/transfer)
 
-.PHONY: venv serve test test-faults lint format matrix matrix-pd bench clean distclean
+.PHONY: venv serve test test-faults test-fuzz lint format matrix matrix-pd bench clean distclean
 
 venv:
 	@exec $(PYTHON) tools/make_venv.py
@@ -24,6 +24,9 @@ test: venv
 
 test-faults: venv
 	@HYPOTHESIS_PROFILE=faults exec $(BIN)/python -m pytest tests/plan/test_handoff_model.py tests/plan/test_handoff_faults.py --timeout 7200 $(ARGS)
+
+test-fuzz: venv
+	@HYPOTHESIS_PROFILE=faults OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest tests/matrix/test_fuzz.py --timeout 14400 $(ARGS)
 
 test-engines: venv
 	@exec $(BIN)/python tools/test_engines.py $(ARGS)
