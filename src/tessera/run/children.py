@@ -13,20 +13,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from tessera.core.errors import PeerError
-
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 START_S = 60.0
 KILLED_S = 10.0
 
 
 def die_with(parent: int) -> None:
-    """The kernel kills this process when the thread that started it ends, and so when its parent `parent` does."""
+    """The kernel kills this process when the thread that started it ends, and so when its parent `parent` does.
+
+    If that has happened already the end is the same: there is nobody left to tell anything.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
-        raise PeerError(f"the parent process {parent} has ended")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def how_it_ended(code: int) -> str:
