@@ -27,7 +27,9 @@ def test_what_is_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> No
     ):
         assert text in err
     for argv, text in (
-        ([], "no server was named"),
+        ([], "no server was named. Give --prefill and --decode, or --worker."),
+        (["--worker", "a:99999"], "--worker a:99999: it is no address of a server"),
+        (["--worker", "a:b"], "--worker a:b: it is no address of a server"),
         (["--prefill", "a"], "--prefill with no --decode: there are no pairs"),
         (["--decode", "ftp://x"], "--decode ftp://x: it is no address of a server"),
         (["--worker", "a", "--polcy", "x"], "--polcy: there is no such flag here. Did you mean --policy?"),

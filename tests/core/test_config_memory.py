@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.test_config import CPU, CUDA, DENSE, HYBRID, decided, spec_of
-from tessera.core.config import Resolved, resolve
+from tessera.core.config import Hardware, Resolved, resolve
 from tessera.core.config.memory import gib
 from tessera.core.config.needs import Sketch
 from tessera.core.errors import ConfigError
@@ -88,6 +88,16 @@ def test_what_cannot_fit_is_refused_with_the_table() -> None:
     assert "It needs 40." in text
     for flag in ("--chunked-prefill-size", "--max-running-requests", "--context-length"):
         assert flag in text, "each makes a row of the table smaller"
+
+
+@pytest.mark.parametrize("hardware", [CPU, CUDA])
+def test_a_pool_that_was_asked_too_small_is_not_blamed_on_the_memory(hardware: Hardware) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"model_path": "m", "max_total_tokens": 10, "page_size": 16}, SPECS[0], hardware)
+    (conflict,) = caught.value.conflicts
+    assert conflict.flags == ("--max-total-tokens 10", "--page-size 16")
+    assert conflict.remedy == "Use at least --max-total-tokens 32."
+    resolve({"model_path": "m", "max_total_tokens": 32, "page_size": 16}, SPECS[0], hardware)
 
 
 def test_fewer_rows_are_not_advised_where_they_would_not_do() -> None:

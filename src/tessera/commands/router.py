@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tessera.core.config.flag import size
 from tessera.core.errors import ConfigError, Conflict
@@ -52,7 +52,7 @@ def _servers(options: Namespace, wrong: list[Conflict]) -> list[Address]:
 def _address(role: Role, text: str, more: list[str], wrong: list[Conflict]) -> Address:
     url = (text if "://" in text else f"http://{text}").rstrip("/").removesuffix("/v1")
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not _port(parts):
         wrong.append(Conflict((f"--{role} {text}",), "it is no address of a server", "For instance http://HOST:30000."))
     port = more[0] if more else "none"
     if len(more) > 1 or not (port.lower() == "none" or (port.isdecimal() and 0 < int(port) < 1 << 16)):
@@ -62,11 +62,19 @@ def _address(role: Role, text: str, more: list[str], wrong: list[Conflict]) -> A
     return Address(url, role, int(port) if port.isdecimal() else None)
 
 
+def _port(parts: SplitResult) -> bool:
+    """Whether its port is one, or left out."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
 def _together(servers: list[Address], wrong: list[Conflict]) -> None:
     """Pairs need both halves; pairs and servers that do both do not mix; each is named once."""
     roles = {server.role for server in servers}
     if not roles:
-        wrong.append(Conflict(("--prefill", "--decode", "--worker"), "no server was named", "Give some."))
+        wrong.append(Conflict(("servers",), "no server was named", "Give --prefill and --decode, or --worker."))
     elif "worker" in roles and len(roles) > 1:
         remedy = "Give --prefill and --decode, or --worker."
         wrong.append(Conflict(("--worker", "--prefill or --decode"), "a router serves one kind", remedy))

@@ -223,7 +223,14 @@ def _fit(
             f"Use at most --max-total-tokens {max(held, 0)}, or raise --mem-fraction-static.",
         )
         return context
-    if held < min(context, 2 * page):
+    least = min(context, 2 * page)
+    if wanted is not None and held < least:
+        notes.refuse(
+            (f"--max-total-tokens {wanted}", f"--page-size {page}"),
+            f"a pool of {held} tokens is of no use",
+            f"Use at least --max-total-tokens {least}.",
+        )
+    elif held < least:
         need = sizes.least
         more = total(besides) if SET_ASIDE[hardware.device] else 0
         share = need / hardware.memory if need + more < hardware.memory else float("inf")
