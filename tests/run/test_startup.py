@@ -71,6 +71,22 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         prepare({"model_path": str(tmp_path)}, {}, CPU)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "config.json: it names neither architectures nor a model_type; this build serves: "),
+        ({"architectures": ["X"]}, "config.json: architectures ['X'] with model_type None is unknown; "),
+    ],
+)
+def test_a_config_of_no_model_that_is_served_says_what_it_names(
+    config: dict[str, object], said: str, folder: Path
+) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError) as caught:
+        prepare({"model_path": str(folder)}, {}, CPU, weights=False)
+    assert str(caught.value).startswith(said)
+
+
 def test_a_hub_name_without_a_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="check the name, the network"):

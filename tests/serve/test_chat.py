@@ -105,7 +105,17 @@ async def test_bad_messages_are_refused_by_place(messages: Any, param: str) -> N
     async with world() as (_, http):
         assert refusal(await http.post(PATH, json={"messages": messages}))["param"] == param
         image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-        assert "text only" in refusal(await http.post(PATH, json={"messages": image}))["message"]
+        error = refusal(await http.post(PATH, json={"messages": image}))
+        assert error["param"] == "messages[0].content[0].type"
+        assert "found 'image_url', allowed is 'text': this model reads text only" in error["message"]
+
+
+@in_loop
+async def test_what_a_refused_field_accepts_is_said_in_json_and_only_of_that_field() -> None:
+    async with world() as (_, http):
+        form = refusal(await http.post(PATH, json={"messages": HI, "response_format": {"type": "json_object"}}))
+        assert '(accepted: null, {"type":"text"})' in form["message"]
+        assert "accepted" not in refusal(await http.post(PATH, json={"messages": HI, "regex": "a+"}))["message"]
 
 
 def test_a_template_may_refuse_and_cannot_reach_out_of_its_sandbox() -> None:

@@ -277,8 +277,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
     if not named and model_type in MODEL_TYPES:
         return MODEL_TYPES[model_type]
+    found = f"architectures {named!r} with model_type {model_type!r} is unknown"
     raise ModelError(
-        f"config.json: architectures {named!r} with model_type {model_type!r} is unknown; "
+        f"config.json: {found if named or model_type else 'it names neither architectures nor a model_type'}; "
         f"this build serves: {', '.join(FAMILIES)}"
     )
 

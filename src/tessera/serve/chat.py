@@ -18,7 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from tessera.core.errors import ModelError, RequestError
-from tessera.serve.checks import Fields, Refused, bad, one_of, string
+from tessera.serve.checks import Fields, bad, one_of, string
 from tessera.serve.fields import NO_IMAGES, NO_TOOLS
 
 MAX_MESSAGES = 65536
@@ -112,7 +112,8 @@ def _part(part: Any, field: str) -> str:
         return part
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind not in ("text", "input_text"):
-        Refused(NO_IMAGES.remedy).check(part, f"{field}.type {kind[:60]!r}")
+        found = f"{field}.type: found {kind[:60]!r}, allowed is 'text': {NO_IMAGES.remedy}"
+        raise RequestError(found, f"{field}.type")
     text = PART.read(part, field).get("text")
     if not isinstance(text, str):
         raise RequestError(f"{field}.text is missing", f"{field}.text")

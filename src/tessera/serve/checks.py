@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from tessera.core.errors import RequestError
 
 Check = Callable[[Any, str], Any]
@@ -152,7 +154,8 @@ class Refused:
     def check(self, value: Any, field: str) -> None:
         """Raises unless the value asks for nothing."""
         if not any(type(value) is type(v) and value == v for v in self.neutral):
-            ask = f" (accepted: null, {', '.join(repr(v) for v in self.neutral)})" if self.neutral else ""
+            accepted = ["null", *(msgspec.json.encode(v).decode() for v in self.neutral)]
+            ask = f" (accepted: {', '.join(accepted)})" if self.neutral else ""
             raise RequestError(f"{field} is not supported by this server{ask}: {self.remedy}", field)
 
 

@@ -59,7 +59,7 @@ PLACE = {  # where a request runs; for a list of prompts one for all, or one eac
     )
 }
 
-NO_GRAMMAR = Refused("answers cannot be constrained to a grammar yet; check the answer yourself", ({"type": "text"},))
+NO_GRAMMAR = Refused("answers cannot be constrained to a grammar yet; check the answer yourself")
 NO_TOOLS = Refused("answers come as text; describe the tools in the prompt", ([],))
 NO_IMAGES = Refused("this model reads text only", ([], {}, False))
 NO_LORA = Refused("merge the adapter into the checkpoint", ([], ""))
@@ -86,8 +86,8 @@ PASSED = {
 }
 
 REFUSED = {
-    **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), NO_GRAMMAR),
-    **dict.fromkeys(("response_format", "structured_outputs"), NO_GRAMMAR),
+    "response_format": Refused(NO_GRAMMAR.remedy, ({"type": "text"},)),
+    **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag", "structured_outputs"), NO_GRAMMAR),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), NO_GRAMMAR),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), NO_GRAMMAR),
     **dict.fromkeys(("lora_path", "lora_id"), NO_LORA),
