@@ -50,7 +50,7 @@ def test_the_seeds_layouts_resolve() -> None:
     assert mixed.config.scheduling.chunk_size == 256
     assert "per data-parallel rank" in decided(mixed, "--chunked-prefill-size").why
     overlap = meshed(tp=2, enable_two_batch_overlap=True, tbo_token_distribution_threshold=0.4).config.scheduling
-    assert (overlap.split_from, overlap.split_share) == (64, 0.4)
+    assert (overlap.split_from, overlap.split_measured, overlap.split_share) == (2, True, 0.4)
     assert meshed(tp=2, gpus=2).config.mesh.peers
     assert not meshed(tp=2, gpus=2, disable_custom_all_reduce=True).config.mesh.peers
     several = meshed(tp=2, gpus=1, nnodes=2, dist_init_addr="h:1")
@@ -60,7 +60,8 @@ def test_the_seeds_layouts_resolve() -> None:
     alone = meshed(enable_two_batch_overlap=True)
     assert alone.config.scheduling.split_from == 0
     assert "no wire" in decided(alone, "two-batch overlap").why
-    assert meshed(tp=2, enable_two_batch_overlap=True, tbo_min_tokens=7).config.scheduling.split_from == 7
+    said = meshed(tp=2, enable_two_batch_overlap=True, tbo_min_tokens=7).config.scheduling
+    assert (said.split_from, said.split_measured) == (7, False)
     assert "only read with" in decided(meshed(tp=2, tbo_min_tokens=7), "--tbo-min-tokens").why
 
 
@@ -173,18 +174,23 @@ def test_ranks_of_one_host_share_its_ram_and_not_their_gpus() -> None:
 def test_from_where_on_steps_are_halved_is_told_whoever_chose_it() -> None:
     asked = {"tp": 2, "enable_two_batch_overlap": True}
     told = decided(meshed(**asked), "two-batch overlap")
-    assert (told.value, "default on cpu" in told.why, "48 %" in told.why) == ("steps of 64 tokens or more", True, True)
+    assert (told.value, "down to 2 tokens" in told.why, "48 %" in told.why) == ("measured at start", True, True)
     chosen = decided(meshed(**asked, tbo_min_tokens=7, tbo_token_distribution_threshold=0.25), "two-batch overlap")
     assert chosen.value == "steps of 7 tokens or more"
     assert ("as asked" in chosen.why, "25 %" in chosen.why) == (True, True)
     never = decided(meshed(gpus=2, **asked, chunked_prefill_size=1024), "two-batch overlap")
     assert (never.value, never.why.split(";")[0]) == (
         "off",
-        "no step holds the 32768 tokens from which on it pays on cuda",
+        "no step holds 2049 tokens: what graphs hold is not split unasked",
     )
     assert "--tbo-min-tokens" in never.why
+    assert not meshed(gpus=2, **asked, chunked_prefill_size=1024).config.scheduling.split_measured
+    late = decided(meshed(**asked, chunked_prefill_size=64, tbo_min_tokens=65), "two-batch overlap")
+    assert (late.value, "from which on it is asked for" in late.why) == ("off", True)
     whole = decided(meshed(gpus=2, **asked, chunked_prefill_size=-1), "two-batch overlap")
-    assert whole.value == "steps of 32768 tokens or more", "a prompt that is not cut may be as long"
+    assert whole.value == "measured at start", "a prompt that is not cut may be as long"
+    launched = decided(meshed(gpus=2, **asked, disable_cuda_graph=True), "two-batch overlap")
+    assert "down to 2 tokens" in launched.why
 
 
 def test_how_tokens_meet_around_experts_is_told_wherever_they_meet() -> None:

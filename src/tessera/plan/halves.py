@@ -11,6 +11,7 @@ keep their order and a range's first tokens are A's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,11 @@ def cut(part: Part, share: float, grain: int) -> Cut:
         below = begin + (total // 2 - begin) // grain * grain
         at = _nearest(total, at, *(token for token in (below, below + grain) if begin < token < end))
     return Cut(middle + (at == end), at)
+
+
+def cuts(parts: Sequence[Part], share: float, grain: int) -> tuple[int, ...]:
+    """Tokens of each part's first half (see `cut`)."""
+    return tuple(cut(part, share, grain).num_tokens for part in parts)
 
 
 def _nearest(total: int, *tokens: int) -> int:

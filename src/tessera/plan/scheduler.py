@@ -16,7 +16,7 @@ from tessera.plan.balance import misplaced, place
 from tessera.plan.config import PlannerConfig
 from tessera.plan.dp_rank import DpRank, InFlight
 from tessera.plan.events import Event
-from tessera.plan.halves import cut
+from tessera.plan.halves import cuts
 from tessera.plan.handoff import Errand, Fenced, Gone, Heard, Joined, Met, Scored, Unmet, Why, Wire, Written
 from tessera.plan.handoff_desk import Desk
 from tessera.plan.request import Sequence, choices, given
@@ -121,7 +121,7 @@ class Planner:
         config = self.config
         if not 0 < config.split_from <= max(part.num_tokens for part in parts):
             return ()
-        return tuple(cut(part, config.split_share, config.split_grain).num_tokens for part in parts)
+        return cuts(parts, config.split_share, config.split_grain)
 
     def check(self) -> None:
         """Raises AssertionError when a page, a slot or a row is lost, held twice or written by two."""

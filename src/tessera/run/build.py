@@ -40,6 +40,7 @@ from tessera.run.sampler import Sampler
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.table import RowTable
+from tessera.run.trials import Trials
 from tessera.transfer.engines import make_engine
 from tessera.transfer.manifest import member
 
@@ -192,6 +193,7 @@ def build_runner(
         post=make_post(config, caches, pools, rank, tell),
         graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
         stages=stages,
+        trials=Trials(model, table, pools, memory.page_size, mesh.coordinate(rank, "dp"), shared),
         tracer=Tracer(rank, device, executor, tell, mesh.size if config.mesh.collectives == "threads" else 1),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +20,7 @@ from tessera.models.folder import configured_source
 from tessera.models.load import Progress
 from tessera.models.source import Source
 from tessera.plan.log import Recorder
-from tessera.plan.scheduler import Planner
+from tessera.plan.scheduler import Planner, PlannerConfig
 from tessera.run import ahead
 from tessera.run.build import build_instance, planner_config
 from tessera.run.graphs import Sizes
@@ -32,6 +34,9 @@ from tessera.run.recordings import Recordings
 from tessera.run.report import Reporter
 from tessera.run.stages import Stages
 from tessera.run.startup import Prepared
+from tessera.run.threshold import measure
+
+log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -56,7 +61,7 @@ class EngineCore:
         self.resolved, self.spec, self.stages, self._compiling = resolved, spec, stages or Stages(), compiling
         self._sink = sink
         self._inbox = Inbox()
-        self.planner = Planner(planner_config(resolved.config))
+        planned = planner_config(resolved.config)
         self._events = open_events(resolved.config)
         handed_over = resolved.config.handover.role != "null"
         self.handover = Handover(resolved.config, spec, self._inbox.post) if handed_over else None
@@ -65,6 +70,9 @@ class EngineCore:
         if compiling is not None:
             with self.stages.timed("kernels"):
                 compiling.wait()
+        if resolved.config.scheduling.split_measured:
+            planned = self._measured(planned)
+        self.planner = Planner(planned)
         if self.handover is not None:
             self.handover.open(self.runner.seats)
         hook = self.planner.check if resolved.config.logging.checks else None
@@ -77,6 +85,21 @@ class EngineCore:
         self._loop = StepLoop(
             planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover, self.recordings, replica
         )
+
+    def _measured(self, planned: PlannerConfig) -> PlannerConfig:
+        """From which size on steps run as halves, tried on ranks that have nothing else to do yet. It is told."""
+        try:
+            with self.stages.timed("halves"):
+                found = measure(planned, planned.split_from, self.runner.everywhere)
+        except BaseException:
+            self.runner.close()
+            raise
+        log.info("%s", found.decision)
+        config, decisions = self.resolved.config, self.resolved.decisions
+        scheduling = replace(config.scheduling, split_from=found.split_from, split_measured=False)
+        others = tuple(decision for decision in decisions if decision.what != found.decision.what)
+        self.resolved = Resolved(replace(config, scheduling=scheduling), (*others, found.decision))
+        return replace(planned, split_from=found.split_from)
 
     def _hear(self, news: News) -> None:
         """A rank has something to say. From any thread."""

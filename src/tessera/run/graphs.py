@@ -12,7 +12,7 @@ backend, which fork from the recorded stream and join it again where a half wait
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Protocol
@@ -274,6 +274,11 @@ class Graphs:
         """The recorded size that a step runs at; None: it runs as it is."""
         size = self._sizes.of(step) if step.num_tokens else None
         return size if size in self._recorded else None
+
+    @property
+    def acts(self) -> Mapping[str, Callable[[Size], None]]:
+        """See `recording.py`."""
+        return {"rehearse": self.rehearse, "meet": self.meet, "record": self.record, "drop": self.drop}
 
     def rehearse(self, size: Size) -> None:
         """Runs a size on padding, without the other ranks: whatever it raises leaves nobody waiting."""

@@ -16,7 +16,7 @@ from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.poster import Order
 from tessera.run.profiling import ProfileOrder
-from tessera.run.recording import TOGETHER, Act, record
+from tessera.run.recording import TOGETHER, Act, called, record
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
 from tessera.run.seat import Seat
@@ -97,14 +97,15 @@ class Group:
 
     def record(self, size: Size) -> None:
         """See `Runs.record`."""
-        record(size, TOGETHER, lambda act: self._perform(act, size))
+        record(size, TOGETHER, lambda act: self.everywhere(act, size))
 
-    def _perform(self, act: Act, size: Size) -> dict[int, str]:
-        with ThreadPoolExecutor(len(self.runners)) as pool:  # they meet while they record
-            acts = [pool.submit(runner.perform, act, size) for runner in self.runners]
+    def everywhere(self, act: Act, of: Size | Step) -> dict[int, str]:
+        """See `Runner.everywhere`."""
+        with ThreadPoolExecutor(len(self.runners)) as pool:  # they may meet in an act
+            acts = [pool.submit(runner.perform, act, of) for runner in self.runners]
         for one in acts:
             if (error := one.exception()) is not None:
-                raise PeerError(f"steps of {size} cannot be recorded: {error}") from error
+                raise PeerError(f"{called(of)} ({act}) failed: {error}") from error
         return {rank: one.result() for rank, one in enumerate(acts)}
 
     def close(self) -> None:

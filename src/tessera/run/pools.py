@@ -57,6 +57,11 @@ class Pools:
             if held is not None:
                 pool[slot_dst] = held
 
+    def wipe_scratch(self) -> None:
+        """Page 0 and slot 0 are zero again."""
+        for pool in self.tensors.values():
+            pool[:1].zero_()
+
 
 class SlotWatch:
     """Debug mode: which position the state in each slot stands at. Every range must continue where its slot stands."""

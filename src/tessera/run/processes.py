@@ -23,11 +23,11 @@ from tessera.run.hosts import identity
 from tessera.run.hub import Hub
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
-from tessera.run.recording import TOGETHER, Act, record
+from tessera.run.recording import TOGETHER, Act, called, record
 from tessera.run.report import Tally
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
-from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told, Trace
+from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told, Trace, Try
 
 START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
@@ -66,7 +66,7 @@ class Processes:
         self._first = mesh.group(0, "dp")
         self._silence = config.serving.watchdog_timeout
         self._tell = tell
-        self._kept: dict[int, str] = {}  # what ranks said after an act of a recording
+        self._kept: dict[int, str] = {}  # what ranks said after an act
         self.seats: list[Seat] = []
         self.stages = Stages()
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
@@ -154,15 +154,16 @@ class Processes:
 
     def record(self, size: Size) -> None:
         """See `Runs.record`."""
-        record(size, TOGETHER, lambda act: self._perform(act, size))
+        record(size, TOGETHER, lambda act: self.everywhere(act, size))
 
-    def _perform(self, act: Act, size: Size) -> dict[int, str]:
+    def everywhere(self, act: Act, of: Size | Step) -> dict[int, str]:
+        """See `Runner.everywhere`."""
         self._kept.clear()
-        self._hub.send(Record(size, act), self._all)
+        self._hub.send(Try(of, act) if isinstance(of, Step) else Record(of, act), self._all)
         until = time.monotonic() + self._silence
         while missing := [rank for rank in self._all if rank not in self._kept]:
             if not self._take(until - time.monotonic()):
-                raise DeadlineError(f"ranks {missing} have not recorded ({act}) steps of {size} in {self._silence:g} s")
+                raise DeadlineError(f"ranks {missing} are not through with {called(of)} ({act}) in {self._silence:g} s")
         return dict(self._kept)
 
     def wait(self, launched: Sent | None, news: int | None, seconds: float) -> bool:

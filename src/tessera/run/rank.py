@@ -50,6 +50,7 @@ from tessera.run.wire import (
     Spawn,
     Told,
     Trace,
+    Try,
     Up,
     decode_down,
     encode,
@@ -142,8 +143,8 @@ class Steps:
                 launched = self._runner.launch(step)
                 self._flying.append(launched)
                 self._waiter.put([launched.result])
-            case Record(size, act):
-                self._link.tell(Kept(self._runner.perform(act, size)))
+            case Record(of, act) | Try(of, act):
+                self._link.tell(Kept(self._runner.perform(act, of)))
             case Trace(order):
                 self._runner.trace(order)
             case Drop(request_id, choice):

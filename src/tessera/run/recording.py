@@ -1,34 +1,42 @@
-"""How a size of steps is recorded on all ranks, or on none.
+"""Acts that ranks perform together between steps; above all how a size of steps is recorded on all ranks, or on none.
 
 A recording is told to all ranks in order with the steps, one act after the other, and none begins before the last is
 over on all: a rehearsal without the others, so that a rank without memory for the step leaves nobody waiting; a run
 together; the recording itself, during which nothing runs on a device. A rank alone has nobody to meet. When a rank says
-that memory is missing, all drop the size.
+that memory is missing, all drop the size. Steps that run for their time (`trials.py`) are rehearsed and meet likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
 from tessera.core.errors import CapacityError
-from tessera.run.graphs import Graphs, Size
+from tessera.plan.step import Step
+from tessera.run.graphs import Size
 
 Act = Literal["rehearse", "meet", "record", "drop"]
 TOGETHER: tuple[Act, ...] = ("rehearse", "meet", "record")
 ALONE: tuple[Act, ...] = ("rehearse", "record")
 GUARDED = ("rehearse", "record")  # acts that may fail on one rank alone
+OfT = TypeVar("OfT")
+OfT_contra = TypeVar("OfT_contra", contravariant=True)
 
 
-def perform(graphs: Graphs, act: Act, size: Size) -> str:
+class Acts(Protocol[OfT_contra]):
+    """Who performs acts of one kind of thing."""
+
+    @property
+    def acts(self) -> Mapping[str, Callable[[OfT_contra], None]]:
+        """Those that it knows."""
+
+
+def perform(doer: Acts[OfT], act: Act, of: OfT) -> str:
     """One act on one rank: what memory is missing; empty when it went well."""
-    acts: dict[Act, Callable[[Size], None]] = {
-        "rehearse": graphs.rehearse, "meet": graphs.meet, "record": graphs.record, "drop": graphs.drop,
-    }  # fmt: skip
     try:
-        acts[act](size)
+        doer.acts[act](of)
     except torch.OutOfMemoryError as error:
         if act not in GUARDED:
             raise
@@ -48,8 +56,21 @@ def record(size: Size, acts: tuple[Act, ...], tell: Callable[[Act], Mapping[int,
     Raises `CapacityError` when one had none: then no rank has the size recorded.
     """
     for act in acts:
-        lacking = {rank: why for rank, why in sorted(tell(act).items()) if why}
-        if lacking:
+        try:
+            each_performs(tell(act))
+        except CapacityError:
             if act == "record":
                 tell("drop")
-            raise CapacityError("; ".join(f"rank {rank}: {why}" for rank, why in lacking.items()))
+            raise
+
+
+def each_performs(said: Mapping[int, str]) -> None:
+    """Raises `CapacityError` when a rank had no memory for an act. `said`: what each lacked, by rank."""
+    lacking = {rank: why for rank, why in sorted(said.items()) if why}
+    if lacking:
+        raise CapacityError("; ".join(f"rank {rank}: {why}" for rank, why in lacking.items()))
+
+
+def called(of: Size | Step) -> str:
+    """A size or a dry step, for people."""
+    return f"a dry step of {of.num_tokens} tokens" if isinstance(of, Step) else f"steps of {of}"

@@ -33,6 +33,7 @@ from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, p
 from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.table import Known, RowTable, Sequence
+from tessera.run.trials import Trials
 from tessera.run.waiter import Watch
 
 
@@ -114,11 +115,12 @@ class Runner:
         post: Post | None = None,
         stages: Stages | None = None,
         tracer: Tracer | None = None,
+        trials: Trials | None = None,
     ) -> None:
         self.model, self.table, self.params, self.pools, self.sampler = model, table, params, pools, sampler
         self.page_size, self.dp_rank, self.graphs = page_size, dp_rank, graphs
         self._executor = executor or Inline()
-        self.post, self.stages, self.tracer = post, stages or Stages(), tracer
+        self.post, self.stages, self.tracer, self._trials = post, stages or Stages(), tracer, trials
         self._steps = Watch()
         self._watch = SlotWatch(pools.num_slots) if debug and pools.num_slots else None
 
@@ -260,16 +262,20 @@ class Runner:
 
     def record(self, size: Size) -> None:
         """See `Runs.record`."""
-        record(size, ALONE, lambda act: {0: self.perform(act, size)})
+        record(size, ALONE, lambda act: self.everywhere(act, size))
 
-    def perform(self, act: Act, size: Size) -> str:
-        """An act of a recording; waits until it is over. What memory is missing, empty when none is."""
-        graphs = self.graphs
-        assert graphs is not None
+    def everywhere(self, act: Act, of: Size | Step) -> dict[int, str]:
+        """Has all ranks perform an act of a size or of a dry step, and waits for them; what memory each lacked."""
+        return {0: self.perform(act, of)}
+
+    def perform(self, act: Act, of: Size | Step) -> str:
+        """An act on this rank; waits until it is over. What memory is missing, empty when none is."""
+        doer = self._trials if isinstance(of, Step) else self.graphs
+        assert doer is not None
 
         @torch.inference_mode()
         def work() -> str:
-            return perform(graphs, act, size)
+            return perform(doer, act, of)
 
         return self._executor.submit(work).result()
 

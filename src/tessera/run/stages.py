@@ -9,15 +9,16 @@ from contextlib import contextmanager
 import msgspec
 import psutil
 
-ORDER = ("imports", "config", "processes", "connect", "kernels", "weights", "pools", "first token")
+ORDER = ("imports", "config", "processes", "connect", "kernels", "weights", "pools", "halves", "first token")
 
 SHORT_S = 0.05  # most starts compile nothing
 
 
 class Stages(msgspec.Struct):
     """Seconds by stage: "imports" of the engine's process from its start on, "config", "processes" (of ranks: started,
-    their imports), "connect", "kernels" (those of a library are compiled, ours waited for), "weights", "pools", and
-    "first token" (what was not compiled ahead is, or is read from Triton's cache).
+    their imports), "connect", "kernels" (those of a library are compiled, ours waited for), "weights", "pools",
+    "halves" (from which size on steps run as halves is measured), and "first token" (what was not compiled ahead is, or
+    is read from Triton's cache).
 
     `weight_bytes`: of the weights of a rank.
     """

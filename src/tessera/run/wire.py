@@ -2,8 +2,8 @@
 other hosts.
 
 Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer, `Kept` for each
-`Record`, and `Told`; `Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Record`, `Trace`, `Drop`,
-`Do`, and `End` as the last.
+`Record` and `Try`, and `Told`; `Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Record`, `Try`,
+`Trace`, `Drop`, `Do`, and `End` as the last.
 """
 
 from __future__ import annotations
@@ -112,8 +112,15 @@ class Record(msgspec.Struct, tag=True, frozen=True):
     act: Act
 
 
+class Try(msgspec.Struct, tag=True, frozen=True):
+    """An act of a step that runs for its time (`trials.py`); answered by `Kept`."""
+
+    step: Step
+    act: Act
+
+
 class Kept(msgspec.Struct, tag=True, frozen=True):
-    """An act of a recording is over. `missing`: the memory that it lacked, empty when it went well."""
+    """An act is over. `missing`: the memory that it lacked, empty when it went well."""
 
     missing: str = ""
 
@@ -147,7 +154,7 @@ def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
-Down = Begin | Run | Record | Trace | Drop | Do | End
+Down = Begin | Run | Record | Try | Trace | Drop | Do | End
 Up = Hello | Loading | Loaded | Done | Kept | Told | Failed
 
 

@@ -127,10 +127,12 @@ SCHEDULING = (
          "scheduling"),
     Flag("num_continuous_decode_steps", whole(1), 1, "Decode steps between two looks at the queue.", "scheduling",
          state=Unbuilt("leave it out")),
-    Flag("enable_two_batch_overlap", switch, False, "Run the two halves of a step interleaved.", "scheduling"),
+    Flag("enable_two_batch_overlap", switch, False, "Run the two halves of a step interleaved, where it pays.",
+         "scheduling"),
     Flag("tbo_token_distribution_threshold", real(0, 0.5), 0.48,
          "Smallest share of tokens that a half of a step has, else it is cut inside one sequence.", "scheduling"),
-    Flag("tbo_min_tokens", whole(2), None, "Smallest step, by tokens of its largest part, that is run as two halves.",
+    Flag("tbo_min_tokens", whole(2), None,
+         "Smallest step, by tokens of its largest part, that is run as two halves; left out, it is measured at start.",
          "scheduling"),
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from tessera.core.config.quantization import quantization_phase
 from tessera.core.config.types import (
     Config,
     Hardware,
+    KernelConfig,
     LoggingConfig,
     MeshConfig,
     ModelConfig,
@@ -42,7 +43,6 @@ EXPERT_ROWS = 512  # of an expert in a step below which reading its weights take
 LEAST_CHUNK = 2048  # CUDA: the default is halved down to this where memory is short
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
-SPLIT_FROM = {"cpu": 64, "cuda": 32768}  # CUDA: no smaller step gained on two H100s (bench/results/gpu2.md)
 
 
 def resolve(
@@ -70,7 +70,8 @@ def resolve(
     def besides(limits: Limits, context: int, page: int) -> Rows:
         """For as many rows as were asked for: if fewer fit, less is needed."""
         tokens = max(limits.most, 0 if limits.chunk else context, rows)
-        known, split = kernels_of(rows, Notes()), _halves(values, mesh, Notes())[0]
+        known = kernels_of(rows, Notes())
+        split = _halves(values, mesh, known, Notes()).split_from
         sketch = Sketch(spec, mesh, dtype, known, tokens, rows, context, page, split)
         return counted(needs, sketch) if fits else ()
 
@@ -83,7 +84,7 @@ def resolve(
         model=replace(_model(values, dtype, context, notes), quantization=quantization),
         mesh=mesh,
         memory=memory,
-        scheduling=_scheduling(values, spec, mesh, limits, max_running, notes),
+        scheduling=_scheduling(values, spec, mesh, limits, _halves(values, mesh, kernels, notes), max_running, notes),
         kernels=kernels,
         serving=_serving(values, mesh, notes),
         logging=LoggingConfig(
@@ -229,7 +230,7 @@ def _model(values: Asked, dtype: str, context: int, notes: Notes) -> ModelConfig
 
 
 def _scheduling(
-    values: Asked, spec: ModelSpec, mesh: MeshConfig, limits: Limits, max_running: int, notes: Notes
+    values: Asked, spec: ModelSpec, mesh: MeshConfig, limits: Limits, halves: Halves, max_running: int, notes: Notes
 ) -> SchedulingConfig:
     prefix = not values.on("disable_radix_cache") and not spec.recurrent
     if spec.recurrent and not values.on("disable_radix_cache"):
@@ -244,10 +245,7 @@ def _scheduling(
             "there is no prefix cache whose longest match could go first",
             "Use --schedule-policy fcfs.",
         )
-    split_from, split_share = _halves(values, mesh, notes)
-    if split_from:
-        most = max(limits.most, max_running) if limits.chunk else float("inf")
-        _tell_halves(values, split_from, split_share, most, mesh.device, notes)
+    halves = _told_halves(halves, max(limits.most, max_running) if limits.chunk else float("inf"), notes)
     queued = values.whole("max_queued_requests")
     if queued is None:
         queued = QUEUE_PER_ROW * max_running
@@ -262,39 +260,59 @@ def _scheduling(
         policy=policy,
         prefix_cache=prefix,
         max_in_flight=1 if values.on("disable_overlap_schedule") else 2,
-        split_from=split_from,
-        split_share=split_share,
+        split_from=halves.split_from,
+        split_measured=halves.measured,
+        split_share=halves.share,
     )
 
 
-def _halves(values: Asked, mesh: MeshConfig, notes: Notes) -> tuple[int, float]:
-    """From how many tokens on a step is run as two halves (0: never), and the least share of one."""
+class Halves(NamedTuple):
+    """From how many tokens on steps run as two halves (0: never), or are tried as such at start (`measured`), and the
+    least share of a half."""
+
+    split_from: int
+    measured: bool
+    share: float
+
+
+def _halves(values: Asked, mesh: MeshConfig, kernels: KernelConfig, notes: Notes) -> Halves:
+    """What is tried runs as it is, whole and as halves, so graphs hold neither: nothing smaller is split unasked."""
     share, smallest = values.real("tbo_token_distribution_threshold"), values.whole("tbo_min_tokens")
     assert share is not None, "it has a default"
     if not values.on("enable_two_batch_overlap"):
         for name in ("tbo_token_distribution_threshold", "tbo_min_tokens"):
             if values.gave(name):
                 notes.decide(f"--{name.replace('_', '-')}", "ignored", "only read with --enable-two-batch-overlap")
-        return 0, share
+        return Halves(0, False, share)
     if mesh.tp == 1:
         notes.decide("two-batch overlap", "off", "one rank waits on no wire")
-        return 0, share
+        return Halves(0, False, share)
     if smallest is None:
-        smallest = SPLIT_FROM[mesh.device]
-    return smallest, share
+        rows, _, tokens = kernels.graphs
+        return Halves(max(2, 2 * max((*rows, *tokens), default=0) + 1), True, share)
+    return Halves(smallest, False, share)
 
 
-def _tell_halves(values: Asked, smallest: int, share: float, most: float, device: str, notes: Notes) -> None:
-    """From which step on there are halves, and how they are cut. `most`: tokens of any step."""
-    asked = values.gave("tbo_min_tokens")
+def _told_halves(halves: Halves, most: float, notes: Notes) -> Halves:
+    """The same, after it is told from which step on there are halves, and how they are cut. Nothing is measured where
+    no step is large enough. `most`: tokens of any step."""
+    smallest, measured, share = halves
+    if not smallest:
+        return halves
     if smallest > most:
-        why = f"no step holds the {smallest} tokens from which on it {'is asked for' if asked else f'pays on {device}'}"
-        remedy = "lower --tbo-min-tokens, or raise --chunked-prefill-size"
-        notes.decide("two-batch overlap", "off", f"{why}; {remedy}")
-        return
-    why = "as asked" if asked else f"default on {device}: smaller ones run whole"
+        asked = "what graphs hold is not split unasked" if measured else "from which on it is asked for"
+        remedy = "give a lower --tbo-min-tokens, or raise --chunked-prefill-size"
+        notes.decide("two-batch overlap", "off", f"no step holds {smallest} tokens: {asked}; {remedy}")
+        return halves._replace(measured=False)
     cut = f"a half has at least {share:.0%} of the tokens, if need be by a cut inside one sequence".replace("%", " %")
-    notes.decide("two-batch overlap", f"steps of {smallest} tokens or more", f"{why}; {cut}")
+    if measured:
+        why = (
+            f"the largest step, then smaller ones down to {smallest} tokens while halves pay; or give --tbo-min-tokens"
+        )
+        notes.decide("two-batch overlap", "measured at start", f"{why}; {cut}")
+    else:
+        notes.decide("two-batch overlap", f"steps of {smallest} tokens or more", f"as asked; {cut}")
+    return halves
 
 
 def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:

@@ -163,7 +163,8 @@ class SchedulingConfig:
     holds prompts (0: prompts are not cut), `alone_size` the same while nobody decodes. `max_prefill_tokens`: most
     prompt tokens of a step. `mixed`: decodes ride with prompts. `max_in_flight`: steps launched and not yet collected
     (2: overlap schedule). `split_from`: steps whose largest part has so many tokens run as two halves, interleaved (0:
-    none); where `split_share` of the tokens cannot be had by cutting between sequences, one is cut.
+    none); with `split_measured` the smallest size that is tried at start, which finds out from where on it pays; where
+    `split_share` of the tokens cannot be had by cutting between sequences, one is cut.
     """
 
     max_running: int
@@ -176,6 +177,7 @@ class SchedulingConfig:
     prefix_cache: bool
     max_in_flight: int
     split_from: int = 0
+    split_measured: bool = False
     split_share: float = 0.48
 
 
