@@ -60,8 +60,8 @@ def measure(
     of a step, and waits for them; what memory each lacked, by rank.
 
     Each size costs two rehearsals, two steps that warm up, and `LEAST_ROUNDS` to `ROUNDS` pairs that are timed: no more
-    than needed once `BUDGET_S` are spent, and then no smaller size either. A rank without memory ends it: what was found for
-    larger sizes holds.
+    than needed once `BUDGET_S` are spent, and then no smaller size either. A rank without memory ends it: what was
+    found for larger sizes holds.
     """
     trials: list[Trial] = []
     size, began, end = largest(config), clock(), ""
