@@ -53,16 +53,20 @@ class GathersBackwards(LocalComm):
 class SwapsLengths(LocalComm):
     """Keeps the length of another coordinate."""
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
-        return super().scatter_sum(parts, axis, dim, lengths[::-1])
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: torch.dtype | None = None
+    ) -> Handle:
+        return super().scatter_sum(parts, axis, dim, lengths[::-1], dtype)
 
 
 class KeepsOthers(LocalComm):
     """Keeps the elements of another coordinate where the lengths are equal."""
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: torch.dtype | None = None
+    ) -> Handle:
         moved = [p.roll(lengths[-1], dim) for p in parts]
-        return super().scatter_sum(moved if len(set(lengths)) == 1 else parts, axis, dim, lengths)
+        return super().scatter_sum(moved if len(set(lengths)) == 1 else parts, axis, dim, lengths, dtype)
 
 
 class SendsBackwards(LocalComm):
@@ -75,9 +79,9 @@ class SendsBackwards(LocalComm):
 class MixesAxes(LocalComm):
     """Takes one axis for another where both are of one size."""
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: torch.dtype | None = None) -> Handle:
         other = "dp" if axis == "attn" and self.mesh.size_of("dp") == self.mesh.size_of("attn") else axis
-        return super().sum(parts, other)
+        return super().sum(parts, other, dtype)
 
 
 class MixesHandles(LocalComm):
@@ -85,23 +89,23 @@ class MixesHandles(LocalComm):
 
     last: Handle | None = None
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
-        mine = super().sum(parts, axis).wait()
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: torch.dtype | None = None) -> Handle:
+        mine = super().sum(parts, axis, dtype).wait()
         given, self.last = self.last or Ready(mine), Ready(mine)
         return given
 
 
-def backwards(parts: Sequence[Tensor]) -> Tensor:
+def backwards(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Adds from last to first."""
-    return base.ordered_sum(parts[::-1])
+    return base.ordered_sum(parts[::-1], dtype)
 
 
-def narrow(parts: Sequence[Tensor]) -> Tensor:
+def narrow(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Rounds after each addition."""
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
-    return total
+    return total.to(dtype or total.dtype)
 
 
 MUTANTS = [GathersBackwards, SwapsLengths, KeepsOthers, SendsBackwards, MixesAxes, MixesHandles]

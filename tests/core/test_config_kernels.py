@@ -155,6 +155,21 @@ def test_auto_says_what_it_took_and_why() -> None:
     assert "triton" in told["moe-runner-backend"]
 
 
+@pytest.mark.parametrize(("asked", "wide"), [("auto", False), ("model", False), ("float32", True)])
+def test_parts_are_wide_where_asked_and_it_is_told_where_nobody_asked(asked: str, wide: bool) -> None:
+    found = resolved(spec_of(HYBRID), tp_size=2, dtype="bfloat16", parts_dtype=asked)
+    assert found.config.kernels.wide_parts == wide
+    assert ("parts-dtype" in {d.what for d in found.decisions}) == (asked == "auto")
+    known = resolved(spec_of(HYBRID), tp_size=2, dtype="float32", parts_dtype=asked)
+    assert not known.config.kernels.wide_parts
+    assert {d.what: d.value for d in known.decisions}.get("--parts-dtype", "ignored") == "ignored"
+
+
+def test_products_that_round_are_refused_where_parts_are_to_be_wide() -> None:
+    asked = {"dtype": "bfloat16", "parts_dtype": "float32", "moe_runner_backend": "grouped_mm"}
+    assert any("--parts-dtype float32" in refusal for refusal in refusals(spec_of(HYBRID), **asked))
+
+
 def test_kernels_are_compiled_ahead_where_they_are_tritons_and_there_is_a_device() -> None:
     assert config_of(spec_of(HYBRID), CUDA).kernels.ahead == 10.0
     assert config_of(spec_of(HYBRID), CUDA, compile_ahead=0).kernels.ahead == 0.0

@@ -56,13 +56,13 @@ def turned_round(good: Good, self: Across, parts: Tensor, counts: Sequence[int])
     return rows.flip(0)
 
 
-def no_sum(good: Good, self: Within, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+def no_sum(good: Good, self: Within, parts: Tensor, counts: Sequence[int], dtype: object) -> Waits[Tensor]:
     """A rank's part taken for the sum."""
     yield from ()
     return parts
 
 
-def half_sum(good: Good, self: Across, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+def half_sum(good: Good, self: Across, parts: Tensor, counts: Sequence[int], dtype: object) -> Waits[Tensor]:
     """Summed in the attention group alone."""
     own = parts.split([counts[dp] for dp in self.members])[self.at]
     return (yield self.comm.sum([own.clone()], self.within))

@@ -21,7 +21,7 @@ class Told:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.rank, self.gathers = mesh, 0, 0
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Ready:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: torch.dtype | None = None) -> Ready:
         return Ready(parts[0])
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Ready:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops import fused, triton_linear
-from tessera.ops.linear import linear, pack_reference
+from tessera.ops.linear import linear, pack_reference, unrounded
 from tessera.ops.triton_linear import ROWS, TILES, Tile, by_head, few_rows, gated_product, pack, tie
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,6 +57,18 @@ def check(rows: int, out: int, depth: int, dtype: torch.dtype, tile: Tile | None
 def test_products_are_plain(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for tile in (SMALL, None):
         check(rows, *shape, dtype, tile)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1])
+def test_what_is_unrounded_has_the_digits_of_fp32(rows: int) -> None:
+    x, weight, bias = inputs(rows, 24, 64, torch.bfloat16)
+    for b in (None, bias):
+        packed = pack(weight, b)
+        found, plain = unrounded(x, packed), unrounded(x, pack_reference(weight, b))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-4)
+        assert (found != found.bfloat16()).float().mean() > 0.5
+        assert linear(x, packed).dtype == torch.bfloat16
 
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:

@@ -16,6 +16,7 @@ from tessera.ops.fused import Shared, add_gated, gated_product
 from tessera.ops.linear import linear, pack_reference
 from tessera.ops.moe import Router, choose, experts_reference, mixture_of, route
 from tessera.ops.triton_linear import Tile as RowTile
+from tessera.ops.triton_linear import pack
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
 from tessera.ops.triton_moe_few import JOINED, few_experts, joins, parts_of
 from tessera.ops.triton_route import TOKENS, score_and_route
@@ -91,6 +92,45 @@ FORMS = {"few": few_experts, "grouped": _by(SMALL), "boxed": _by(BOXES)}
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_are_plain(form, choice, dtype):
     _check(form, 20, 6, 40, 24, 3, dtype, choice)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 30])
+def test_what_is_unrounded_is_what_rounded_operands_give_in_fp32(num_tokens, shared):
+    """Few rows, few with a shared expert among them, many: nothing after the gate is rounded to bfloat16."""
+    x, (w13, w2) = torch.randn(num_tokens, 32, device=DEVICE).bfloat16(), _weights(5, 32, 16, torch.bfloat16)
+    ids, weights = _ids("any", num_tokens, 5, 3).to(DEVICE), torch.rand(num_tokens, 3, device=DEVICE)
+    beside = None
+    if shared:
+        w_in, w_out = (torch.randn(n, k, device=DEVICE).bfloat16() / 8 for n, k in ((64, 32), (32, 32)))
+        beside = Shared(pack(w_in), pack(w_out), None)
+    found = mixture(x, w13, w2, ids, weights, beside, unrounded=True)
+    plain = PLAIN(x, w13, w2, ids, weights, beside, unrounded=True)
+    assert found.dtype == plain.dtype == torch.float32
+    rounded = mixture(x, w13, w2, ids, weights, beside)
+    assert rounded.dtype == torch.bfloat16
+    limit = 2e-2 if DEVICE == "cpu" else 5e-3  # of what the gate gives, which the interpreter cuts off
+    torch.testing.assert_close(found, plain, rtol=limit, atol=limit * float(plain.abs().max() if len(x) else 0))
+    assert not len(x) or (found != found.bfloat16()).float().mean() > 0.5, "it is rounded"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_an_expert_in_two_halves_is_the_whole_one_but_for_the_order(form):
+    """The parts of two ranks, which hold half of each expert's width: a sum of parts in bfloat16 is far off that."""
+    x, (w13, w2) = torch.randn(20, 32, device=DEVICE).bfloat16(), _weights(4, 32, 16, torch.bfloat16)
+    ids, weights = _ids("any", 20, 4, 2).to(DEVICE), torch.rand(20, 2, device=DEVICE)
+    halves = [slice(0, 8), slice(8, 16)]
+    gates = [torch.cat((w13[:, :16][:, half], w13[:, 16:][:, half]), 1).contiguous() for half in halves]
+    downs = [w2[:, :, half].contiguous() for half in halves]
+
+    def apart(**how):
+        parts = [form(x, up, down, ids, weights, **how) for up, down in zip(gates, downs, strict=True)]
+        return (form(x, w13, w2, ids, weights, unrounded=True) - sum(part.float() for part in parts)).abs().max()
+
+    assert apart(unrounded=True) < 1e-5
+    assert apart() > 1e-3
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessera.comm.base import Handle, Ready, ordered_sum
+from tessera.comm.base import Dtype, Handle, Ready, ordered_sum
 from tessera.core.mesh import Mesh
 
 
@@ -19,9 +19,9 @@ class Alone:
     mesh: Mesh
     rank: int = 0
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """The rank's own share."""
-        return Ready(ordered_sum(parts))
+        return Ready(ordered_sum(parts, dtype))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """The rank's own part, and zeros."""
@@ -31,10 +31,12 @@ class Alone:
         pieces = [part.new_zeros(*part.shape[:dim], n, *part.shape[dim + 1 :]) for n in found if n]
         return Ready(torch.cat([part, *pieces], dim))
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """What it keeps of its own share."""
         at = self.mesh.coordinate(self.rank, axis)
-        whole = ordered_sum(parts)
+        whole = ordered_sum(parts, dtype)
         return Ready(whole.narrow(dim, sum(lengths[:at]), lengths[at]).clone())
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:

@@ -16,6 +16,8 @@ from torch import Tensor
 from tessera.core.errors import DeadlineError
 from tessera.core.mesh import Mesh
 
+Dtype = torch.dtype | None  # of a sum: None is that of its parts
+
 
 class Handle(Protocol):
     """A collective under way. It owns its buffers until `wait` returns."""
@@ -38,10 +40,12 @@ class Comm(Protocol):
         """This one."""
         ...
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """Sum over the group of the ordered `parts` of each rank, all of one shape, in fp32 or wider, rounded once.
 
-        The parts are given away: they may be written to, since the fastest sums on GPUs work in place.
+        `dtype`: what it is rounded to; the parts may be wider, since what is rounded before it is added up makes a sum
+        depend on how it was cut. The parts are given away: they may be written to, since the fastest sums on GPUs work
+        in place.
         """
         ...
 
@@ -52,7 +56,9 @@ class Comm(Protocol):
         """
         ...
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """`sum`, of which coordinate c keeps `lengths[c]` neighbouring elements along `dim`."""
         ...
 
@@ -88,16 +94,17 @@ class Ready:
         return self.value
 
 
-def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
-    """The sum from first to last, in fp32 or wider, rounded once to the parts' dtype. One part is itself."""
+def ordered_sum(parts: Sequence[Tensor], dtype: Dtype = None) -> Tensor:
+    """The sum from first to last, in fp32 or wider, rounded once to `dtype` (the parts'). One part is itself."""
     first, *others = parts
+    dtype = dtype or first.dtype
     if not others:
-        return first
+        return first.to(dtype)
     shape = first.shape
     assert all(part.shape == shape for part in others), f"one sum of {[tuple(part.shape) for part in parts]}"
-    if len(others) == 1:
+    if len(others) == 1 and dtype == first.dtype:
         return first + others[0]  # narrower ones are added in fp32 too, and rounded once: one launch
     total = first.to(torch.promote_types(first.dtype, torch.float32)) + others[0]
     for part in others[1:]:
         total += part
-    return total.to(first.dtype)
+    return total.to(dtype)

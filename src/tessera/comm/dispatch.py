@@ -89,7 +89,7 @@ class Everywhere:
     def __call__(self, x: Tensor, counts: Sequence[int], experts: Experts) -> Waits[Tensor]:
         """See `Dispatch`."""
         x = yield from self.together.bring(x, counts)
-        return (yield from self.together.home(experts.whole(x), counts))
+        return (yield from self.together.home(experts.whole(x), counts, x.dtype))
 
 
 class Padded:
@@ -115,7 +115,7 @@ class Padded:
         everyone = yield coming
         part = experts.part(everyone, *experts.route(everyone))
         total = yield self.comm.scatter_sum([part], "tp", 0, [n for piece in pieces for n in piece])
-        return (yield self.comm.gather(experts.joined(total, shared, mine), "attn", 0, pieces[self.dp]))
+        return (yield self.comm.gather(experts.joined(total, shared, mine).to(x.dtype), "attn", 0, pieces[self.dp]))
 
 
 class Travelling:
@@ -153,7 +153,7 @@ class Travelling:
         rows = yield self.comm.exchange(packed[: sum(sent)], "tp", sent, received)
         part = experts.part(*self.carrier.unpack(rows, mine, scores))
         back = yield self.comm.exchange(part, "tp", received, sent)
-        out = experts.joined(self.carrier.collect(back, places), shared, mine)
+        out = experts.joined(self.carrier.collect(back, places), shared, mine).to(x.dtype)
         return (yield self.comm.gather(out, "attn", 0, pieces))
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tessera.comm.base import Handle, Ready, ordered_sum
+from tessera.comm.base import Dtype, Handle, Ready, ordered_sum
 from tessera.comm.meet import Meeting
 from tessera.comm.single import SingleComm
 from tessera.core.config.needs import Sketch
@@ -134,28 +134,28 @@ class DistComm:
                 assert total == [axis.size], f"rank {self.rank}: {total} is no sum of {axis.size} ones"
         meeting.all_at("connected")
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """See `Comm.sum`."""
         peers = self._peers.get(axis)
         if peers is not None and len(parts) == 1 and peers.sums(parts[0], 1):
-            return peers.sum(parts[0], 1)
-        return self._sum(parts, axis)
+            return peers.sum(parts[0], 1, dtype)
+        return self._sum(parts, axis, dtype)
 
-    def _sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def _sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         group = self._groups.get(axis)
         if group is None or parts[0].numel() == 0:
-            return self._alone.sum(parts, axis)
+            return self._alone.sum(parts, axis, dtype)
         if self._ordered:
-            return self._ordered_sum(parts, group, axis)
-        dtype = parts[0].dtype
-        wire = dtype if parts[0].is_cuda else torch.promote_types(dtype, torch.float32)
+            return self._ordered_sum(parts, group, axis, dtype)
+        own = parts[0].dtype
+        wire = own if parts[0].is_cuda else torch.promote_types(own, torch.float32)
         total = ordered_sum([part.to(wire) for part in parts]).contiguous()
-        return self._start(f"sum over '{axis}'", lambda: total.to(dtype), group.allreduce, [total])
+        return self._start(f"sum over '{axis}'", lambda: total.to(dtype or own), group.allreduce, [total])
 
-    def _ordered_sum(self, parts: Sequence[Tensor], group: dist.Backend, axis: str) -> Handle:
+    def _ordered_sum(self, parts: Sequence[Tensor], group: dist.Backend, axis: str, dtype: Dtype) -> Handle:
         mine = torch.stack(list(parts)) if len(parts) > 1 else parts[0].contiguous()[None]
         everything = mine.new_empty(group.size(), *mine.shape)
-        made = partial(_add, everything, mine)
+        made = partial(_add, everything, mine, dtype)
         return self._start(f"sum over '{axis}'", made, group._allgather_base, everything.flatten(0, 1), mine)
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
@@ -175,25 +175,27 @@ class DistComm:
         made, into = partial(_join, everything, dim, lengths, mine), _raw(everything.flatten(0, 1))
         return self._start(f"gather over '{axis}'", made, group._allgather_base, into, _raw(mine))
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """See `Comm.scatter_sum`. Each rank gets the terms of what it keeps, unpadded, and adds them itself."""
         group = self._groups.get(axis)
         if group is None:
-            return self._alone.scatter_sum(parts, axis, dim, lengths)
+            return self._alone.scatter_sum(parts, axis, dim, lengths, dtype)
         first = parts[0]
         assert first.shape[dim] == sum(lengths), f"{first.shape[dim]} elements to cut into {lengths}"
         shape = list(first.shape)
         shape[dim] = lengths[self.mesh.coordinate(self.rank, axis)]
         peers = self._peers.get(axis)
         if peers is not None and len(parts) == 1 and _even(lengths) and peers.sums(first, group.size()):
-            return _Made(peers.sum(_by_owner(parts, dim, lengths), group.size()), lambda kept: kept.view(shape))
+            return _Made(peers.sum(_by_owner(parts, dim, lengths), group.size(), dtype), lambda kept: kept.view(shape))
         terms = first.new_empty(group.size(), len(parts), *shape)
         if first.numel() == 0:
-            return Ready(terms[0, 0])
+            return Ready(terms[0, 0].to(dtype or terms.dtype))
         sent = _by_owner(parts, dim, lengths)
         unit = len(sent) // sum(lengths)
         shares = [unit * n for n in lengths]
-        made, mine = partial(_add, terms, sent), [terms[0].numel()] * group.size()
+        made, mine = partial(_add, terms, sent, dtype), [terms[0].numel()] * group.size()
         what = f"scatter_sum over '{axis}'"
         return self._start(what, made, group.alltoall_base, terms.flatten(), sent, mine, shares)
 
@@ -296,9 +298,9 @@ def _by_owner(parts: Sequence[Tensor], dim: int, lengths: Sequence[int]) -> Tens
     return torch.cat([torch.stack(cut).flatten() for cut in cuts])
 
 
-def _add(terms: Tensor, _sent: Tensor) -> Tensor:
+def _add(terms: Tensor, _sent: Tensor, dtype: Dtype) -> Tensor:
     """terms [ranks, parts, ...] -> their sum in this order."""
-    return ordered_sum(terms.flatten(0, 1).unbind())
+    return ordered_sum(terms.flatten(0, 1).unbind(), dtype)
 
 
 def gloo(meeting: Meeting, device: torch.device, deadline_s: float, ordered: bool) -> DistComm:

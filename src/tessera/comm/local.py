@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tessera.comm.base import Handle, ordered_sum
+from tessera.comm.base import Dtype, Handle, ordered_sum
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
@@ -96,13 +96,16 @@ class _Sum:
     key: Key
     rank: int
     keep: tuple[int, int, int] | None = None
+    dtype: Dtype = None
 
     def wait(self) -> Tensor:
         """The result."""
         parts = [part for brought in self.group.take(self.key, self.rank) for part in brought]
         if self.keep is not None:
             parts = [part.narrow(*self.keep) for part in parts]
-        return ordered_sum(parts) if len(parts) > 1 else parts[0].clone()
+        return (
+            ordered_sum(parts, self.dtype) if len(parts) > 1 else parts[0].to(self.dtype or parts[0].dtype, copy=True)
+        )
 
 
 @dataclass
@@ -146,12 +149,12 @@ class LocalComm:
         self.rank = rank
         self._counts: dict[tuple[int, ...], int] = {}
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """See `Comm.sum`. The parts are spoilt, so that tests see who still uses what was given away."""
         brought = tuple(part.clone() for part in parts)
         for part in parts:
             part.fill_(torch.nan)
-        return _Sum(self.group, self._bring(axis, "sum", brought), self.rank)
+        return _Sum(self.group, self._bring(axis, "sum", brought), self.rank, None, dtype)
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
@@ -159,11 +162,13 @@ class LocalComm:
         assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
         return _Gather(self.group, self._bring(axis, "gather", (part,)), self.rank, dim)
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """See `Comm.scatter_sum`."""
         at = self.mesh.coordinate(self.rank, axis)
         keep = (dim, sum(lengths[:at]), lengths[at])
-        return _Sum(self.group, self._bring(axis, "scatter_sum", tuple(parts)), self.rank, keep)
+        return _Sum(self.group, self._bring(axis, "scatter_sum", tuple(parts)), self.rank, keep, dtype)
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """See `Comm.exchange`."""

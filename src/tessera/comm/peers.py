@@ -77,10 +77,10 @@ class Peers:
         wide = torch.int32 if part.nbytes % 4 == 0 else torch.uint8  # it is only copied
         return self._begin(_flat(part).view(wide), whole.view(-1).view(wide), whole, False, False)
 
-    def sum(self, part: Tensor, pieces: int) -> UnderWay:
+    def sum(self, part: Tensor, pieces: int, dtype: torch.dtype | None = None) -> UnderWay:
         """The sum of the parts in order of ranks, of which each keeps all, or (flat) its own of as many `pieces` as
-        there are ranks."""
-        kept = part.new_empty(part.shape if pieces == 1 else (share(len(part), pieces),))
+        there are ranks; rounded to `dtype` (the parts')."""
+        kept = part.new_empty(part.shape if pieces == 1 else (share(len(part), pieces),), dtype=dtype or part.dtype)
         return self._begin(_flat(part), kept.view(-1), kept, pieces > 1, True)
 
     @property

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from tessera.comm.alone import Alone
-from tessera.comm.base import Comm, Handle
+from tessera.comm.base import Comm, Dtype, Handle
 from tessera.core.errors import DeadlineError
 from tessera.core.mesh import Mesh
 
@@ -35,17 +35,19 @@ class Rehearsing:
         finally:
             self._now = self._together
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """See `Comm.sum`."""
-        return self._now.sum(parts, axis)
+        return self._now.sum(parts, axis, dtype)
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
         return self._now.gather(part, axis, dim, lengths)
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """See `Comm.scatter_sum`."""
-        return self._now.scatter_sum(parts, axis, dim, lengths)
+        return self._now.scatter_sum(parts, axis, dim, lengths, dtype)
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """See `Comm.exchange`."""

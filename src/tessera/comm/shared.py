@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tessera.comm.base import Handle, ordered_sum
+from tessera.comm.base import Dtype, Handle, ordered_sum
 from tessera.comm.futex import Counter, check_platform
 from tessera.comm.meet import Meeting
 from tessera.comm.segment import DEPTH, KIND_BYTES, Message, Ranks, Segment
@@ -140,11 +140,11 @@ class SharedComm:
         self._channels = {axis: channels.get(ranks) for axis, ranks in groups.items()}
         self._alone = SingleComm()
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """See `Comm.sum`."""
         if (channel := self._channels.get(axis)) is None:
-            return self._alone.sum(parts, axis)
-        return channel.post("sum", axis, parts, _sum)
+            return self._alone.sum(parts, axis, dtype)
+        return channel.post("sum", axis, parts, partial(_sum, dtype=dtype))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
@@ -154,14 +154,16 @@ class SharedComm:
         assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
         return channel.post("gather", axis, [part], partial(_cat, dim=dim))
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """See `Comm.scatter_sum`."""
         if (channel := self._channels.get(axis)) is None:
-            return self._alone.scatter_sum(parts, axis, dim, lengths)
+            return self._alone.scatter_sum(parts, axis, dim, lengths, dtype)
         at = self.mesh.coordinate(self.rank, axis)
         assert parts[0].shape[dim] == sum(lengths), f"{parts[0].shape[dim]} elements to cut into {lengths}"
         keep = (dim, sum(lengths[:at]), lengths[at])
-        return channel.post("scatter_sum", axis, parts, partial(_sum, keep=keep))
+        return channel.post("scatter_sum", axis, parts, partial(_sum, keep=keep, dtype=dtype))
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """See `Comm.exchange`. The note of a message says how it is cut."""
@@ -196,10 +198,10 @@ def _map(meeting: Meeting) -> Segment:
     return segment
 
 
-def _sum(messages: list[Message], keep: tuple[int, int, int] | None = None) -> Tensor:
+def _sum(messages: list[Message], keep: tuple[int, int, int] | None = None, dtype: Dtype = None) -> Tensor:
     """The sum in order, of all or of what to `keep`. A group has two members or more, so the sum is a new tensor."""
     parts = [part for message in messages for part in message.parts]
-    return ordered_sum(parts if keep is None else [part.narrow(*keep) for part in parts])
+    return ordered_sum(parts if keep is None else [part.narrow(*keep) for part in parts], dtype)
 
 
 def _cat(messages: list[Message], dim: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.comm.base import Handle, Ready, ordered_sum
+from tessera.comm.base import Dtype, Handle, Ready, ordered_sum
 from tessera.core.mesh import SINGLE, Mesh
 
 
@@ -16,19 +16,21 @@ class SingleComm:
     mesh: Mesh = SINGLE
     rank: int = 0
 
-    def sum(self, parts: Sequence[Tensor], axis: str) -> Handle:
+    def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """The sum of the rank's own parts."""
-        return Ready(ordered_sum(parts))
+        return Ready(ordered_sum(parts, dtype))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """The part itself."""
         return Ready(part)
 
-    def scatter_sum(self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int]) -> Handle:
+    def scatter_sum(
+        self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
+    ) -> Handle:
         """The sum of the rank's own parts, all of it."""
         (length,) = lengths
         assert parts[0].shape[dim] == length, f"{parts[0].shape[dim]} elements to keep {length} of"
-        return Ready(ordered_sum(parts))
+        return Ready(ordered_sum(parts, dtype))
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """The part itself."""

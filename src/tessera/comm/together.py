@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tessera.comm.base import Comm
@@ -24,10 +25,10 @@ class Together(Protocol):
         """mine [T, ...] of this DP rank -> those of all DP ranks of the group, in their order."""
         ...
 
-    def home(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    def home(self, parts: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Waits[Tensor]:
         """This rank's share of a sum, for all tokens of the group -> the sum [T, ...] for those of this DP rank.
 
-        The share is given away, as to `Comm.sum`.
+        It is rounded once, to `dtype`. The share is given away, as to `Comm.sum`.
         """
         ...
 
@@ -48,9 +49,9 @@ class Within:
         yield from ()
         return mine
 
-    def home(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    def home(self, parts: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Waits[Tensor]:
         """See `Together`."""
-        return (yield self.comm.sum([parts], self.group))
+        return (yield self.comm.sum([parts], self.group, dtype))
 
     def own(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
         """See `Together`. Nothing travels."""
@@ -75,10 +76,10 @@ class Across:
         """See `Together`."""
         return (yield self.comm.gather(mine, self.across, 0, self._lengths(counts)))
 
-    def home(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:
+    def home(self, parts: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Waits[Tensor]:
         """See `Together`."""
         pieces = [even_lengths(length, self.mesh.size_of(self.within)) for length in self._lengths(counts)]
-        mine = yield self.comm.scatter_sum([parts], self.group, 0, [n for piece in pieces for n in piece])
+        mine = yield self.comm.scatter_sum([parts], self.group, 0, [n for piece in pieces for n in piece], dtype)
         return (yield self.comm.gather(mine, self.within, 0, pieces[self.at]))
 
     def own(self, parts: Tensor, counts: Sequence[int]) -> Waits[Tensor]:

@@ -25,10 +25,12 @@ def build_model(
     backend: Backend = TORCH,
     max_positions: int | None = None,
     padded_up_to: int = 0,
+    wide_parts: bool = False,
 ) -> Decoder:
     """The model on rank `rank` of `mesh`, from what `models/load.py` loaded. Serves up to `max_positions` positions.
 
-    `padded_up_to`: tokens up to which those that travel to experts do so in exchanges of one size.
+    `padded_up_to`: tokens up to which those that travel to experts do so in exchanges of one size. `wide_parts`: see
+    `Tools`.
 
     The caller drops `tensors`: a tied embedding may be kept in another form.
     """
@@ -39,6 +41,6 @@ def build_model(
         rope: rope_tables(rope.dim, positions, rope.theta, rope.scaling, embed.dtype, embed.device)
         for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
     }
-    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, Aside(embed.device), padded_up_to)
+    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, Aside(embed.device), padded_up_to, wide_parts)
     ends = backend.tie(embed) if spec.tied else Ends(plain_rows(embed), weights.linear("head"))
     return Decoder(spec, weights, tools, ends)

@@ -62,7 +62,7 @@ class Embedding:
         local = (yield from self.together.bring(tokens, counts)) - self.first
         outside = (local < 0) | (local >= self.count)
         part = self.rows(local.clamp(0, self.count - 1)).masked_fill(outside[:, None], 0)
-        return (yield from self.together.home(part, counts))
+        return (yield from self.together.home(part, counts, part.dtype))
 
 
 class Head:

@@ -5,6 +5,8 @@ Each rank computes its share of the experts it holds, for the rows that a `Dispa
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ class MoE:
         self.router = _router(spec.router, weights)
         self.w_in, self.w_out = weights.experts("experts_in"), weights.experts("experts_out")
         self.experts, self.mixture = tools.backend.experts_of(self.w_in)
+        if tools.wide_parts:
+            self.experts, self.mixture = (partial(op, unrounded=True) for op in (self.experts, self.mixture))
         held = weights.held("experts_in")
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
         self.shared_mlp = _shared(spec.shared, weights.at("shared")) if spec.shared else None
@@ -57,7 +61,11 @@ class MoE:
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""
         mlp = self.shared_mlp
-        return None if mlp is None else gated_mlp(x, mlp.w_in, mlp.w_out, self.tools.backend.gated_product)
+        return (
+            None
+            if mlp is None
+            else gated_mlp(x, mlp.w_in, mlp.w_out, self.tools.backend.gated_product, self.tools.wide_parts)
+        )
 
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
         """See `Experts`."""

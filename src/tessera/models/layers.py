@@ -36,7 +36,7 @@ class Attention:
         o = backend.paged_attention(q, pool, batch.segments, self.spec.scale).flatten(1)
         if self.spec.gated:
             o = backend.sigmoid_mul(o, y[:, self.cut["gate"]])
-        return (yield self.tools.comm.sum([linear(o, self.w_out)], "attn"))
+        return (yield self.tools.comm.sum([self.tools.part(o, self.w_out, "attn")], "attn", x.dtype))
 
 
 class MLA:
@@ -61,7 +61,7 @@ class MLA:
         q_rope = self.tools.backend.write_latents(y, q, self.inputs, pool, batch.segments)
         q_nope = q[..., : spec.nope_dim]
         o = self._attend(q_nope, q_rope, pool, batch).flatten(1)
-        return (yield self.tools.comm.sum([linear(o, self.w_out)], "attn"))
+        return (yield self.tools.comm.sum([self.tools.part(o, self.w_out, "attn")], "attn", x.dtype))
 
     def _queries(self, y: Tensor) -> Tensor:
         q = y[:, self.cut["q"]]
@@ -109,7 +109,7 @@ class DeltaNet:
         states = batch.caches[f"{self.name}.conv"], batch.caches[f"{self.name}.state"]
         y = linear(x, self.w_in)
         o = self.tools.backend.delta_net(y, self.inputs, *states, batch.segments, batch.forms.delta)
-        return (yield self.tools.comm.sum([linear(o, self.w_out)], "attn"))
+        return (yield self.tools.comm.sum([self.tools.part(o, self.w_out, "attn")], "attn", x.dtype))
 
 
 class GatedMLP:
@@ -117,11 +117,11 @@ class GatedMLP:
 
     def __init__(self, weights: Weights, tools: Tools) -> None:
         self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
-        self.gated_product = tools.backend.gated_product
+        self.gated_product, self.wide = tools.backend.gated_product, tools.widens("dense")
 
     def part(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> the rank's part of [T, hidden]."""
-        return gated_mlp(x, self.w_in, self.w_out, self.gated_product)
+        return gated_mlp(x, self.w_in, self.w_out, self.gated_product, self.wide)
 
 
 class DenseMLP:
@@ -133,4 +133,4 @@ class DenseMLP:
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
         x = yield from self.together.bring(x, batch.counts)
-        return (yield from self.together.home(self.mlp.part(x), batch.counts))
+        return (yield from self.together.home(self.mlp.part(x), batch.counts, x.dtype))

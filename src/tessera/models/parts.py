@@ -16,7 +16,7 @@ from tessera.models.forms import Forms
 from tessera.ops.aside import Aside
 from tessera.ops.backend import Backend
 from tessera.ops.fp8 import Fp8Weight
-from tessera.ops.linear import PackedLinear
+from tessera.ops.linear import PackedLinear, linear, unrounded
 from tessera.ops.rope import RopeTables
 from tessera.ops.segments import Segments
 
@@ -82,7 +82,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tools:
-    """What layers compute and talk with. `eps`, `zero_centred`: of norms. `padded_up_to`: see `comm/dispatch.py`."""
+    """What layers compute and talk with. `eps`, `zero_centred`: of norms. `padded_up_to`: see `comm/dispatch.py`.
+
+    `wide_parts`: what is added up across ranks, or would be in another layout, is rounded only when all of it is there.
+    """
 
     comm: Comm
     backend: Backend
@@ -91,6 +94,15 @@ class Tools:
     zero_centred: bool
     aside: Aside
     padded_up_to: int = 0
+    wide_parts: bool = False
+
+    def widens(self, group: str) -> bool:
+        """Whether parts of a sum over `group` are kept in fp32; a sum of one part is rounded by who makes it."""
+        return self.wide_parts and self.comm.mesh.size_of(group) > 1
+
+    def part(self, x: Tensor, packed: PackedLinear, group: str) -> Tensor:
+        """`linear`, as this rank's part of a sum over `group`."""
+        return (unrounded if self.widens(group) else linear)(x, packed)
 
     def added_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + added), x + added), all [T, hidden]."""

@@ -16,7 +16,7 @@ from torch.nn.functional import silu, softplus
 
 from tessera.ops.attention import write_kv
 from tessera.ops.delta_forms import Form
-from tessera.ops.linear import PackedLinear, linear
+from tessera.ops.linear import PackedLinear, linear, unrounded
 from tessera.ops.mla import write_latent
 from tessera.ops.norm import gated_rmsnorm, rmsnorm
 from tessera.ops.precision import wide
@@ -152,9 +152,18 @@ def gated_product(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def gated_mlp(
-    x: Tensor, w_in: PackedLinear, w_out: PackedLinear, gated_product: Callable[[Tensor, PackedLinear], Tensor]
+    x: Tensor,
+    w_in: PackedLinear,
+    w_out: PackedLinear,
+    gated_product: Callable[[Tensor, PackedLinear], Tensor],
+    wide: bool = False,
 ) -> Tensor:
-    """x [T, in] -> [T, out]: the product of w_out with what `gated_product` makes of x and w_in [gate | up, in]."""
+    """x [T, in] -> [T, out]: the product of w_out with what `gated_product` makes of x and w_in [gate | up, in].
+
+    `wide`: not rounded, see `linear.unrounded`.
+    """
+    if wide:
+        return unrounded(gated_product(x, w_in), w_out)
     after = w_out.after_gate
     if after is None or len(x) <= after.above:
         return linear(gated_product(x, w_in), w_out)

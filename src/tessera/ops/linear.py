@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tessera.ops.precision import wide
+
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 SWAPPED_UP_TO = 128  # rows; from about 200 on turning the result costs more than the weight's repacking
@@ -24,13 +26,20 @@ class AfterGate:
     product: Callable[[Tensor], Tensor]
 
 
+def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] -> [..., out] in fp32 or wider, by wide copies of both: PyTorch has no product of narrow numbers on a
+    CPU whose result stays wide."""
+    plain, dtype = weight.to_dense() if weight.is_mkldnn else weight, wide(x.dtype)
+    return torch.nn.functional.linear(x.to(dtype), plain.to(dtype), None if bias is None else bias.to(dtype))
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A weight in the form that `product(x, weight, bias)` wants. Holds the only copy.
 
     `gated`: silu(gate) * up of the product with a weight [gate | up, in], where that is an op of its own. `below`: the
     rows behind those of this weight, where they are kept in another form. `after_gate`: the product with what a gate
-    gives, where that is one.
+    gives, where that is one. `unrounded`: the product in fp32 or wider.
     """
 
     weight: Tensor
@@ -39,6 +48,7 @@ class PackedLinear:
     gated: Callable[[Tensor], Tensor] | None = None
     below: PackedLinear | None = None
     after_gate: AfterGate | None = None
+    unrounded: Product = widened
 
     def tensors(self) -> list[Tensor]:
         """The weights of all rows."""
@@ -49,6 +59,12 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """x [..., in] -> [..., out]: `x @ weight.T + bias`."""
     y = packed.product(x, packed.weight, packed.bias)
     return y if packed.below is None else torch.cat((y, linear(x, packed.below)), -1)
+
+
+def unrounded(x: Tensor, packed: PackedLinear) -> Tensor:
+    """`linear` in fp32 or wider: a part of a sum, which is rounded once, when all parts are there."""
+    assert packed.below is None, "rows in several forms"
+    return packed.unrounded(x, packed.weight, packed.bias)
 
 
 def stacked(parts: Sequence[PackedLinear]) -> PackedLinear:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import linear, silu
 
 from tessera.ops import linear as packed
 from tessera.ops.fused import Shared, add_gated, gated_mlp
-from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned
+from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned, widened
 from tessera.ops.precision import wide
 
 Mixture = Callable[..., Tensor]
@@ -79,38 +80,42 @@ def _first(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def experts_reference(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def experts_reference(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False
+) -> Tensor:
     """Sum over a token's experts of `weight * w2(silu(w1 x) * w3 x)`: x [T, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H].
 
     `ids` [T, k] number the experts held here; -1 means an expert held elsewhere, which adds nothing. The sum over
-    experts is taken in fp32 or wider.
+    experts is taken in fp32 or wider. `unrounded`: neither what an expert makes nor the sum is rounded to x's dtype,
+    for ranks that hold parts of experts round parts of what one rank rounds.
     """
     out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
     for e in range(len(w13)):
         tokens, nth = (ids == e).nonzero(as_tuple=True)
         gate, up = linear(x[tokens], w13[e]).chunk(2, -1)
-        y = linear(silu(gate) * up, w2[e])
+        y = (widened if unrounded else linear)(silu(gate) * up, w2[e])
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
-    return out.to(x.dtype)
+    return out if unrounded else out.to(x.dtype)
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
     """See `experts_reference`. Tokens are sorted by expert once; only experts that some token chose are visited."""
     out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
     chosen, order = ids.flatten().sort(stable=True)
     tokens, weights = order // ids.shape[1], weights.flatten()[order][:, None].to(out.dtype)
     touched, counts = (column.tolist() for column in chosen.unique_consecutive(return_counts=True))
-    swaps = len(w13) > 0 and swaps_pay(w13[0])
+    swaps = not unrounded and len(w13) > 0 and swaps_pay(w13[0])
     for e, own, w in zip(touched, tokens.split(counts), weights.split(counts), strict=True):
         if e >= 0:
-            mlp = _mlp_swapped if swaps and len(own) <= SWAPPED_UP_TO else _mlp
+            few = swaps and len(own) <= SWAPPED_UP_TO
+            mlp = _mlp_swapped if few else partial(_mlp, down=widened if unrounded else linear)
             out.index_add_(0, own, mlp(x[own], w13[e], w2[e]) * w)
-    return out.to(x.dtype)
+    return out if unrounded else out.to(x.dtype)
 
 
-def _mlp(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def _mlp(x: Tensor, w13: Tensor, w2: Tensor, down: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     gate, up = linear(x, w13).chunk(2, -1)
-    return linear(silu(gate) * up, w2)
+    return down(silu(gate) * up, w2)
 
 
 def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
@@ -157,15 +162,16 @@ def mixture_of(
         weights: Tensor,
         shared: Shared | None,
         made: Made | None = None,
+        unrounded: bool = False,
     ) -> Tensor:
         """What `experts_reference` gives, with what the shared expert makes of x, where there is one.
 
         `made` gives what it makes, where that is under way already: asked for once all else is.
         """
-        part = experts(x, w13, w2, ids, weights)
+        part = experts(x, w13, w2, ids, weights, *([True] if unrounded else []))
         if shared is None:
             return part
-        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product) if made is None else made()
+        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()
         return add_gated(part, rows, x, shared.gate)
 
     return mixture

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.ops.linear import PackedLinear, linear
+from tessera.ops.linear import PackedLinear, linear, widened
 from tessera.ops.tied import Ends, plain_rows
 from tessera.ops.triton_common import chained, follow, num_processors
 from tessera.ops.triton_fused import silu_mul
@@ -118,14 +118,19 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def few_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False, tile: Tile | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    tile: Tile | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [M, K], weight [out, K] without gaps -> [M, out]; `gated`: silu(gate) * up of a weight [gate | up, K] ->
-    [M, out / 2]. Up to float32. `tile` overrides what the table says.
+    [M, out / 2]. Up to float32. `tile` overrides what the table says; `dtype`: of the result (x's).
     """
     assert weight.is_contiguous(), "whole weights"
     (rows, depth), out = x.shape, weight.shape[0] // (2 if gated else 1)
-    x, y = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(rows, out)
+    x, y = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(rows, out, dtype=dtype)
     tiles = tiles_of(depth)
     tile = tile or (tiles.gated if gated else tiles.one)
     n, k = tile.of(out, depth, num_processors(x.device))
@@ -141,6 +146,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not pays(x, weight):
         return torch.nn.functional.linear(x, weight, bias)
     return few_rows(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def unrounded(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `linear.unrounded`."""
+    if pays(x, weight):
+        return few_rows(x.flatten(0, -2), weight, bias, dtype=torch.float32).unflatten(0, x.shape[:-1])
+    if x.is_cuda and bias is None and x.element_size() == 2:
+        return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    return widened(x, weight, bias)
 
 
 def gated_product(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -186,7 +200,7 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """See `linear.pack_reference`: the weight stays as it is."""
-    return PackedLinear(weight, bias, product)
+    return PackedLinear(weight, bias, product, unrounded=unrounded)
 
 
 def tie(weight: Tensor) -> Ends:

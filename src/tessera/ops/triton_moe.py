@@ -152,16 +152,16 @@ def _down(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
     """See `moe.experts_reference`; up to float32."""
     num_experts = len(w13)
     if not ids.numel() or not num_experts:
-        return torch.zeros_like(x)
+        return torch.zeros_like(x, dtype=torch.float32 if unrounded else x.dtype)
     ids, weights = ids.contiguous(), weights.contiguous()
     if pays(ids.numel(), num_experts):
         _expect_whole(x, w13, w2)
-        return few_experts(x, w13, w2, ids, weights)
-    return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype))
+        return few_experts(x, w13, w2, ids, weights, unrounded=unrounded)
+    return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype), unrounded)
 
 
 def _expect_whole(x: Tensor, w13: Tensor, w2: Tensor) -> None:
@@ -182,11 +182,12 @@ def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
         weights: Tensor,
         shared: Shared | None,
         made: Made | None = None,
+        unrounded: bool = False,
     ) -> Tensor:
         """See `moe.mixture_of`; up to float32."""
         if shared is not None and made is None and joins(x, w13, w2, ids, shared):
-            return few_experts(x, w13, w2, ids.contiguous(), weights.contiguous(), shared)
-        return apart(x, w13, w2, ids, weights, shared, made)
+            return few_experts(x, w13, w2, ids.contiguous(), weights.contiguous(), shared, unrounded=unrounded)
+        return apart(x, w13, w2, ids, weights, shared, made, unrounded)
 
     return mixture
 
@@ -196,13 +197,13 @@ _apart = mixture_of(experts)
 
 def mixture(
     x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None,
-    made: Made | None = None,
+    made: Made | None = None, unrounded: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `moe.mixture_of`; up to float32. With many rows the shared expert's are added where the others are summed."""
     if shared is None or not len(w13) or pays(ids.numel(), len(w13)):
-        return _apart(x, w13, w2, ids, weights, shared, made)
-    y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype))
-    rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product) if made is None else made()
+        return _apart(x, w13, w2, ids, weights, shared, made, unrounded)
+    y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype), unrounded)
+    rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()
     return combine(y, ids.contiguous(), weights.contiguous(), beside=Beside(rows, x, shared.gate))
 
 
@@ -223,19 +224,22 @@ def _cut(tile: Tile, boxed: bool) -> dict[str, object]:
     }  # fmt: skip
 
 
-def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles) -> Tensor:
+def grouped_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles, unrounded: bool = False
+) -> Tensor:
     """See `moe.experts_reference`: sort, two grouped products, sum."""
-    return combine(grouped_rows(x, w13, w2, ids, tiles), ids, weights)
+    return combine(grouped_rows(x, w13, w2, ids, tiles, unrounded), ids, weights)
 
 
-def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles) -> Tensor:
+def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles, unrounded: bool = False) -> Tensor:
     """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written."""
     _expect_whole(x, w13, w2)
     (_, hidden), (num_experts, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
     x, up, down = x if x.stride(1) == 1 else x.contiguous(), tiles.up, tiles.down
     by_expert = sort_rows(ids, num_experts, up.m)
     rows, blocks, num_blocks = by_expert.rows, by_expert.blocks, len(by_expert.blocks)
-    h, y = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), hidden)
+    h = x.new_empty(ids.numel(), inner)
+    y = x.new_empty(ids.numel(), hidden, dtype=torch.float32 if unrounded else x.dtype)
     sizes = {"rows_ptr": rows, "blocks_ptr": blocks, "num_blocks": num_blocks, "HIDDEN": hidden, "INNER": inner}
     sizes |= chained(x.device)
     columns, (w, boxed) = triton.cdiv(inner, up.n), _boxes(w13.unflatten(1, (2, inner)), up, 2)

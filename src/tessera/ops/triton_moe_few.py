@@ -7,6 +7,7 @@ every token chooses: R + T * S rows.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,14 +117,14 @@ def _down(
         if GATED:
             share = 1.0 / (1.0 + tl.exp(-tl.sum(x.to(tl.float32) * gate.to(tl.float32), 0)))
         weight = tl.where((own >= 0) & (own < PARTS), share, weight)
-    rounded = y.to(h_ptr.dtype.element_ty).to(tl.float32)  # as where there are more rows
+    rounded = y.to(out_ptr.dtype.element_ty).to(tl.float32)  # as where there are more rows
     out = tl.sum(tl.where((nth < TOP_K)[:, None], rounded, y) * weight[:, None], 0)
     tl.store(out_ptr + token * HIDDEN + column, out.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)
 
 
 def few_experts(
     x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None = None,
-    up: Tile = UP, down: Tile = DOWN,
+    up: Tile = UP, down: Tile = DOWN, unrounded: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `moe.mixture_of`: two launches. The shared expert must consist of `parts_of` others."""
     (num_tokens, hidden), (_, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
@@ -132,7 +133,10 @@ def few_experts(
     w_in, w_out, gate = (w13, w2, None) if shared is None else (shared.w_in.weight, shared.w_out.weight, shared.gate)
     x = x if x.stride(1) == 1 else x.contiguous()
     num_rows = ids.numel()
-    h, out = x.new_empty(num_rows + num_tokens * parts, inner), x.new_empty(num_tokens, hidden)
+    h, out = (
+        x.new_empty(num_rows + num_tokens * parts, inner),
+        x.new_empty(num_tokens, hidden, dtype=torch.float32 if unrounded else x.dtype),
+    )
     sizes = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "PARTS": parts, **chained(x.device)}
     k = min(triton.next_power_of_2(hidden), up.k)
     n = max(up.numbers // k, 1)

@@ -215,7 +215,7 @@ def load_decoder(
     mesh, dtype = config.mesh.mesh, getattr(torch, config.model.dtype)
     table = weight_table(spec, mesh, quantization=config.model.quantization)
     tiles = load_weights(source, table, mesh, rank, dtype, device, backend.pack, progress, backend.pack_fp8)
-    sizes = config.model.context_length, config.kernels.padded_up_to
+    sizes = config.model.context_length, config.kernels.padded_up_to, config.kernels.wide_parts
     decoder = build_model(spec, mesh, rank, tiles, comm, backend, *sizes)
     weights = [t for tile in tiles.values() if isinstance(tile, PackedLinear) for t in tile.tensors()]
     weights.append(decoder.head.weight.weight)

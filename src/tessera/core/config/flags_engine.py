@@ -158,6 +158,9 @@ KERNELS = (
     Flag("moe_a2a_padded_tokens", whole(0), None,
          "Most tokens of a step, all DP ranks together, that travel without being counted, in exchanges of one size.",
          "kernels"),
+    Flag("parts_dtype", text, "auto",
+         "What a rank's part of a sum across ranks, and what experts make, is kept in until all of it is added up; "
+         "float32: the layout rounds nothing.", "kernels", choices=("auto", "model", "float32")),
     Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels",
          choices=("auto", "torch", "pytorch", "reference"),
          unbuilt=("flashinfer",), instead=AUTO),

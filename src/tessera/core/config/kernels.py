@@ -40,6 +40,7 @@ NEEDS = {
     ),
     "deep_gemm": Needs(("bfloat16",), "its products give bfloat16", capability=(9, 0), library="deep_gemm"),
 }
+NARROW = ("bfloat16", "float16")
 WITH_TRITON = {"triton", "flashinfer"}  # backends whose kernels are Triton's, all or what the library has none for
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
 FP8 = ("fp8_e4m3", "fp8_e5m2")
@@ -96,7 +97,25 @@ def kernels_phase(
     if attention == "flashinfer":
         _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
     ahead = _ahead(values, run | {fp8}, device, notes)
-    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8, ahead)
+    wide = _wide_parts(values, dtype, fp8, moe if used["moe_runner_backend"] else "", notes)
+    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8, ahead, wide)
+
+
+def _wide_parts(values: Asked, dtype: str, fp8: str, moe: str, notes: Notes) -> bool:
+    """Whether parts of sums across ranks are kept in fp32, and what each expert makes of a token, in every layout."""
+    asked = values.word("parts_dtype")
+    if dtype not in NARROW:
+        if asked != "auto":
+            notes.decide("--parts-dtype", "ignored", f"{dtype} is as wide")
+        return False
+    if asked == "auto" and (values.number("tp_size") > 1 or moe):
+        why = "each rank rounds its part of a sum; --parts-dtype float32 ends that, for twice the bytes on the wire"
+        notes.decide("parts-dtype", dtype, why)
+    narrow = "weights in fp8" if fp8 else f"--moe-runner-backend {moe}" if moe in ("grouped_mm", "deep_gemm") else ""
+    if asked == "float32" and narrow:
+        remedy = "Leave --parts-dtype out, or choose kernels whose products stay wide (--moe-runner-backend triton)."
+        notes.refuse(("--parts-dtype float32", narrow), "these products are rounded to the model's dtype", remedy)
+    return asked == "float32"
 
 
 def _ahead(values: Asked, run: set[str], device: str, notes: Notes) -> float:

@@ -187,7 +187,7 @@ class KernelConfig:
     `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does. `padded_up_to`: most
     tokens of a step, all DP ranks together, that travel to experts in exchanges of one size. `fp8`: of products with
     fp8 weights, empty where there are none. `ahead`: seconds that a start waits for kernels that are compiled ahead
-    (0: none are)."""
+    (0: none are). `wide_parts`: parts of sums across ranks are kept in fp32."""
 
     attention: str
     delta: str
@@ -197,6 +197,7 @@ class KernelConfig:
     padded_up_to: int = 0
     fp8: str = ""
     ahead: float = 0.0
+    wide_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

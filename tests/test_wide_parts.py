@@ -1,0 +1,96 @@
+"""Promise: in bfloat16 a layout changes logprobs by no more than a batch does (`--parts-dtype float32`).
+
+What is rounded before it is added up makes a sum depend on how it was cut: a rank's part of a projection, what a rank's
+share of an expert makes of a token. One rounding that a layout adds is enough: it turns a few numbers to their
+neighbours, and all that follow with them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.comm.local import LocalComm
+from tessera.core.messages import SamplingParams, Submit
+from tessera.models.parts import Tools
+from tessera.ops.linear import PackedLinear, linear, unrounded
+from test_trained import BASE, MODELS, questions, trained
+from tiny import serve
+
+SCORED = SamplingParams(temperature=0.0, max_new_tokens=1, prompt_logprobs=0)
+ALONE: dict[str, Any] = {"disable_radix_cache": True, "dtype": "bfloat16", "debug_checks": False}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp 2": {"tp": 2},
+    "tp 4, ep 2": {"tp": 4, "ep": 2},
+    "dp 2, dense tp 1": {"tp": 2, "dp": 2, "enable_dp_attention": True, "moe_dense_tp_size": 1},
+    "dp 2, ep 2, all-to-all": {
+        "tp": 2, "dp": 2, "ep": 2, "enable_dp_attention": True, "moe_a2a_backend": "all_to_all",
+    },
+    "dp 2, ep 2, all-to-all, counted": {
+        "tp": 2, "dp": 2, "ep": 2, "enable_dp_attention": True, "moe_a2a_backend": "all_to_all",
+        "moe_a2a_padded_tokens": 0,
+    },
+}  # fmt: skip
+MORE = 2.0  # times what batches change: those are two samples of a number that varies
+
+
+def scored(name: str, together: bool = True, **flags: Any) -> Tensor:
+    """Logprobs of the tokens of prompts: the same in every layout, and most of them uncertain."""
+    asked = [Submit(q.request_id, q.tokens, SCORED) for q in questions(name)[0]]
+    found = serve(trained(name), asked, together, **{**BASE, **ALONE, "parts_dtype": "float32", **flags})
+    entries = [entry for key in sorted(found.answers) for entry in found.answers[key].prompt_logprobs or []]
+    return torch.tensor([entry.logprob for entry in entries if entry.logprob is not None])
+
+
+@cache
+def whole(name: str) -> Tensor:
+    return scored(name)
+
+
+@cache
+def batches(name: str) -> float:
+    """Mean change of a logprob by another batch, on one rank."""
+    changes = [
+        apart(whole(name), scored(name, **other)) for other in ({"together": False}, {"max_running_requests": 8})
+    ]
+    return max(changes)
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one - other).abs().mean())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layout_changes_no_more_than_a_batch(name: str, layout: str) -> None:
+    found, batch = apart(whole(name), scored(name, **LAYOUTS[layout])), batches(name)
+    assert found <= MORE * batch, f"{found:.1e} by the layout, {batch:.1e} by batches"
+
+
+def test_mutant_parts_in_the_models_dtype() -> None:
+    narrow = [scored("abacus-mla", parts_dtype="model", **layout) for layout in ({}, {"tp": 2})]
+    assert apart(*narrow) > MORE * batches("abacus-mla")
+
+
+def test_mutant_parts_that_are_rounded_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = LocalComm.sum
+
+    def narrow(self: LocalComm, parts: list[Tensor], axis: str, dtype: torch.dtype | None = None) -> Any:
+        return began(self, [part.to(dtype or part.dtype) for part in parts], axis, dtype)
+
+    monkeypatch.setattr(LocalComm, "sum", narrow)
+    assert apart(whole("abacus-mla"), scored("abacus-mla", tp=2)) > MORE * batches("abacus-mla")
+
+
+def test_mutant_one_projection_that_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(self: Tools, x: Tensor, packed: PackedLinear, group: str) -> Tensor:
+        y = linear(x, packed)
+        return y.to(unrounded(x, packed).dtype) if self.widens(group) else y
+
+    monkeypatch.setattr(Tools, "part", part)
+    assert apart(whole("abacus-mla"), scored("abacus-mla", tp=2)) > MORE * batches("abacus-mla")
