@@ -66,3 +66,16 @@ def test_a_known_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert wrong(case, expected) == []
     monkeypatch.setattr(where, name, mutant)
     assert wrong(case, expected)
+
+
+def test_every_choice_has_the_logprobs_of_the_prompt_wherever_it_was_computed() -> None:
+    """Also where they come to decode before any token, and where rows are so few that choices wait for one."""
+    body = {**CHOICES, "return_logprob": True, "logprob_start_len": 3}
+    for servers in ({},), ({"max_running_requests": 1},), ({}, {"tp": 2}):
+        case = in_turn(body, {**body, "stream": True}, servers=servers)
+        expected = alone(case)
+        assert wrong(case, expected) == []
+        for _, answers in expected:
+            scores = [answer["meta_info"]["input_token_logprobs"] for answer in answers]
+            assert len(scores[0]) == len(PROMPT) - 3
+            assert scores == [scores[0]] * 3

@@ -129,7 +129,7 @@ class FakeEngine:
             output.logprobs = [entry(token, params.logprobs, params.token_ids_logprob, -0.5 - row.choice)]
         if row.count == 1:
             output.num_prompt, output.num_cached = len(submit.tokens), len(submit.tokens) // 2
-            if params.prompt_logprobs >= 0:
+            if params.prompt_logprobs >= 0 and not row.choice:  # they are told once, with the first choice
                 output.prompt_logprobs = [
                     entry(t, params.prompt_logprobs, params.token_ids_logprob, -1.0 if i else None)
                     for i, t in enumerate(submit.tokens)

@@ -143,6 +143,21 @@ async def test_logprobs_are_parallel_lists() -> None:
 
 
 @in_loop
+async def test_every_choice_echoes_the_prompt_with_its_logprobs() -> None:
+    """Known fault: the engine tells them once, and all choices but the first, which echoed its text, went without."""
+    async with world() as (_, http):
+        body = {"prompt": "ab", "max_tokens": 2, "echo": True, "logprobs": 1, "n": 2}
+        choices = (await http.post(PATH, json=body)).json()["choices"]
+        stream = events(await http.post(PATH, json={**body, "stream": True}))
+    firsts = [next(e["choices"][0] for e in stream if e["choices"][0]["index"] == i) for i in range(2)]
+    for choice in (*choices, *firsts):
+        assert choice["text"].startswith("ab")
+        assert choice["logprobs"]["tokens"][:2] == ["a", "b"]
+        assert choice["logprobs"]["token_logprobs"][:2] == [None, -1.0]
+    assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0, 1, 2, 3]] * 2
+
+
+@in_loop
 async def test_echo_puts_the_prompt_and_its_logprobs_first() -> None:
     async with world() as (_, http):
         body = {"prompt": "ab", "max_tokens": 2, "echo": True, "logprobs": 1}

@@ -63,7 +63,7 @@ class ChoiceReader:
 
     def read(self, index: int, output: Output) -> Delta:
         """What is new. A stop string found ends the choice: `finish` is set though the output has none."""
-        delta = Delta(index, output.choice, prompt_logprobs=output.prompt_logprobs)
+        delta = Delta(index, output.choice)
         delta.finish, delta.matched = output.finish, output.matched
         tokens = [] if self._item.score_only else output.tokens
         logprobs = output.logprobs or []
@@ -118,6 +118,8 @@ class Answering:
         self._readers = [[ChoiceReader(item, tokenizer) for _ in range(item.num_choices)] for item in items]
         self._held: dict[tuple[int, int], Delta] = {}
         self._begun: set[tuple[int, int]] = set()
+        self._scored: set[tuple[int, int]] = set()
+        self._prompts: dict[int, list[TokenLogprobs]] = {}  # by item, for all of its choices
         self._ended: set[tuple[int, int]] = set()
 
     def __enter__(self) -> Answering:
@@ -137,7 +139,8 @@ class Answering:
         RequestError when the engine refuses the request, TesseraError when it fails.
         """
         while self._stream.open:
-            for output in await self._stream.read():
+            # The engine tells a prompt's logprobs once, with the first choice and in no later step than the others.
+            for output in sorted(await self._stream.read(), key=lambda one: one.prompt_logprobs is None):
                 key = (self._stream.index[output.request_id], output.choice)
                 if key in self._ended:
                     continue  # came after the stop string was found
@@ -161,6 +164,7 @@ class Answering:
         if output.finish == "error":
             raise FAULTS[output.fault or "engine"](output.error or "the engine gave up and said no reason")
         delta = self._readers[index][output.choice].read(index, output)
+        delta.prompt_logprobs = self._prompt_logprobs(index, output)
         usage.num_generated += len(delta.tokens)
         usage.handed = output.handed or usage.handed
         usage.num_cached = max(usage.num_cached, output.num_cached)
@@ -170,6 +174,16 @@ class Answering:
         if self._observe is not None:
             self._observe(delta)
         return delta
+
+    def _prompt_logprobs(self, index: int, output: Output) -> list[TokenLogprobs] | None:
+        """Those of an item's prompt, once for each of its choices."""
+        if output.prompt_logprobs is not None:
+            self._prompts[index] = output.prompt_logprobs
+        key = (index, output.choice)
+        if key in self._scored or index not in self._prompts:
+            return None
+        self._scored.add(key)
+        return self._prompts[index]
 
     async def collect(self) -> list[list[Delta]]:
         """Whole answers: per item its kept choices, best first where more were drawn than kept."""
@@ -189,7 +203,6 @@ def best(choices: list[Delta], keep: int) -> list[Delta]:
         return sum(found) / len(found) if found else float("-inf")
 
     kept = sorted(choices, key=lambda choice: (-mean(choice), choice.choice))[:keep]
-    prompt = next((c.prompt_logprobs for c in choices if c.prompt_logprobs is not None), None)
     for i, choice in enumerate(kept):
-        choice.choice, choice.prompt_logprobs = i, prompt
+        choice.choice = i
     return kept
