@@ -37,9 +37,10 @@ import httpx
 import psutil
 
 from tessera.run.ahead import COMMAND
-from tessera.serve.here import free_port
+from tessera.serve.here import Here
 
 MS, COMPILER = 1e3, COMMAND[-1]
+HERE = Here({})  # keeps the ports
 SHAPES = Path(__file__).resolve().parent / "shapes"
 STOP_S, LOOK_S = 15.0, 0.1
 READY = re.compile(r"processes are ready: http|^\[[^]]*\] INFO The server is fired up")
@@ -84,8 +85,8 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     ]
     tessera = [sys.executable, "-m", "tessera.cli"]
     return {
-        "apart": [*tessera, "up", str(recipe), "--port", str(free_port())],
-        "one": [*tessera, "serve", "--port", str(free_port()), *words],
+        "apart": [*tessera, "up", str(recipe), "--port", str(HERE.port())],
+        "one": [*tessera, "serve", "--port", str(HERE.port()), *words],
     }
 
 

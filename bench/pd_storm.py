@@ -14,7 +14,6 @@ import os
 import platform
 import random
 import re
-import socket
 import sys
 import tempfile
 import time
@@ -28,9 +27,11 @@ import psutil
 from tessera.bench.commit import commit
 from tessera.evals.tasks import TASKS
 from tessera.serve.engine import Engine
+from tessera.serve.here import Here
 
 RESULTS = Path(__file__).resolve().parent / "results" / "pd_storm.md"
 MODEL = "abacus-hybrid"
+HERE = Here({})  # keeps the ports
 FLAGS = ["--model-path", MODEL, "--device", "cpu", "--dtype", "float32", "--chunked-prefill-size", "64"]
 PREFILL = ["--tp", "2", "--disaggregation-mode", "prefill"]
 DECODE = ["--tp", "2", "--dp", "2", "--enable-dp-attention", "--disaggregation-mode", "decode"]
@@ -59,17 +60,11 @@ class Storm:
     slowest: float = 0.0
 
 
-def free_port() -> int:
-    """A port that nobody listens at now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 class Server:
     """A server as a process. It keeps its ports when it is started anew."""
 
     def __init__(self, flags: list[str], folder: Path) -> None:
-        self.port, self.flags, self.log = free_port(), flags, folder / f"{flags[-1]}.log"
+        self.port, self.flags, self.log = HERE.port(), flags, folder / f"{flags[-1]}.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: asyncio.subprocess.Process | None = None
 
@@ -149,7 +144,7 @@ async def rage(
     asked: list[dict[str, Any]], share: float, kills: int, folder: Path, rng: random.Random
 ) -> tuple[Storm, float]:
     """The storm, and the seconds after it until everything was free (-1: never)."""
-    bootstrap = free_port()
+    bootstrap = HERE.port()
     prefill = Server(["--disaggregation-bootstrap-port", str(bootstrap), *PREFILL], folder)
     decode = Server(DECODE, folder)
     servers, storm = (prefill, decode), Storm()

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tessera.serve.here import free_port
+from tessera.serve.here import Here
 
 CHUNK = b'data: {"text": "twenty or so characters"}\n\n'
 PAUSE_S = 0.005  # between chunks, so that each is sent by itself
@@ -60,9 +60,10 @@ def serve(port: int, chunks: int) -> None:
 
 async def measure(roles: Sequence[str], chunks: int, requests: int) -> float:
     """Seconds of CPU time of the router for each request."""
-    ports = [free_port() for _ in roles]
+    here = Here({})
+    ports = [here.port() for _ in roles]
     named = [word for role, port in zip(roles, ports, strict=True) for word in (f"--{role}", f"127.0.0.1:{port}")]
-    front = free_port()
+    front = here.port()
     router = [sys.executable, "-m", "tessera.cli", "router", *named, "--port", str(front), "--log-level", "warning"]
     with contextlib.ExitStack() as stack:
         for port in ports:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,14 +16,6 @@ from tessera.comm.local import LocalComm, LocalGroup
 from tessera.core.mesh import Mesh
 
 CPU = torch.device("cpu")
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def place(mesh: Mesh, rank: int, kind: str, port: int, **more: Any) -> Place:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from comm import conformance
-from comm.ranks import as_processes, as_threads, free_port, raise_first, run_program
+from comm.ranks import as_processes, as_threads, raise_first, run_program
+from ports import free_port
 from tessera.comm import base, local
 from tessera.comm.base import Handle, Ready
 from tessera.comm.local import LocalComm

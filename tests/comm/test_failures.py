@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from comm.ranks import CPU, as_processes, free_port, place, raise_first, run_program, together
+from comm.ranks import CPU, as_processes, place, raise_first, run_program, together
+from ports import free_port
 from tessera.comm.base import Comm
 from tessera.comm.connect import Place, connect
 from tessera.comm.dist import explained

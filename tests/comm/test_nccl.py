@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from comm import conformance
-from comm.ranks import as_processes, free_port, raise_first
+from comm.ranks import as_processes, raise_first
+from ports import free_port
 from tessera.comm.base import Comm
 from tessera.comm.connect import Place, connect
 from tessera.comm.waits import Waits, drain, interleave

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comm.ranks import free_port, place, raise_first, together
+from comm.ranks import place, raise_first, together
+from ports import free_port
 from tessera.comm import segment, shared
 from tessera.comm.connect import connect
 from tessera.comm.futex import Counter, check_platform

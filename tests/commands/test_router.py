@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from commands.support import COMMAND, run
+from ports import free_port
 from serve.processes import running, wait_until
 from serve.router.fake_cli import __file__ as FAKE
-from tessera.serve.here import free_port
 
 
 def test_what_is_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:

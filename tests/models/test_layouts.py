@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 
-from comm.ranks import as_processes, as_threads, free_port, raise_first, run_program
+from comm.ranks import as_processes, as_threads, raise_first, run_program
 from matrix.points import cover
 from models.layouts import FAMILIES, alone, compare, compute, differences
+from ports import free_port
 from tessera.comm.single import SingleComm
 from tessera.core.errors import LayoutError
 from tessera.core.mesh import SINGLE, instance_mesh

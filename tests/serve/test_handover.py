@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 import tessera
+from ports import free_port
 from serve.processes import Running, running, wait_until
 from tessera.evals.tasks import TASKS
 
@@ -25,11 +25,6 @@ PREFILL = ["--tp", "2"]
 DECODE = ["--tp", "2", "--dp", "2", "--enable-dp-attention", "--ep", "2"]
 CLI = [sys.executable, "-m", "tessera.cli"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def ready(server: Running) -> str:

@@ -4,7 +4,6 @@ layouts: the answers are those of one rank."""
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 import tessera
+from ports import free_port
 from serve.processes import Running, running
 from tessera.core.errors import ConfigError
 from tessera.transfer.engines import make_engine
@@ -46,11 +46,6 @@ def asked_and_wanted() -> tuple[list[dict[str, Any]], list[list[int]]]:
             params = {"temperature": 0.7 * (i % 2), "sampling_seed": i, "max_new_tokens": 24}
             asked.append({"input_ids": ids, "sampling_params": params})
         return asked, [engine.generate(**body)["output_ids"] for body in asked]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 @pytest.mark.parametrize(("kind", "prefill", "decode"), PAIRS)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ports import free_port
 from serve.processes import fake_server, gone, health, model_folder, wait_until
 
 LONG = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
@@ -159,8 +160,7 @@ def test_a_signal_while_it_starts_leaves_nothing(folder: Path, number: signal.Si
 
 
 def test_health_says_503_while_the_model_is_loaded(folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with fake_server(folder, {"FAULT": "slow"}, port=port) as server:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: health(url))

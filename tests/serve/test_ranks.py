@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from ports import free_port
 from serve.processes import Running, gone, health, model_folder, running, wait_until
 from serve.test_processes import Asking
 from serve.test_real_server import command
@@ -169,12 +169,6 @@ def test_a_killed_engine_takes_its_ranks_along(started: Started) -> None:
     engine.kill()
     started.all_gone(2.0)
     assert started.server.code(5) == 1
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("lost", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -20,7 +21,8 @@ from serve.router.fakes import until
 from serve.support import in_loop
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.serve.deployment import Site, deploy
-from tessera.serve.here import Here, free_port
+from tessera.serve.here import Here
+from tessera.serve.listener import bind
 from tessera.serve.recipe import changed, load_recipe
 from tessera.serve.up import Running, Supervisor
 
@@ -63,10 +65,11 @@ class Up:
 
     def __init__(self, changes: list[str], view: Seen | None = None, **options: Any) -> None:
         recipe = changed(load_recipe(RECIPES / "abacus-cpu.yaml"), [*QUICK, *changes])
-        site = Site(lambda node: "127.0.0.1", free_port, (), python=FAKE)
+        here = Here(dict(os.environ))
+        site = Site(lambda node: "127.0.0.1", here.port, (), python=FAKE)
         self.signals, self.view = Signals(), view or Seen()
         self.deployment = deploy(recipe, site, {"port": 0})
-        supervisor = Supervisor(self.deployment, Here(dict(os.environ)), self.view, **{"drain": 5.0, **options})
+        supervisor = Supervisor(self.deployment, here, self.view, **{"drain": 5.0, **options})
         self.task = asyncio.create_task(supervisor.run(self.signals))  # type: ignore[arg-type]
 
     async def ready(self) -> None:
@@ -174,6 +177,18 @@ async def test_a_view_that_fails_ends_everything_in_order() -> None:
     async with up([], view=Blind()) as made:
         with pytest.raises(BrokenPipeError):
             await asyncio.wait_for(made.task, 40)
+
+
+def test_a_port_that_was_given_out_is_nobody_elses_until_the_end() -> None:
+    """Known fault: it was only free a moment ago, and another process's when the worker came to it."""
+    here, before = Here({}), psutil.Process().num_fds()
+    port = here.port()
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind(("127.0.0.1", port))
+    for host in ("127.0.0.1", "0.0.0.0"):
+        bind(host, port).close()  # as the worker does, and who follows it
+    asyncio.run(here.close())
+    assert psutil.Process().num_fds() == before
 
 
 def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tessera.commands.upview import Screen, screen
 from tessera.core.errors import ConfigError, Conflict
 from tessera.serve import logs
 from tessera.serve.deployment import DEVICES, Deployment, Site, deploy, numbered
-from tessera.serve.here import Here, Starter, free_port
+from tessera.serve.here import Here, Starter
 from tessera.serve.recipe import changed, load_recipe
 from tessera.serve.recipe_check import checked
 from tessera.serve.signals import StopSignals
@@ -46,8 +46,9 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
         raise ConfigError(found.conflicts)
     seen = environ.get(DEVICES)
     devices = numbered(found.gpus) if seen is None else tuple(seen.split(","))[: found.gpus]
-    site = Site(host=lambda node: "127.0.0.1", port=free_port, gpus=devices)
-    return _up(deploy(recipe, site, router), Here(environ), options)
+    here = Here(environ)
+    site = Site(host=lambda node: "127.0.0.1", port=here.port, gpus=devices)
+    return _up(deploy(recipe, site, router), here, options)
 
 
 def _together(options: Namespace) -> None:

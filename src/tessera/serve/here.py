@@ -49,6 +49,20 @@ class Here:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
+        self._ports: list[socket.socket] = []
+
+    def port(self) -> int:
+        """A port of this host that nobody else is given before `close`, neither to listen at nor to call from.
+
+        It stays bound, for a port that was only free a moment ago may be another process's when a worker comes to it,
+        at its start or anew. Who sets SO_REUSEADDR, as our servers do, may listen there all the same.
+        """
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        self._ports.append(held)
+        port: int = held.getsockname()[1]
+        return port
 
     async def start(self, process: Process) -> LocalChild:
         """See `Starter`. A session of its own keeps Ctrl-C in a terminal from it."""
@@ -64,7 +78,9 @@ class Here:
         return LocalChild(started)
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """See `Starter`: its ports."""
+        while self._ports:
+            self._ports.pop().close()
 
 
 class LocalChild:
@@ -102,10 +118,3 @@ class LocalChild:
                 os.killpg(self._process.pid, number)
             else:
                 self._process.send_signal(number)
-
-
-def free_port() -> int:
-    """A port that is free on this host now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
