@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from commands.support import FLAGS, QUIET, fill, run, started, wait_for
+from commands.support import FLAGS, QUIET, fill, run, started
 from tessera.core.messages import choice_seed
+from waits import PATIENCE_S, wait_until
 
 READY = re.compile(r"Serving \S+ at (http://\S+)")
 Where = list[str]
@@ -238,7 +239,7 @@ def test_a_client_that_leaves_leaves_nothing_running(url: str) -> None:
         httpx.Client(base_url=url, headers={"authorization": "Bearer k"}, trust_env=False) as http,
         started("bench", *where, "--num-prompts", "30", "--output-len", "1500", "--warmup", "0") as bench,
     ):
-        wait_for(lambda: http.get("/server_info").json()["state"]["in_flight"] > 0)
+        wait_until(lambda: http.get("/server_info").json()["state"]["in_flight"] > 0)
         bench.send_signal(2)
-        assert bench.wait(20) == 130
-        wait_for(lambda: http.get("/server_info").json()["state"]["in_flight"] == 0, 10)
+        assert bench.wait(PATIENCE_S) == 130
+        wait_until(lambda: http.get("/server_info").json()["state"]["in_flight"] == 0)

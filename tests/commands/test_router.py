@@ -7,13 +7,14 @@ import signal
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
+import calls
 from commands.support import COMMAND, run
 from ports import free_port
-from serve.processes import running, wait_until
+from serve.processes import running
 from serve.router.fake_cli import __file__ as FAKE
+from waits import wait_until
 
 
 def test_what_is_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,11 +46,11 @@ def test_a_router_comes_up_routes_and_ends_at_a_signal(tmp_path: Path) -> None:
     router = [*COMMAND, "router", "--worker", f"127.0.0.1:{port}/v1", "--port", "0", "--log-requests"]
     with running(router, tmp_path / "router") as front:
         url = front.wait_for(r"Routing at (http://\S+)")[1]
-        assert httpx.get(f"{url}/health").status_code == 503
+        assert calls.get(f"{url}/health").status_code == 503
         with running(worker, tmp_path / "worker"):
-            wait_until(lambda: httpx.get(f"{url}/health").status_code == 200, 20)
-            assert httpx.post(f"{url}/generate", json={"text": "x"}).json()["role"] == "worker"
-        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503, 40)
+            wait_until(lambda: calls.get(f"{url}/health").status_code == 200)
+            assert calls.post(f"{url}/generate", json={"text": "x"}).json()["role"] == "worker"
+        wait_until(lambda: calls.get(f"{url}/health").status_code == 503)
         front.signal(signal.SIGTERM)
         assert front.code() == 0
         assert re.search(r"worker http://127.0.0.1:\d+ is down: /health: ConnectError", front.text)
@@ -61,5 +62,5 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
     with running([*COMMAND, "router", "--worker", "a", "--port", "0"], tmp_path / "first") as first:
         port = first.wait_for(r"Routing at http://\S+:(\d+)")[1]
         with running([*COMMAND, "router", "--worker", "a", "--port", port], tmp_path / "second") as second:
-            assert second.code(20) == 2
+            assert second.code() == 2
             assert f"--port {port}: cannot listen there" in second.text

@@ -1,7 +1,8 @@
 """An engine without a model: speaks the messages of the real one; its tokens follow from the prompt.
 
 Token i of choice c continues the bytes of `ANSWER` as ids of the byte-level test tokenizer: text is predictable.
-`delay`: seconds of a step. Prompts that begin with a fault's token cause it.
+`delay`: seconds of a step; `hold`: a file, while which exists nothing steps. Prompts that begin with the token of a
+fault cause it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -61,6 +63,7 @@ class FakeEngine:
 
     sink: Callable[[Outbound], None]
     delay: float = 0.0
+    hold: Path | None = None
     rows: list[Row] = field(default_factory=list)
     seen: list[Inbound] = field(default_factory=list)
     steps: int = 0
@@ -147,7 +150,7 @@ class FakeEngine:
             outputs += self.take(self.inbox.get())
         if outputs:
             self.sink(Outputs(outputs))
-        if self.rows and not self.hung:
+        if self.rows and not self.hung and not (self.hold is not None and self.hold.exists()):
             self.step()
 
     def run(self) -> None:

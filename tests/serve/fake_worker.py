@@ -1,7 +1,8 @@
 """An engine process around the fake engine: what `serve/worker.py` is around the real one, without torch.
 
 The environment handed to `launch` says what goes wrong: FAULT=refuse, prepare, load (fails), slow (never loads),
-sleep (never says anything), again (only the first start goes well); DELAY: seconds of a step.
+sleep (never says anything), again (only the first start goes well); DELAY: seconds of a step; HOLD: a file, while
+which exists nothing steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def build(begin: Begin, tell: Tell) -> FakeEngine:
         raise ValueError("the checkpoint is broken")
     if fault == "slow":
         time.sleep(60)
-    return FakeEngine(tell, float(begin.environ.get("DELAY", "0.001")))
+    held = begin.environ.get("HOLD")
+    return FakeEngine(tell, float(begin.environ.get("DELAY", "0.001")), Path(held) if held else None)
 
 
 if __name__ == "__main__":

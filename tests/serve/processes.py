@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+import calls
+from waits import PATIENCE_S, wait_until
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -77,14 +79,14 @@ class Running:
         """All that was written so far."""
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, pattern: str, seconds: float = 20.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
         """The first match in what it writes."""
         wait_until(lambda: re.search(pattern, self.text) or self.process.poll() is not None, seconds)
         found = re.search(pattern, self.text)
         assert found, f"no {pattern!r} in:\n{self.text}"
         return found
 
-    def ready(self, seconds: float = 60.0) -> str:
+    def ready(self, seconds: float = PATIENCE_S) -> str:
         """Its address, once it is ready."""
         self.wait_for("ready to roll", seconds)
         return self.wait_for(r"Serving .* at (http://\S+) after")[1]
@@ -100,32 +102,41 @@ class Running:
         except psutil.NoSuchProcess:
             return []
 
-    def engine(self) -> psutil.Process:
-        """The engine process, once it runs a program of its own.
+    def programs(self) -> dict[psutil.Process, list[str]]:
+        """Command lines of its processes besides itself."""
+        found = {}
+        for one in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[one] = one.cmdline()
+        return found
 
-        It is told the front's number, last in its command line; a process that is not yet beyond its fork has its
+    def engines(self, count: int) -> list[psutil.Process]:
+        """The engine processes, the first started first, once so many run a program of their own.
+
+        Each is told the front's number, last in its command line; a process that is not yet beyond its fork has its
         parent's command line, and the front's libraries may run programs for a moment.
         """
         found: list[psutil.Process] = []
 
         def seen() -> bool:
-            for one in self.children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if one.cmdline()[-1:] == [str(self.process.pid)]:
-                        found.append(one)
-            return bool(found)
+            found[:] = [one for one, words in self.programs().items() if words[-1:] == [str(self.process.pid)]]
+            return len(found) == count
 
         wait_until(seen)
-        return found[0]
+        return sorted(found, key=lambda one: (one.create_time(), one.pid))
+
+    def engine(self) -> psutil.Process:
+        """The engine process of a server that has one."""
+        return self.engines(1)[0]
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the server's own process."""
         self.process.send_signal(number)
 
-    def code(self, seconds: float = 10.0) -> int:
+    def code(self) -> int:
         """Waits for its end; the exit code."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running:\n{self.text}") from None
 
@@ -134,7 +145,7 @@ class Running:
         for one in [*self.children(), psutil.Process(self.process.pid)] if self.process.poll() is None else []:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
         self._file.close()
         self._temporary.cleanup()
 
@@ -158,22 +169,21 @@ def fake_server(folder: Path, environ: dict[str, str] | None = None, **flags: An
         yield server
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Waits for a condition."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"not within {seconds} s"
-        time.sleep(0.01)
-
-
-def gone(process: psutil.Process, seconds: float = 5.0) -> None:
+def gone(process: psutil.Process) -> None:
     """Waits for a process to end."""
-    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, seconds)
+
+    def ended() -> bool:
+        try:
+            return process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(ended)
 
 
 def health(url: str) -> int:
     """Status of /health; 0 when nobody answers."""
     try:
-        return httpx.get(f"{url}/health", timeout=2).status_code
+        return calls.get(f"{url}/health").status_code
     except httpx.TransportError:
         return 0

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, ParamSpec
 
@@ -34,11 +33,11 @@ P = ParamSpec("P")
 
 
 def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """A test that is a coroutine, with a deadline."""
+    """A test that is a coroutine, with a deadline a little short of pytest's, so that it says where it waited."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 100))
 
     return run
 
@@ -154,11 +153,3 @@ class Visitor:
     def status(self) -> int | None:
         """Status of the answer, once it has begun."""
         return self.got[0]["status"] if self.got else None
-
-
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Waits for a condition."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"not within {seconds} s"
-        await asyncio.sleep(0.001)

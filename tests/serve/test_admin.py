@@ -11,10 +11,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.support import World, in_loop, refusal, until, world
+from serve.support import World, in_loop, refusal, world
 from tessera.core.messages import Flush, StepReport
 from tessera.serve.metrics import Metrics
 from tessera.serve.steplog import StepLog
+from waits import until
 
 PATH = "/v1/completions"
 T = TypeVar("T")

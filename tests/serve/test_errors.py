@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 
 from serve.fake_engine import BUSY, REFUSE
-from serve.support import CONTEXT, Visitor, World, in_loop, refusal, until, world
+from serve.support import CONTEXT, Visitor, World, in_loop, refusal, world
 from tessera.core.messages import Submit
 from tessera.serve import http as wire
 from tessera.serve.app import ROUTES
 from tessera.serve.fields import CHAT, COMPLETION, GENERATE, SAMPLING_PARAMS
+from waits import until
 
 PATH = "/v1/completions"
 
@@ -100,11 +101,11 @@ async def test_a_body_that_never_comes_has_a_deadline(monkeypatch: pytest.Monkey
 
 @in_loop
 async def test_a_body_may_come_slowly_as_long_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(wire, "BODY_SECONDS", 1.0)
 
     async def slowly() -> AsyncIterator[dict[str, Any]]:
         for part in b'{"tokens":[97]}':
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.1)
             yield {"type": "http.request", "body": bytes([part]), "more_body": part != ord("}")}
 
     async with world() as (made, _):

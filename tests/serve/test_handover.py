@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+import calls
 import tessera
 from ports import free_port
-from serve.processes import Running, running, wait_until
+from serve.processes import Running, running
 from tessera.evals.tasks import TASKS
+from waits import wait_until
 
 MODEL = "abacus-hybrid"
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--port", "0", "--chunked-prefill-size", "48"]
@@ -58,20 +60,20 @@ class Deployment:
 
     def up(self) -> None:
         """Waits until the router has found both."""
-        wait_until(lambda: httpx.get(f"{self.router}/health", timeout=5).status_code == 200, 15)
+        wait_until(lambda: calls.get(f"{self.router}/health").status_code == 200)
 
     def ask(self, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.router}/generate", json=body, timeout=60)
+        return calls.post(f"{self.router}/generate", json=body)
 
     def held(self, role: str) -> float:
         """Tokens that a server's caches hold for requests, and its share of states."""
-        text = httpx.get(f"{self.url[role]}/metrics", timeout=5).text
+        text = calls.get(f"{self.url[role]}/metrics").text
         found = re.findall(r"^tessera:(?:num_used_tokens|slot_usage)\{[^}]*\} (\S+)", text, re.MULTILINE)
         assert found
         return sum(map(float, found))
 
     def all_free(self) -> None:
-        wait_until(lambda: not self.held("decode") and not self.held("prefill"), 15)
+        wait_until(lambda: not self.held("decode") and not self.held("prefill"))
 
 
 def bodies(engine: tessera.Engine, count: int) -> list[dict[str, Any]]:
@@ -115,7 +117,7 @@ def times_are_told(deployment: Deployment, answers: list[httpx.Response]) -> Non
         assert told["num_bytes"] > 0
         assert 0 <= told["transfer"] <= told["waiting"] <= answer.json()["meta_info"]["e2e_latency"]
     for role in ("prefill", "decode"):
-        text = httpx.get(f"{deployment.url[role]}/metrics", timeout=5).text
+        text = calls.get(f"{deployment.url[role]}/metrics").text
         assert re.search(r"tessera:handover_transfer_seconds_count\{.*\} 24\.0", text), text
         assert re.search(r"tessera:kv_transfer_speed_gb_s\{.*\} [\d.e-]*[1-9]", text), text
 
@@ -123,7 +125,7 @@ def times_are_told(deployment: Deployment, answers: list[httpx.Response]) -> Non
 def clients_that_leave_hold_nothing(deployment: Deployment) -> None:
     long = {"text": "1 + 1 =", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}, "stream": True}
     for i in range(8):
-        with httpx.stream("POST", f"{deployment.router}/generate", json=long, timeout=60) as answer:
+        with calls.stream("POST", f"{deployment.router}/generate", json=long) as answer:
             if i % 2:
                 next(answer.iter_lines())
     deployment.all_free()

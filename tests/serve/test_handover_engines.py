@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+import calls
 import tessera
 from ports import free_port
 from serve.processes import Running, running
@@ -89,4 +90,4 @@ def ready(server: Running) -> str:
 
 
 def ask(url: str, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{url}/generate", json=body, timeout=120)
+    return calls.post(f"{url}/generate", json=body, timeout=120)

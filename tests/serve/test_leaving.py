@@ -8,12 +8,13 @@ import random
 
 import pytest
 
-from serve.support import Visitor, in_loop, refusal, until, world
+from serve.support import Visitor, in_loop, refusal, world
 from tessera.core.errors import CapacityError, PeerError
 from tessera.core.messages import Abort, Output, SamplingParams
 from tessera.serve import client as client_module
 from tessera.serve.client import EngineClient
 from tessera.serve.schema import Item
+from waits import until
 
 BODIES = {
     "/v1/completions": {"prompt": ["a", "b"], "n": 2, "max_tokens": 400, "ignore_eos": True},
@@ -58,7 +59,7 @@ async def test_a_client_that_reads_nothing_is_left_after_a_time(path: str, monke
     async with world(delay=0.002) as (made, _):
         visitor = Visitor(made.app, path, [json.dumps({**BODIES[path], "stream": True}).encode()])
         visitor.reads.clear()
-        await until(visitor.task.done, 2.0)
+        await until(visitor.task.done)
         await visitor.task
         await until(lambda: not made.engine.rows)
         assert not made.server.running

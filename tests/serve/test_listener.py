@@ -9,6 +9,7 @@ import pytest
 from serve.support import in_loop, world
 from tessera.serve import listener
 from tessera.serve.listener import Listener, bind
+from waits import PATIENCE_S
 
 REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -16,13 +17,13 @@ REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 @pytest.mark.parametrize("sent", [b"", REQUEST[:20], REQUEST, REQUEST + REQUEST[:20]])
 @in_loop
 async def test_a_connection_without_a_request_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "KEEP_ALIVE", 0.2)
+    monkeypatch.setattr(listener, "KEEP_ALIVE", 1.0)
     async with world() as (made, _):
         with bind("127.0.0.1", 0) as listening:
             serving = Listener(made.app, listening, access_log=False)
             reader, writer = await asyncio.open_connection(*listening.getsockname())
             writer.write(sent)
-            got = await asyncio.wait_for(reader.read(), 5)
+            got = await asyncio.wait_for(reader.read(), PATIENCE_S)
             assert got.count(b"200 OK") == sent.count(REQUEST)
             writer.close()
             await serving.close()
@@ -30,16 +31,16 @@ async def test_a_connection_without_a_request_is_closed(sent: bytes, monkeypatch
 
 @in_loop
 async def test_a_long_answer_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "KEEP_ALIVE", 0.1)
+    monkeypatch.setattr(listener, "KEEP_ALIVE", 0.5)
     body = b'{"prompt": "a", "max_tokens": 20, "ignore_eos": true}'
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    async with world(delay=0.03) as (made, _):
+    async with world(delay=0.04) as (made, _):
         with bind("127.0.0.1", 0) as listening:
             serving = Listener(made.app, listening, access_log=False)
             reader, writer = await asyncio.open_connection(*listening.getsockname())
             writer.write(head + body[:5])
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.8)
             writer.write(body[5:])
-            assert b'"finish_reason":"length"' in await asyncio.wait_for(reader.read(), 5)
+            assert b'"finish_reason":"length"' in await asyncio.wait_for(reader.read(), PATIENCE_S)
             writer.close()
             await serving.close()

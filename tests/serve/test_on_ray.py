@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from serve.router.fakes import until
 from serve.support import in_loop
 from tessera.core.errors import CapacityError, PeerError
 from tessera.serve.deployment import Process
 from tessera.serve.recipe import read_recipe
+from waits import until
 
 ray = pytest.importorskip("ray")
 from tessera.serve import on_ray  # noqa: E402
@@ -45,7 +45,7 @@ async def test_lines_and_ends(cluster: None) -> None:
             got.append(line)  # noqa: PERF401
 
     reader = asyncio.create_task(read())
-    await until(lambda: bool(got), 60)
+    await until(lambda: bool(got))
     who, pid = got[0].split()
     assert (who, child.where.split()[-1]) == ("me", pid)
     await child.signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ async def test_a_lost_actor_is_a_lost_process(cluster: None) -> None:
     got = [line async for line in child.lines()]
     assert "a process was lost" in got[-1]
     assert await child.wait() == -signal.SIGKILL
-    await until(lambda: not psutil.pid_exists(pid), 20)
+    await until(lambda: not psutil.pid_exists(pid))
 
 
 @in_loop

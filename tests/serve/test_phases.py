@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from serve.router.fakes import until
 from serve.support import in_loop
 from tessera.core.messages import HandoverTimes, Outbound, Stop
 from tessera.run.core import EngineCore, prepared_core
@@ -34,6 +33,7 @@ from tessera.serve.schema import Limits, Reader
 from tessera.serve.server import Options, Server
 from tessera.serve.trace import PlainTracing, Tracing
 from tessera.serve.trace_otel import Recorded
+from waits import until
 
 TRACE = "ab" * 16
 PARENT = {"traceparent": f"00-{TRACE}-{'cd' * 8}-01"}

@@ -16,7 +16,10 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.processes import Running, gone, model_folder, running, wait_until
+import calls
+from serve.processes import Running, gone, model_folder, running
+from serve.test_processes import in_flight
+from waits import wait_until
 
 FLAGS = """--load-format dummy --device cpu --port 0 --served-model-name tiny --page-size 4 --max-total-tokens 640
 --max-running-requests 16 --chunked-prefill-size 64 --enable-mixed-chunk --debug-checks --decode-log-interval 5"""
@@ -53,7 +56,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def metrics(url: str) -> dict[str, float]:
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(calls.get(f"{url}/metrics").text)
     return {s.name.removeprefix("tessera:"): s.value for f in families for s in f.samples if "le" not in s.labels}
 
 
@@ -110,18 +113,18 @@ def test_the_openai_client_sees_errors_and_models(client: openai.OpenAI) -> None
 def test_a_seed_repeats_what_is_drawn(url: str) -> None:
     def drawn(seed: int) -> list[int]:
         params = {"max_new_tokens": 20, "temperature": 1, "seed": seed}
-        return httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": params}).json()["output_ids"]
+        return calls.post(f"{url}/generate", json={"text": "x", "sampling_params": params}).json()["output_ids"]
 
     assert drawn(5) == drawn(5)
     assert drawn(5) != drawn(6)
 
 
 def test_two_requests_with_one_prefix_show_a_hit(url: str) -> None:
-    httpx.post(f"{url}/flush_cache")
+    calls.post(f"{url}/flush_cache")
     before = metrics(url)
     prefix = "a prefix that both of them share, longer than several pages"
     answers = [
-        httpx.post(f"{url}/v1/completions", json={"prompt": prefix + end, "max_tokens": 2}).json() for end in ("A", "B")
+        calls.post(f"{url}/v1/completions", json={"prompt": prefix + end, "max_tokens": 2}).json() for end in ("A", "B")
     ]
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     assert cached == [0, len(prefix) // 4 * 4]
@@ -131,7 +134,7 @@ def test_two_requests_with_one_prefix_show_a_hit(url: str) -> None:
 
 
 def test_a_prompt_too_long_for_the_pool_is_refused_and_too_long_for_the_model_too(url: str) -> None:
-    found = httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 600})
+    found = calls.post(f"{url}/v1/completions", json={"prompt": "a" * 600})
     assert found.status_code == 400
     assert "the context is 512 tokens" in found.json()["error"]["message"]
 
@@ -139,16 +142,16 @@ def test_a_prompt_too_long_for_the_pool_is_refused_and_too_long_for_the_model_to
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_request_that_is_left_or_aborted_stops_in_the_engine(url: str, leaves: bool) -> None:
     def steps() -> float:
-        text = httpx.get(f"{url}/metrics").text
+        text = calls.get(f"{url}/metrics").text
         return sum(float(line.split()[-1]) for line in text.splitlines() if "step_time_seconds_count" in line)
 
     def stopped() -> bool:
         before = steps()
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "rid": "long"}) as response:
+        with calls.stream("POST", f"{url}/v1/completions", json={**LONG, "rid": "long"}) as response:
             parts = response.iter_text()
             next(parts)
             if not leaves:
-                httpx.post(f"{url}/abort_request", json={"rid": "long"})
+                calls.post(f"{url}/abort_request", json={"rid": "long"})
                 if '"finish_reason":"abort"' not in "".join(parts):
                     return False
         wait_until(lambda: metrics(url)["num_running_reqs"] == 0)
@@ -184,7 +187,7 @@ def test_extreme_values_do_not_take_the_engine_down(url: str) -> None:
             return await asyncio.gather(*(http.post("/v1/completions", json={**body, **c}) for c in chosen))
 
     assert [r.text for r in asyncio.run(play()) if r.status_code != 200] == []
-    assert httpx.get(f"{url}/health_generate").status_code == 200
+    assert calls.get(f"{url}/health_generate").status_code == 200
 
 
 def test_a_thousand_requests_with_aborts_and_disconnects_leave_every_page_free(server: Running, url: str) -> None:
@@ -234,13 +237,13 @@ def test_a_thousand_requests_with_aborts_and_disconnects_leave_every_page_free(s
     assert set(statuses) <= {0, 200}, statuses
     assert statuses.count(200) > count / 3
     wait_until(lambda: metrics(url)["num_running_reqs"] == 0)
-    httpx.post(f"{url}/flush_cache")
+    calls.post(f"{url}/flush_cache")
     wait_until(lambda: metrics(url)["num_cached_pages"] == 0)
     found = metrics(url)
     for name in ("num_running_reqs", "num_queue_reqs", "num_used_tokens", "token_usage", "slot_usage"):
         assert found[name] == 0, name
     assert found["num_preemptions_total"] > 0, "the pool is too large to test anything"
-    assert httpx.get(f"{url}/server_info").json()["state"]["in_flight"] == 0
+    assert in_flight(url) == 0
     assert "kind: MIXED" in server.text
     assert "Decode batch. #running-req: " in server.text
 
@@ -249,7 +252,7 @@ def test_the_engine_killed_is_a_503_and_a_failed_server(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     with running(command(folder), folder / "log") as server:
         url = server.ready()
-        with httpx.stream("POST", f"{url}/v1/completions", json=LONG) as r:
+        with calls.stream("POST", f"{url}/v1/completions", json=LONG) as r:
             parts = r.iter_text()
             next(parts)
             server.engine().kill()
@@ -259,9 +262,9 @@ def test_the_engine_killed_is_a_503_and_a_failed_server(tmp_path: Path) -> None:
 
 
 def test_a_profile_is_started_and_stopped_with_or_without_a_body(server: Running, url: str, tmp_path: Path) -> None:
-    began = httpx.get(f"{url}/start_profile").json()
+    began = calls.get(f"{url}/start_profile").json()
     assert began["output_dir"] == "/tmp", "the default"
-    (file,) = httpx.get(f"{url}/stop_profile").json()["files"]
+    (file,) = calls.get(f"{url}/stop_profile").json()["files"]
     assert Path(file).name == f"{began['profile_id']}-TP-0.trace.json.gz"
     Path(file).unlink()
     for body, why in (
@@ -271,14 +274,14 @@ def test_a_profile_is_started_and_stopped_with_or_without_a_body(server: Running
         ({"profile_id": "../x"}, "profile_id: found '../x', allowed is letters"),
         ({"num_step": 1}, "did you mean 'num_steps'?"),
     ):
-        answer = httpx.post(f"{url}/start_profile", json=body)
+        answer = calls.post(f"{url}/start_profile", json=body)
         assert answer.status_code == 400
         assert why in answer.json()["error"]["message"]
-    refused = httpx.post(f"{url}/stop_profile")
+    refused = calls.post(f"{url}/stop_profile")
     assert (refused.status_code, "no profile runs" in refused.text) == (400, True)
     body = {"output_dir": str(tmp_path), "num_steps": 2, "profile_id": "x", "merge_profiles": False}
-    assert httpx.post(f"{url}/start_profile", json=body).status_code == 200
-    httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": {"max_new_tokens": 4}})
+    assert calls.post(f"{url}/start_profile", json=body).status_code == 200
+    calls.post(f"{url}/generate", json={"text": "x", "sampling_params": {"max_new_tokens": 4}})
     wait_until((tmp_path / "x-TP-0.trace.json.gz").is_file)
 
 
@@ -296,7 +299,7 @@ def test_bench_profiles_the_server(server: Running, url: str, tmp_path: Path) ->
     ]
     for more, told in ((["--profile-num-steps", "2"], False), ([], True)):
         bench = [sys.executable, "-m", "tessera.cli", "bench", *asked, *more, "--disable-tqdm"]
-        wait_until(lambda: "no profile runs" in httpx.post(f"{url}/stop_profile", timeout=60).text, 60)
+        wait_until(lambda: "no profile runs" in calls.post(f"{url}/stop_profile").text)
         ran = subprocess.run(bench, capture_output=True, text=True, timeout=90, check=True)
         assert ("The profile is in" in ran.stderr) == told
     wait_until(lambda: len(list(tmp_path.glob("[!.]*-TP-0.trace.json.gz"))) == 2)

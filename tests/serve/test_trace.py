@@ -8,18 +8,19 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+import calls
 from serve.processes import fake_server, model_folder
-from serve.router.fakes import until, world
+from serve.router.fakes import world
 from serve.support import in_loop
 from tessera.core.errors import ConfigError
 from tessera.serve import trace
 from tessera.serve.trace import PlainTracing, make_tracing
 from tessera.serve.trace_otel import GrpcExporter, HttpExporter, Recorded, exporter
+from waits import until
 
 PARENT = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
 
@@ -70,7 +71,7 @@ def test_a_server_sends_its_spans_to_a_collector_and_logs_the_trace_id(tmp_path:
             model_folder(tmp_path), enable_trace=True, otlp_traces_endpoint=where, log_requests=True
         ) as server:
             url = server.ready()
-            found = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=PARENT)
+            found = calls.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=PARENT)
             assert found.status_code == 200
             server.wait_for(rf"Trace: POST /v1/completions trace={'ab' * 16}")
             server.process.terminate()

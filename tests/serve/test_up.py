@@ -17,7 +17,6 @@ import httpx
 import psutil
 import pytest
 
-from serve.router.fakes import until
 from serve.support import in_loop
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.serve.deployment import Site, deploy
@@ -25,6 +24,7 @@ from tessera.serve.here import Here
 from tessera.serve.listener import bind
 from tessera.serve.recipe import changed, load_recipe
 from tessera.serve.up import Running, Supervisor
+from waits import PATIENCE_S, until, wait_until
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FAKE = (sys.executable, str(Path(__file__).parent / "router" / "fake_cli.py"))
@@ -73,12 +73,12 @@ class Up:
         self.task = asyncio.create_task(supervisor.run(self.signals))  # type: ignore[arg-type]
 
     async def ready(self) -> None:
-        await until(lambda: self.view.told("processes are ready") or self.task.done(), 40)
+        await until(lambda: self.view.told("processes are ready") or self.task.done())
         assert not self.task.done(), self.task.exception()
 
     async def stop(self) -> None:
         self.signals.first.set()
-        await asyncio.wait_for(self.task, 20)
+        await asyncio.wait_for(self.task, PATIENCE_S)
 
 
 @asynccontextmanager
@@ -97,7 +97,7 @@ async def up(changes: list[str], **options: Any) -> AsyncIterator[Up]:
 async def test_a_pair_comes_up_answers_and_goes_in_order() -> None:
     async with up([]) as made:
         await made.ready()
-        async with httpx.AsyncClient(base_url=made.deployment.router.url, timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=made.deployment.router.url, timeout=PATIENCE_S, trust_env=False) as http:
             answer = (await http.post("/generate", json={"text": "hi"})).json()
             workers = (await http.get("/workers")).json()["workers"]
         assert answer["role"] == "decode"
@@ -115,7 +115,7 @@ async def test_a_pair_comes_up_answers_and_goes_in_order() -> None:
 async def test_everything_ends_when_one_does() -> None:
     async with up(["decode.env.DIE_AFTER=1"]) as made:
         with pytest.raises(PeerError, match="decode-0 ended with exit code 3, so everything ends"):
-            await asyncio.wait_for(made.task, 40)
+            await asyncio.wait_for(made.task, PATIENCE_S)
 
 
 @in_loop
@@ -125,11 +125,11 @@ async def test_one_that_ends_is_started_again_at_its_address_where_that_was_aske
         old = made.view.pid("prefill-0")
         os.kill(old, signal.SIGKILL)
         await until(lambda: made.view.told("prefill-0 was ended by SIGKILL"))
-        await until(lambda: made.view.pid("prefill-0") != old and made.view.running["prefill-0"].state == "ready", 30)
-        async with httpx.AsyncClient(base_url=made.deployment.router.url, timeout=20, trust_env=False) as http:
-            until_ok = time.monotonic() + 15
+        await until(lambda: made.view.pid("prefill-0") != old and made.view.running["prefill-0"].state == "ready")
+        async with httpx.AsyncClient(base_url=made.deployment.router.url, timeout=PATIENCE_S, trust_env=False) as http:
+            limit = time.monotonic() + PATIENCE_S
             while (await http.post("/generate", json={"text": "hi"})).status_code != 200:
-                assert time.monotonic() < until_ok
+                assert time.monotonic() < limit
                 await asyncio.sleep(0.2)
         assert not made.task.done()
 
@@ -138,7 +138,7 @@ async def test_one_that_ends_is_started_again_at_its_address_where_that_was_aske
 async def test_restarts_are_bounded() -> None:
     async with up(["decode.env.DIE_AFTER=0.1"], on_failure="restart", restarts=1) as made:
         with pytest.raises(PeerError, match=r"1 restarts in 600 s are all"):
-            await asyncio.wait_for(made.task, 40)
+            await asyncio.wait_for(made.task, PATIENCE_S)
 
 
 @in_loop
@@ -156,7 +156,7 @@ async def test_the_others_are_kept_where_that_was_asked() -> None:
 async def test_one_that_never_gets_ready_is_named() -> None:
     async with up(["prefill.env.SICK=1"], patience=6.0) as made:
         with pytest.raises(DeadlineError, match=r"not ready within 6 s.*prefill-0"):
-            await asyncio.wait_for(made.task, 30)
+            await asyncio.wait_for(made.task, PATIENCE_S)
 
 
 @in_loop
@@ -176,7 +176,7 @@ async def test_a_view_that_fails_ends_everything_in_order() -> None:
 
     async with up([], view=Blind()) as made:
         with pytest.raises(BrokenPipeError):
-            await asyncio.wait_for(made.task, 40)
+            await asyncio.wait_for(made.task, PATIENCE_S)
 
 
 def test_a_port_that_was_given_out_is_nobody_elses_until_the_end() -> None:
@@ -205,13 +205,8 @@ def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:
     )
     owner = psutil.Popen([sys.executable, str(script)], stdout=-1, text=True)
     pid = int(owner.stdout.readline())
-    limit = time.monotonic() + 10
-    while psutil.Process(pid).cmdline()[0] != "sleep":
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    wait_until(lambda: psutil.Process(pid).cmdline()[0] == "sleep")
     owner.kill()
-    owner.wait(5)
+    owner.wait(PATIENCE_S)
     owner.stdout.close()
-    while psutil.pid_exists(pid):
-        assert time.monotonic() < limit + 5
-        time.sleep(0.02)
+    wait_until(lambda: not psutil.pid_exists(pid))

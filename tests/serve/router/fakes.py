@@ -19,11 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ports import free_port
 from tessera.serve.listener import Listener, bind, url
 from tessera.serve.router.app import make_app
 from tessera.serve.router.router import Options, Router
 from tessera.serve.router.servers import Address, Role
 from tessera.serve.trace import Tracing
+from waits import PATIENCE_S, until
 
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
 
@@ -54,6 +56,8 @@ class Fake:
         self.break_after: int | None = None  # chunks, then the connection breaks
         self.gap = 0.0  # seconds between chunks
         self.lag = 0.0  # seconds until it answers, once the other has come
+        self.go_on = asyncio.Event()  # and not while this is clear
+        self.go_on.set()
         self.refusal = {"error": {"message": "no", "type": "x", "param": None, "code": None}}
         self.chunks = [
             b'data: {"text": "a"}\n\n',
@@ -70,7 +74,7 @@ class Fake:
             Route("/flush_cache", self._other, methods=["GET", "POST"]),
         ]
         self.app = Starlette(routes=routes)
-        self.listening = listening or bind("127.0.0.1", 0)
+        self.listening = listening or bind("127.0.0.1", free_port())  # which it comes back to
         self.url = url(self.listening)
         self.listener: Listener | None = None
         self.start()
@@ -138,15 +142,18 @@ class Fake:
         return JSONResponse({"role": self.role, "rooms": self.room_of(body)}, headers={"x-fake": self.role})
 
     async def _meet(self, body: dict[str, Any]) -> None:
-        if self.status != 200:
-            return
         if self.hang:
             await asyncio.Event().wait()
         mine, other = ("prefill", "decode") if self.role == "prefill" else ("decode", "prefill")
+        if self.status != 200:
+            for room in self.room_of(body):  # the other leg is under way: it has something to be cancelled
+                await self.rooms.event(other, room).wait()
+            return
         for room in self.room_of(body):
             self.rooms.event(mine, room).set()
             await self.rooms.event(other, room).wait()
         await asyncio.sleep(self.lag)
+        await self.go_on.wait()
 
     async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         try:
@@ -186,17 +193,18 @@ class World:
 async def world(
     prefill: int = 0, decode: int = 0, worker: int = 0, dp: int = 1, tracing: Tracing | None = None, **options: Any
 ) -> AsyncIterator[World]:
-    """A router with so many servers of each role, once it takes requests."""
+    """A router with so many servers of each role, once it takes requests. A silent one is not given up before the
+    patience of a test ends, unless `silence` says so."""
     rooms = Rooms()
     roles: list[Role] = ["prefill"] * prefill + ["decode"] * decode + ["worker"] * worker
     fakes = [Fake(role, rooms, dp if role == "prefill" else 1) for role in roles]
-    given = {"policy": "round_robin", "interval": 0.05, "silence": 20.0, **options}
+    given = {"policy": "round_robin", "interval": 0.05, "silence": 300.0, **options}
     router = Router(Options(tuple(fake.address for fake in fakes), **given), tracing)
     listening = bind("127.0.0.1", 0)
     listener = Listener(make_app(router), listening, access_log=False)
     watching = asyncio.create_task(router.watch())
     try:
-        async with httpx.AsyncClient(base_url=url(listening), timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=url(listening), timeout=PATIENCE_S, trust_env=False) as http:
             made = World(router, fakes, http)
             await made.up()
             yield made
@@ -208,14 +216,6 @@ async def world(
         await router.close()
         listening.close()
         await asyncio.gather(*(fake.stop() for fake in fakes))
-
-
-async def until(condition: Any, seconds: float = 10.0) -> None:
-    """Waits for a condition."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"not within {seconds} s"
-        await asyncio.sleep(0.005)
 
 
 def text(body: bytes) -> Any:
