@@ -14,13 +14,14 @@ import torch
 from tessera.comm.connect import Place, connect
 from tessera.comm.local import LocalComm, LocalGroup
 from tessera.core.mesh import Mesh
+from waits import PATIENCE_S
 
 CPU = torch.device("cpu")
 
 
 def place(mesh: Mesh, rank: int, kind: str, port: int, **more: Any) -> Place:
     """Where a rank joins on this host."""
-    return Place(mesh, rank, CPU, f"127.0.0.1:{port}", kind, **{"join_s": 20.0, "deadline_s": 20.0, **more})
+    return Place(mesh, rank, CPU, f"127.0.0.1:{port}", kind, **{"join_s": PATIENCE_S, "deadline_s": PATIENCE_S, **more})
 
 
 def together(functions: list[Callable[[], Any]]) -> list[Any]:
@@ -42,7 +43,7 @@ def together(functions: list[Callable[[], Any]]) -> list[Any]:
 
 
 def as_threads(
-    mesh: Mesh, program: Callable[[LocalComm], Any], make: type[LocalComm] = LocalComm, deadline_s: float = 20
+    mesh: Mesh, program: Callable[[LocalComm], Any], make: type[LocalComm] = LocalComm, deadline_s: float = PATIENCE_S
 ) -> list[Any]:
     """What each rank's program gave or raised. A rank that fails tells the others."""
     group = LocalGroup(mesh, deadline_s)
@@ -72,7 +73,7 @@ def _child(function: Callable[..., Any], rank: int, arguments: tuple[Any, ...], 
         pipe.send(error)
 
 
-def as_processes(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
+def as_processes(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 100) -> list[Any]:
     """What `function(rank, *arguments)` gave or raised in each of `size` processes; None where one was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "comm.conformance", "comm.ranks"])

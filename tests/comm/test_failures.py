@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tessera.comm.dist import explained
 from tessera.comm.meet import meet
 from tessera.core.errors import ConfigError, DeadlineError, PeerError
 from tessera.core.mesh import instance_mesh
+from waits import PATIENCE_S
 
 MESH = instance_mesh(4, dp=2)
 
@@ -78,22 +80,19 @@ def test_the_others_are_told(kind: str) -> None:
     raise_first(results)
     left, hung, died = zip(*results, strict=True)
     for told in (*left, *died):
-        name, text, waited = told
-        assert name == "PeerError", told
-        assert waited < 4.0, told
+        name, text, _ = told
+        assert name == "PeerError", told  # at their deadline it would be another
         # Rank 3 waits for 2 and leaves when it hears: its neighbours may hear of either.
         assert kind != "shared" or "rank 2 has " in text or "rank 3 has " in text, told
     assert any(name == "DeadlineError" for name, _, _ in hung), hung
-    assert all(waited < 3.5 for _, _, waited in hung), hung
+    assert all(waited < 20.0 for _, _, waited in hung), hung
     assert kind != "shared" or any("for ranks [2]" in text for _, text, _ in hung), hung
 
 
 def test_ranks_that_do_not_join_are_named() -> None:
     port = free_port()
     joins = [partial(connect, place(MESH, rank, "shared", port, join_s=1.0)) for rank in (0, 3)]
-    began = time.monotonic()
     errors = together(joins)
-    assert time.monotonic() - began < 4
     assert all(isinstance(error, (DeadlineError, PeerError)) for error in errors), errors
     named = [str(error) for error in errors if isinstance(error, DeadlineError)]
     assert named, errors
@@ -144,16 +143,20 @@ def test_a_bad_address(address: str) -> None:
 
 def test_two_processes_are_one_rank() -> None:
     port, two = free_port(), instance_mesh(2)
-    results = as_processes(3, joins_as, two, port, [0, 1, 1])
+    results = as_processes(3, joins_as, two, port, [0, 1, 1], get_context("forkserver").Event())
     refused = [r for r in results if isinstance(r, ConfigError)]
     assert len(refused) == 1, results
     assert "is that rank already" in str(refused[0])
 
 
-def joins_as(process: int, mesh: Any, port: int, ranks: list[int]) -> None:
-    """Joins as the rank that was given to this process."""
-    meeting = meet(mesh, ranks[process], f"127.0.0.1:{port}", "gloo", 30.0)
-    time.sleep(4.0)  # a busy machine starts the third process late, and it must still find the other two
+def joins_as(process: int, mesh: Any, port: int, ranks: list[int], refused: Any) -> None:
+    """Joins as the rank that was given to this process; who may stay waits until somebody was refused."""
+    try:
+        meeting = meet(mesh, ranks[process], f"127.0.0.1:{port}", "gloo", PATIENCE_S)
+    except ConfigError:
+        refused.set()
+        raise
+    assert refused.wait(PATIENCE_S)
     assert len(meeting.cards) == 2
 
 
