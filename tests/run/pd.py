@@ -91,7 +91,7 @@ class Server:
         wanted = list(names)
         self.until(lambda: all(key in self.answers and self.answers[key].finish is not None for key in wanted), seconds)
 
-    def free(self, seconds: float = 10.0) -> None:
+    def free(self, seconds: float = WAIT_S) -> None:
         """Everything is free, soon."""
         until = time.monotonic() + seconds
         while not (all_free(self.core) and self.core.planner.idle):

@@ -24,8 +24,9 @@ from tessera.run.bootstrap import Bootstrap
 from tessera.run.courier import Courier
 from tessera.run.poster import Connect, Connected, Part, Shut
 from tessera.transfer.manifest import Manifest, Member, Region, new_instance
+from waits import PATIENCE_S
 
-WAIT_S = 10.0
+WAIT_S = PATIENCE_S
 
 
 def manifest(page_size: int = 4) -> Manifest:
@@ -46,7 +47,9 @@ class Side:
     ) -> None:
         self.told: queue.Queue[Any] = queue.Queue()
         self._unreachable = unreachable
-        config = HandoverConfig(role=role, bootstrap_port=port, **{"heartbeat_interval": 0.1, "silence": 2.0, **times})
+        config = HandoverConfig(
+            role=role, bootstrap_port=port, **{"heartbeat_interval": 0.1, "silence": WAIT_S, **times}
+        )
         self.courier = Courier(config, "127.0.0.1", manifest(page_size), (f"{role}-0",), self._tell)
 
     def _tell(self, event: Any) -> None:
@@ -89,13 +92,13 @@ def met(prefill: Side, decode: Side) -> str:
 
 
 def test_letters_go_both_ways_and_a_session_ends_at_both_ends(make: Callable[..., Side]) -> None:
-    prefill, decode = make("prefill"), make("decode")
+    prefill, decode = make("prefill", silence=3.0), make("decode", silence=3.0)
     peer = met(prefill, decode)
     decode.courier.do(Tell(peer, Over(3, 7)))
     assert prefill.wait(Heard).letter == Over(3, 7)
     prefill.courier.do(Tell(peer, Closed(3, Why("no"))))
     assert decode.wait(Heard).letter == Closed(3, Why("no"))
-    time.sleep(2.5)  # longer than the silence that is allowed: there are signs of life
+    time.sleep(3.5)  # longer than the silence that is allowed: there are signs of life
     decode.courier.do(Fence(peer))
     assert decode.wait(Shut) == Shut(peer, ("prefill-0",))
     assert prefill.wait(Gone).peer == peer
@@ -195,12 +198,12 @@ def test_a_silent_peer_is_given_up(make: Callable[..., Side], monkeypatch: pytes
 @pytest.mark.parametrize("quick", ["prefill", "decode"])
 def test_each_side_hears_the_other_as_often_as_it_asked(make: Callable[..., Side], quick: str) -> None:
     """The two may have been started with other intervals; the quick one must not give up the slow one."""
-    times = {"heartbeat_interval": 0.2, "silence": 0.8}
+    times = {"heartbeat_interval": 0.5, "silence": 3.0}
     slow = {"heartbeat_interval": 60.0, "silence": 120.0}
     sides = {role: make(role, **(times if role == quick else slow)) for role in ("prefill", "decode")}
     met(sides["prefill"], sides["decode"])
     with pytest.raises(queue.Empty):
-        sides[quick].told.get(timeout=2.0)
+        sides[quick].told.get(timeout=4.0)
 
 
 def test_a_port_that_is_taken_is_refused_by_flag(make: Callable[..., Side]) -> None:

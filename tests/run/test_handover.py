@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from run.pd import Pair, Server
+from run.pd import WAIT_S, Pair, Server
 from tessera.core.errors import ConfigError
 from tessera.core.messages import SamplingParams, Submit
 from tessera.plan.step import Send
@@ -135,13 +135,13 @@ def test_what_has_landed_does_not_wait_for_a_step(flags: dict[str, Any], monkeyp
         def late(self: Poster, one: Any) -> None:
             if self._rank == 0:
                 pair.prefill.post(Submit("other", prompt(2, 9), SamplingParams(max_new_tokens=0)))
-            assert stuck.wait(10.0), "the other prompt never began"
+            assert stuck.wait(WAIT_S), "the other prompt never began"
             report(self, one)
 
         def slow(self: Runner, work: Any) -> Any:
             if self.post is not None and any(enter.request_id == "other" for enter in work.change.enter):
                 stuck.set()
-                assert answered.wait(10.0), "a prompt waits for the step of another one"
+                assert answered.wait(WAIT_S), "a prompt waits for the step of another one"
             return execute(self, work)
 
         monkeypatch.setattr(loop, "IDLE_WAIT_S", 0.01)
@@ -273,7 +273,7 @@ def test_a_mistake_where_bytes_are_moved_ends_the_engine_and_is_told(monkeypatch
     with Pair(MODELS["qwen3"], {}, {}, **EXACT) as pair:
         monkeypatch.setattr(Poster, "_runs", broken)
         pair.post(Submit("r", prompt(0, 20), LONG))
-        pair.prefill.thread.join(20)
+        pair.prefill.thread.join(WAIT_S)
         assert "ZeroDivisionError: a mistake" in str(pair.prefill.fatal)
         pair.decode.ended([("r", 0)])
         assert "has gone" in pair.decode.errors["r"]

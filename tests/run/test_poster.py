@@ -18,7 +18,7 @@ from tessera.run.mailbox import Mailbox, readable
 from tessera.run.poster import Connect, Connected, News, Poster, Written
 from tessera.transfer.base import Done
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Engine:
