@@ -7,10 +7,10 @@ while other requests decode; what these lose shows in the largest gaps between t
 each side, and what happens meanwhile on stderr; a side that fails, or is not through in its time, says why in its line,
 with what it had measured. The results kept in `bench/results/handover.md` were taken so.
 
-Apart, the first token's time is told by legs too, which follow one after the other: `arrive` (until the decode server's
-planner has the request), `reserve` (until it has set memory aside), `letters` (its reservation's way to prefill, what
-prefill waits for, and the record's way back), `prefill` (from the plan of the first chunk to the end of the last),
-`transfer` (until the last byte is there), `tell` (from the record to the client).
+Apart, the first token's time is told by legs too: `http` (from the client by the router to the decode server, and back),
+`arrive` (from there to its planner), `reserve` (until it has set memory aside), `letters` (its reservation's way to
+prefill, what prefill waits for, and the record's way back), `prefill` (from the plan of the first chunk to the end of the
+last), `transfer` (until the last byte is there), `tell` (from the record to the answer's first part).
 """
 
 from __future__ import annotations
@@ -151,17 +151,19 @@ class Times(NamedTuple):
     legs: dict[str, float]
 
 
-def legs_of(handed: dict[str, float], began: float, first: float) -> dict[str, float]:
-    """What the first token's time went to; `handed`: `HandoverTimes` of the decode server, of this host's clock."""
+def legs_of(meta: dict[str, Any], first: float) -> dict[str, float]:
+    """What the first token's time, `first`, went to; `meta`: what the decode server told with it."""
+    handed, answered = meta["handover"], meta["e2e_latency"]
     asked = handed["ended"] - handed["waiting"]
     opened = asked - handed["queue"] - handed["meeting"]
     return {
-        "arrive": opened - began,
+        "http": first - answered,
+        "arrive": opened,
         "reserve": asked - opened,
         "letters": handed["waiting"] - handed["prefill"] - handed["transfer"],
         "prefill": handed["prefill"],
         "transfer": handed["transfer"],
-        "tell": began + first - handed["ended"],
+        "tell": answered - handed["ended"],
     }
 
 
@@ -191,8 +193,8 @@ class Clients:
                     raise RuntimeError(line)
                 if line.startswith("data: {"):
                     found.append(time.monotonic() - began)
-                    if len(found) == 1 and (handed := json.loads(line[6:])["meta_info"].get("handover")):
-                        legs = legs_of(handed, began, found[0])
+                    if len(found) == 1 and "handover" in (meta := json.loads(line[6:])["meta_info"]):
+                        legs = legs_of(meta, found[0])
         return Times(found, legs)
 
     async def measure(self, prompt: int, count: int, others: int, found: dict[str, Any]) -> None:

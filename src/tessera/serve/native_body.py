@@ -88,7 +88,8 @@ class _Maker:
             "e2e_latency": time.monotonic() - self._began,
         }
         if usage.handed is not None:
-            meta["handover"] = msgspec.structs.asdict(usage.handed)
+            times = msgspec.structs.asdict(usage.handed)
+            meta["handover"] = {**times, "ended": usage.handed.ended - self._began}  # seconds, as the others are
         if self.request.logprobs >= 0:
             item = self.request.items[0]
             start = item.params.logprob_start if item.params.prompt_logprobs >= 0 else len(item.tokens)
