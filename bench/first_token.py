@@ -7,10 +7,10 @@ while other requests decode; what these lose shows in the largest gaps between t
 each side, and what happens meanwhile on stderr; a side that fails, or is not through in its time, says why in its line,
 with what it had measured. The results kept in `bench/results/handover.md` were taken so.
 
-Apart, the first token's time is told by legs too: `http` (from the client by the router to the decode server, and back),
-`arrive` (from there to its planner), `reserve` (until it has set memory aside), `letters` (its reservation's way to
-prefill, what prefill waits for, and the record's way back), `prefill` (from the plan of the first chunk to the end of the
-last), `transfer` (until the last byte is there), `tell` (from the record to the answer's first part).
+Apart, the first token's time is told by legs too: `http` (from the client by the router to the decode server, and
+back), `arrive` (from there to its planner), `reserve` (until it has set memory aside), `letters` (its reservation's way
+to prefill, what prefill waits for, and the record's way back), `prefill` (from the plan of the first chunk to the end
+of the last), `transfer` (until the last byte is there), `tell` (from the record to the answer's first part).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ PARAMS = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 
 
 def times_add_up(meta: dict[str, Any], phases: tuple[str, ...]) -> None:
-    """All are seconds, as the request's own latency is: when the last phase ended is told from the request's arrival."""
+    """All are seconds, as the request's own latency is; `ended` counts from the request's arrival."""
     handed = meta["handover"]
     assert sum(handed[name] for name in phases) <= handed["ended"] + 0.05, "planners' clocks tick by turn"
     assert 0 < handed["ended"] <= meta["e2e_latency"]

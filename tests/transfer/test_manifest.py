@@ -53,6 +53,31 @@ def test_what_does_not_fit_is_refused_by_name(name: str) -> None:
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_all_that_differs_of_a_tensor_is_told() -> None:
+    """Its dtype, its pages and its heads; and only that, though each of it makes another layout."""
+    with pytest.raises(ConfigError) as error:
+        compare(manifest(model(gqa(8, 2)), 2), manifest(model(gqa(8, 2, 4)), 2, 1, FP8, page_size=8))
+    told = [(conflict.flags, conflict.reason) for conflict in error.value.conflicts]
+    assert {flags for flags, _ in told} == {("layers.0.kv",)}
+    assert [reason.split(":")[0] for _, reason in told] == [
+        "prefill keeps bfloat16, decode float8_e4m3fn",
+        "prefill has pages of 4 tokens, decode of 8",
+        "not the same tensor",
+    ]
+    with pytest.raises(ConfigError) as error:
+        compare(manifest(HYBRID, 4), manifest(HYBRID, 2, page_size=8))
+    assert "not the same tensor" not in str(error.value)
+
+
+def test_of_many_tensors_that_differ_alike_the_first_are_named() -> None:
+    many = model(*(gqa(8, 2) for _ in range(11)))
+    with pytest.raises(ConfigError) as error:
+        compare(manifest(many, 2), manifest(many, 2, page_size=8))
+    (conflict,) = error.value.conflicts
+    assert conflict.flags == (*(f"layers.{i}.kv" for i in range(8)), "3 more")
+    assert conflict.reason == "prefill has pages of 4 tokens, decode of 8"
+
+
 def engines(sent: Manifest, *kinds: str) -> Manifest:
     """The same, with other transfer engines on its ranks."""
     members = [msgspec.structs.replace(m, engine=kind) for m, kind in zip(sent.members, kinds, strict=True)]

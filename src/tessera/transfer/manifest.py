@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 from torch import Tensor
 
 from tessera.core.errors import ConfigError, Conflict, LayoutError, PeerError
+from tessera.core.layout import whole
 from tessera.core.mesh import Mesh
 from tessera.core.reshard import same_tensor
 from tessera.core.tensors import DTYPE_BYTES, CacheSpec
@@ -20,6 +22,7 @@ from tessera.transfer.base import Engine
 
 PROTOCOL = 3  # of the manifest and of what follows it; raised with every change that an older server would misread
 SAME_MODEL = "Serve the same model on both sides."
+MOST_NAMED = 8  # tensors that one reason is told of by name
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -141,30 +144,42 @@ def _tables(source: Manifest, destination: Manifest) -> Iterator[Conflict]:
     """What is said of each cache, one conflict for all caches that it holds for."""
     mine, theirs = ({spec.name: spec for spec in manifest.caches} for manifest in (source, destination))
     for side, here, there in (("prefill", mine, theirs), ("decode", theirs, mine)):
-        if only := tuple(name for name in here if name not in there):
-            yield Conflict(only, f"only {side} has it", SAME_MODEL)
+        if only := [name for name in here if name not in there]:
+            yield Conflict(_named(only), f"only {side} has it", SAME_MODEL)
     found: dict[tuple[str, str], list[str]] = {}
     for name in [spec.name for spec in source.caches if spec.name in theirs]:
-        if apart := _apart(mine[name], theirs[name], source.page_size, destination.page_size):
+        for apart in _apart(mine[name], theirs[name], source.page_size, destination.page_size):
             found.setdefault(apart, []).append(name)
     for (reason, remedy), names in found.items():
-        yield Conflict(tuple(names), reason, remedy)
+        yield Conflict(_named(names), reason, remedy)
 
 
-def _apart(a: CacheSpec, b: CacheSpec, a_page: int, b_page: int) -> tuple[str, str] | None:
-    """(reason, remedy) when one cache cannot continue as the other."""
+def _named(names: Sequence[str]) -> tuple[str, ...]:
+    """A model has many layers, which mostly differ alike."""
+    more = len(names) - MOST_NAMED
+    return (*names[:MOST_NAMED], f"{more} more") if more > 0 else tuple(names)
+
+
+def _apart(a: CacheSpec, b: CacheSpec, a_page: int, b_page: int) -> Iterator[tuple[str, str]]:
+    """(reason, remedy) of everything for which one cache cannot continue as the other."""
     if a.kind != b.kind:
-        return f"prefill keeps it by {a.kind}, decode by {b.kind}", SAME_MODEL
+        yield f"prefill keeps it by {a.kind}, decode by {b.kind}", SAME_MODEL
     if a.dtype != b.dtype:
         remedy = "Give the same --dtype, --kv-cache-dtype and --mamba-ssm-dtype on both sides."
-        return f"prefill keeps {a.dtype}, decode {b.dtype}", remedy
-    if a.kind == "page" and a_page != b_page:
-        return f"prefill has pages of {a_page} tokens, decode of {b_page}", "Give the same --page-size on both sides."
+        yield f"prefill keeps {a.dtype}, decode {b.dtype}", remedy
+    if a.kind == b.kind == "page" and a_page != b_page:
+        yield f"prefill has pages of {a_page} tokens, decode of {b_page}", "Give the same --page-size on both sides."
+        a, b = _of_a_token(a), _of_a_token(b)
     try:
         same_tensor(a.layout, b.layout)
     except LayoutError as error:
-        return str(error), SAME_MODEL
-    return None
+        yield str(error), SAME_MODEL
+
+
+def _of_a_token(page: CacheSpec) -> CacheSpec:
+    """What else there is to differ, where pages have other sizes."""
+    dims = (whole(dim.name, 1) if dim.name == "token" else dim for dim in page.layout.dims)
+    return replace(page, layout=replace(page.layout, dims=tuple(dims)))
 
 
 def _inside(side: str, manifest: Manifest) -> Iterator[Conflict]:
@@ -179,7 +194,7 @@ def _inside(side: str, manifest: Manifest) -> Iterator[Conflict]:
         if reason := _misfit(manifest, i, spec):
             wrong.setdefault(reason, []).append(spec.name)
     for reason, names in wrong.items():
-        yield Conflict(tuple(names), f"{side}: {reason}", remedy)
+        yield Conflict(_named(names), f"{side}: {reason}", remedy)
 
 
 def _misfit(manifest: Manifest, index: int, spec: CacheSpec) -> str | None:
