@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import socket
 import time
@@ -184,6 +185,24 @@ def test_kinds_for_a_device() -> None:
 def test_one_rank_needs_nobody() -> None:
     comm = connect(Place(instance_mesh(1), 0, CPU, "", "gloo"))
     assert torch.equal(comm.sum([torch.ones(2), torch.ones(2)], "tp").wait(), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("Connection closed by peer [127.0.0.1]:23", "a rank has ended or left"),
+        ("Read error [::1]:5: Connection reset by peer", "a rank has ended or left"),
+        ("Write error: Broken pipe", "a rank has ended or left"),
+        ("connect [10.0.0.2]:7: Connection refused", "a rank has ended or left"),
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", "a rank has "),
+        ("Invalid scalar type", "the backend of collectives failed"),
+        ("op.preamble.length <= op.nbytes. 8 vs 4", "the backend of collectives failed"),
+        ("CUDA error: out of memory", "the backend of collectives failed"),
+    ],
+)
+def test_a_mistake_is_not_taken_for_a_rank_that_left(said: str, found: str) -> None:
+    with pytest.raises(PeerError, match=re.escape(f"rank 0 in sum: {found}")), explained("rank 0 in sum", 10.0):
+        raise RuntimeError(said)
 
 
 def test_what_gloo_says_is_told_without_its_advice() -> None:

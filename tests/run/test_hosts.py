@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from assets.abacus import model
 from tessera.core.config.types import Config
+from tessera.core.errors import ConfigError
 from tessera.models.folder import find_model
-from tessera.run.hosts import conflicts, identity
+from tessera.run.hosts import Placed, conflicts, identity
+from tessera.run.hub import Hub
+from tessera.run.wire import End, Failed, Hello, decode_down, encode
 from tiny import resolved
 
 NAME = "abacus-mla"
@@ -66,3 +71,45 @@ def test_all_that_differs_is_told_at_once(copied: Path) -> None:
     said = found(copied, dtype="float16", page_size=8)
     assert len(said) >= 3
     assert [text.split(" of host")[0] for text in said][-1].startswith("--model-path")
+
+
+HERE = Placed(3, 3, 0, "a")
+WRONG = {
+    "two hosts with one rank": (
+        Placed(3, 3, 1, "c"),
+        "--node-rank 1: two hosts have it: b and c. Give each host its own",
+    ),
+    "another number of ranks": (Placed(6, 3, 1, "c"), "--tp-size of host 1: found 6, the first host has 3"),
+    "another number of hosts": (Placed(3, 2, 1, "c"), "--nnodes of host 1: found 2, the first host has 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("met", [False, True])
+def test_a_host_that_was_started_wrongly_is_told_why(name: str, met: bool) -> None:
+    """While ranks meet that ends the start; one that comes to an instance that serves is turned away from it."""
+    (there, said), hub, context = WRONG[name], Hub(3, None, HERE), zmq.Context()
+    try:
+        with context.socket(zmq.DEALER) as one, context.socket(zmq.DEALER) as other:
+            for link, routing_id in ((one, b"1/x"), (other, b"1/y")):
+                link.routing_id = routing_id
+                link.connect(hub.address)
+            one.send(encode(Hello(Placed(3, 3, 1, "b"))))
+            assert hub.receive(60.0) is not None
+            if met:
+                hub.met()
+            other.send(encode(Hello(there)))
+            if met:
+                other.send(encode(Failed("ConfigError", "as told")))
+                assert hub.receive(1.0) is None
+                hub.send(End(), [1])
+            else:
+                with pytest.raises(ConfigError, match=re.escape(said)):
+                    hub.receive(60.0)
+                hub.close(0)
+            told = {link: decode_down(link.recv()) for link in (one, other) if link.poll(10_000)}
+            assert any(said in str(conflict) for conflict in told[other].why)
+            assert bool(told[one].why) is not met
+    finally:
+        hub.close(0)
+        context.term()

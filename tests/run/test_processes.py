@@ -223,7 +223,7 @@ def test_an_address_in_use_is_refused() -> None:
 class Scripted:
     """A hub whose ranks say what is written down."""
 
-    def __init__(self, num_ranks: int, meeting: str | None) -> None:
+    def __init__(self, num_ranks: int, *_: object) -> None:
         self.script: list[tuple[int, Any]] = [(r, m) for m in (Hello(), Loaded()) for r in range(num_ranks)]
         self.sent: list[tuple[Any, list[int]]] = []
 

@@ -219,6 +219,19 @@ def test_a_host_with_another_model_or_other_flags_is_refused_on_both(tmp_path: P
         assert "Traceback" not in text
 
 
+def test_a_host_of_another_number_of_ranks_is_refused_on_both_at_once(tmp_path: Path) -> None:
+    """Its ranks have other numbers, so all would wait for some that never come."""
+    folder = model_folder(tmp_path)
+    hosts = [*command(folder), "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}", "--dist-timeout", "600"]
+    with running([*hosts, "--tp", "4", "--node-rank", "1"], folder / "second") as second:
+        second.wait_for("ranks 2 to 3 wait for the engine")
+        with running([*hosts, "--tp", "2"], folder / "first") as first:
+            assert (first.code(60), second.code(10)) == (1, 1)
+    for text in (first.text, second.text):
+        assert "--tp-size of host 1: found 4, the first host has 2. Start every host with" in text
+        assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_host_that_never_comes_is_waited_for_as_long_as_asked(tmp_path: Path, node: int) -> None:
     folder, where = model_folder(tmp_path), f"127.0.0.1:{free_port()}"
@@ -227,6 +240,7 @@ def test_a_host_that_never_comes_is_waited_for_as_long_as_asked(tmp_path: Path, 
         assert server.code() == 1
         if node == 0:
             assert re.search(r"ranks \[(0, )?1\] did not say Hello for 1.5 s", server.text)
-            assert f"--nnodes 2 --node-rank N --dist-init-addr {where}" in server.text
+            assert f"--tp-size 2 --nnodes 2 --node-rank N --dist-init-addr {where}" in server.text
         else:
             assert f"the engine at {where} has said nothing for 1.5 s; does the first host run?" in server.text
+            assert "Compare --dist-init-addr, --nnodes and --tp-size with the first host's" in server.text

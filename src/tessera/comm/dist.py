@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 NCCL_GROUP = 512 << 20  # bytes of a communicator between GPUs of one host, rounded up
 
 NOISE = re.compile(r"^\[\S+\.cc:\d+\] | This is typically caused by .*")  # of gloo: for those who develop it
+GONE = re.compile(
+    r"clos(ed|ing)|reset by peer|broken pipe|connection refused|no route|remote (error|process)|unreachable|abort",
+    re.IGNORECASE,
+)  # in what the backends say when a connection ends
 Ranks = tuple[int, ...]
 Mapped = Callable[[Meeting, Ranks, torch.device], "Peers | None"]
 
@@ -76,7 +80,8 @@ class _Made:
 
 @contextmanager
 def explained(what: str, deadline_s: float) -> Iterator[None]:
-    """Errors of the backends as `PeerError` or `DeadlineError`. They are all RuntimeErrors: only the time tells why."""
+    """Errors of the backends as `PeerError` or `DeadlineError`. They are all RuntimeErrors: the time and their words
+    tell why."""
     began = time.monotonic()
     try:
         yield
@@ -85,7 +90,8 @@ def explained(what: str, deadline_s: float) -> Iterator[None]:
         if waited >= 0.9 * deadline_s:
             raise DeadlineError(f"{what}: nothing came for {waited:.1f} s") from error
         said = NOISE.sub("", str(error).splitlines()[0])
-        raise PeerError(f"{what}: a rank has ended or left ({said})") from error
+        found = "a rank has ended or left" if GONE.search(said) else "the backend of collectives failed"
+        raise PeerError(f"{what}: {found} ({said})") from error
 
 
 def told_late(mesh: Mesh, rank: int, late: Mapping[str, Sequence[int]], deadline_s: float) -> DeadlineError | None:

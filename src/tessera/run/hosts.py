@@ -3,9 +3,13 @@ resolved holds for all, so another host's flags must ask for the same, and its f
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+
+import msgspec
 
 from tessera.core.config.types import Config
 from tessera.core.errors import Conflict
@@ -37,6 +41,36 @@ ALIKE = {
 }
 REMEDY = "Start every host with the same model and the same flags, but for --node-rank."
 Identity = tuple[str, str]  # of a model: its spec, its weights
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """What decides which ranks a host has; `where`: which one it is, for people."""
+
+    tp: int
+    num_nodes: int
+    node_rank: int
+    where: str = ""
+
+
+def placed(config: Config) -> Placed:
+    """That of this host."""
+    mesh = config.mesh
+    return Placed(mesh.tp, mesh.num_nodes, mesh.node_rank, f"process {os.getpid()} on {socket.gethostname()}")
+
+
+def misplaced(there: Placed, first: Placed, holder: Placed | None) -> list[Conflict]:
+    """Why a host cannot have the ranks that it started. `holder`: who has them already."""
+    pairs = (("--tp-size", there.tp, first.tp), ("--nnodes", there.num_nodes, first.num_nodes))
+    found = [
+        Conflict((f"{flag} of host {there.node_rank}",), f"found {ours}, the first host has {theirs}", REMEDY)
+        for flag, ours, theirs in pairs
+        if ours != theirs
+    ]
+    if not found and holder is not None:
+        why = f"two hosts have it: {holder.where} and {there.where}"
+        remedy = f"Give each host its own, from 0 to {first.num_nodes - 1}."
+        found.append(Conflict((f"--node-rank {there.node_rank}",), why, remedy))
+    return found
 
 
 def identity(config: Config) -> Identity:

@@ -13,8 +13,9 @@ import zmq
 
 from tessera.core.errors import CapacityError, ConfigError, Conflict, DeadlineError, ModelError, PeerError, TesseraError
 from tessera.run.children import Children
+from tessera.run.hosts import Placed, misplaced
 from tessera.run.nodes import start
-from tessera.run.wire import Down, End, Failed, Up, decode_up, encode, watched
+from tessera.run.wire import Down, End, Failed, Hello, Up, decode_up, encode, watched
 
 GATHER_S = 0.5  # after the first bad news, for the news that explain it
 TELL_MS = 500
@@ -26,11 +27,18 @@ PLAIN = {kind.__name__: kind for kind in (CapacityError, ModelError)}
 class Hub:
     """Starts ranks and talks to them. Only one thread may use it.
 
-    `meeting`: host:port of this host at which ranks of other hosts find it. Raises `ConfigError` when it is in use.
+    `meeting`: host:port of this host at which ranks of other hosts find it, `here`: how this one was started. Raises
+    `ConfigError` when it is in use.
     """
 
-    def __init__(self, num_ranks: int, meeting: str | None = None) -> None:
+    def __init__(self, num_ranks: int, meeting: str | None = None, here: Placed | None = None) -> None:
         self.num_ranks = num_ranks
+        self._here = here
+        self._names: dict[int, bytes] = {}  # by which ranks are known to the socket
+        self._placed: dict[int, Placed] = {}  # hosts of ranks of other hosts
+        self._refused: tuple[Conflict, ...] = ()
+        self._turned_away: list[bytes] = []
+        self._have_met = False
         self._folder = Path(tempfile.mkdtemp(prefix="tessera-"))
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -71,6 +79,7 @@ class Hub:
 
     def met(self) -> None:
         """All are connected: nothing needs the folder, and nobody shall have to clear it away."""
+        self._have_met = True
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def send(self, message: Down, ranks: Sequence[int]) -> None:
@@ -78,7 +87,7 @@ class Hub:
         data = encode(message)
         for rank in ranks:
             try:
-                self._socket.send_multipart([_name(rank), data])
+                self._socket.send_multipart([self._name(rank), data])
             except zmq.ZMQError as error:
                 raise self._why(f"rank {rank} cannot be reached") from error
 
@@ -88,14 +97,18 @@ class Hub:
         Raises why a rank has failed or gone.
         """
         self._listen(also)
-        ready = dict(self._poller.poll(int(seconds * 1000)))
-        if not ready.keys() - {also}:
-            return None
-        if self._socket in ready:
-            rank, message = self._read()
-            if not isinstance(message, Failed):
-                return rank, message
-        raise self._why("a rank has gone")
+        until = time.monotonic() + seconds
+        while True:
+            ready = dict(self._poller.poll(int(max(until - time.monotonic(), 0) * 1000)))
+            if not ready.keys() - {also}:
+                return None
+            if self._socket not in ready:
+                raise self._why("a rank has gone")
+            found = self._read()
+            if found is not None and not isinstance(found[1], Failed):
+                return found
+            if found is not None:
+                raise self._why("a rank has gone")
 
     def _listen(self, also: int | None) -> None:
         if also == self._also:
@@ -106,9 +119,27 @@ class Hub:
             self._poller.register(also, zmq.POLLIN)
         self._also = also
 
-    def _read(self) -> tuple[int, Up]:
+    def _place(self, rank: int, name: bytes, there: Placed) -> None:
+        """A rank of another host has come. Where that was started as it cannot be it is turned away; while the ranks
+        meet that raises `ConfigError`, and all are told."""
+        found = misplaced(there, self._here, self._placed.get(rank)) if self._here is not None else []
+        if not found:
+            self._placed[rank], self._names[rank] = there, name
+            return
+        self._turned_away.append(name)
+        if not self._have_met:
+            self._refused = tuple(found)
+            raise ConfigError(found)
+        self._tell_end(name, tuple(found))
+
+    def _read(self) -> tuple[int, Up] | None:
+        """None: somebody said it who was turned away."""
         name, data = self._socket.recv_multipart()
-        rank, message = int(name), decode_up(data)
+        rank, message = int(name.partition(b"/")[0]), decode_up(data)
+        if isinstance(message, Hello) and message.placed is not None:
+            self._place(rank, name, message.placed)
+        if name != self._name(rank):
+            return None
         if isinstance(message, Failed):
             self._told.setdefault(rank, message)
         return rank, message
@@ -141,11 +172,17 @@ class Hub:
 
     def _reaches(self, rank: int) -> bool:
         """Whether a rank is connected; it is told the end."""
+        return self._tell_end(self._name(rank), self._refused)
+
+    def _tell_end(self, name: bytes, why: tuple[Conflict, ...]) -> bool:
         try:
-            self._socket.send_multipart([_name(rank), encode(End())], zmq.NOBLOCK)
+            self._socket.send_multipart([name, encode(End(why))], zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
+
+    def _name(self, rank: int) -> bytes:
+        return self._names.get(rank, str(rank).encode())
 
     def _causes(self) -> dict[int, Failed]:
         """What ranks say that is not about others."""
@@ -161,6 +198,8 @@ class Hub:
             return
         for rank in range(self.num_ranks):
             self._reaches(rank)
+        for name in self._turned_away:
+            self._tell_end(name, self._refused)
         if self._children is not None:
             self._children.close(seconds)
         self._socket.disable_monitor()
@@ -168,7 +207,3 @@ class Hub:
         self._socket.close(TELL_MS)
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _name(rank: int) -> bytes:
-    return str(rank).encode()

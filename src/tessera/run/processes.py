@@ -14,12 +14,12 @@ from typing import TypeVar
 
 from tessera.core.config.types import Config, MeshConfig
 from tessera.core.errors import ConfigError, Conflict, DeadlineError, PeerError
-from tessera.core.mesh import ranks_of
+from tessera.core.mesh import ranks_of, share
 from tessera.core.messages import Output
 from tessera.models.load import Progress
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
-from tessera.run.hosts import identity
+from tessera.run.hosts import identity, placed
 from tessera.run.hub import Hub
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
@@ -72,7 +72,7 @@ class Processes:
         self._done: dict[int, deque[Done]] = {rank: deque() for rank in self._first}
         self._last = -1
         self._dropped: dict[tuple[str, int], int] = {}  # and the last step that may still bring something of it
-        self._hub = Hub(mesh.size, config.mesh.meeting if config.mesh.num_nodes > 1 else None)
+        self._hub = Hub(mesh.size, config.mesh.meeting if config.mesh.num_nodes > 1 else None, placed(config))
         try:
             self._start(config, progress)
         except BaseException:
@@ -109,8 +109,12 @@ class Processes:
         except DeadlineError as error:
             if mesh.num_nodes == 1:
                 raise
-            flags = f"--nnodes {mesh.num_nodes} --node-rank N --dist-init-addr {mesh.meeting}"
-            why = f"each host needs a server with {flags}, started within --dist-timeout {seconds:g} seconds"
+            flags = f"--tp-size {mesh.tp} --nnodes {mesh.num_nodes} --node-rank N --dist-init-addr {mesh.meeting}"
+            each = share(mesh.tp, mesh.num_nodes)
+            why = (
+                f"host N has the {each} from rank {each} * N on. Compare the flags of each host: all need a "
+                f"server with {flags}, started within --dist-timeout {seconds:g} seconds"
+            )
             raise DeadlineError(f"{error}; {why}") from error
 
     def _until_all(self, kind: type[UpT], note: Callable[[int, Loading], None], seconds: float) -> dict[int, UpT]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from tessera.models.folder import configured_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
 from tessera.run.hardware import cores
-from tessera.run.hosts import conflicts
+from tessera.run.hosts import conflicts, placed
 from tessera.run.mailbox import Mailbox
 from tessera.run.poster import News
 from tessera.run.runner import Launched, Runner
@@ -68,11 +69,12 @@ FORM = "[%(asctime)s] %(levelname)s rank {}: %(message)s"
 class Link:
     """The rank's end of the wire. Only one thread may use it."""
 
-    def __init__(self, address: str, rank: int) -> None:
+    def __init__(self, address: str, rank: int, elsewhere: bool = False) -> None:
+        """`elsewhere`: another host may have been started with the same rank by mistake, and both must be heard."""
         self.address = address
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
-        self.socket.routing_id = str(rank).encode()
+        self.socket.routing_id = f"{rank}/{secrets.token_hex(8)}".encode() if elsewhere else str(rank).encode()
         self.socket.set_hwm(0)
         self.socket.linger = LINGER_MS
         self.gone = watched(self.socket)
@@ -90,7 +92,10 @@ class Link:
         ready = dict(poller.poll(int(seconds * 1000)))
         if not ready:
             where = self.address.removeprefix("tcp://")
-            raise DeadlineError(f"the engine at {where} has said nothing for {seconds:g} s; does the first host run?")
+            compare = "Compare --dist-init-addr, --nnodes and --tp-size with the first host's"
+            raise DeadlineError(
+                f"the engine at {where} has said nothing for {seconds:g} s; does the first host run? {compare}"
+            )
         if self.socket not in ready:
             raise PeerError("the engine has gone")
         message: Down = decode_down(self.socket.recv())
@@ -211,8 +216,10 @@ def serve(link: Link, spawn: Spawn) -> int:
     comm: Comm | None = None
     begin: Down | None = None
     try:
-        link.tell(Hello())
+        link.tell(Hello(placed(spawn.config) if spawn.config is not None else None))
         begin = link.hear(spawn.patience)
+        if isinstance(begin, End) and begin.why:
+            raise ConfigError(list(begin.why))
         if not isinstance(begin, Begin):
             raise PeerError(f"the engine said {type(begin).__name__} and not what to be")
         _agree(begin, spawn)
@@ -250,7 +257,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(format=FORM.format(spawn.rank), datefmt="%Y-%m-%d %H:%M:%S")
-    link = Link(spawn.address, spawn.rank)
+    link = Link(spawn.address, spawn.rank, elsewhere=spawn.config is not None)
     try:
         return serve(link, spawn)
     finally:

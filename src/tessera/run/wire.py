@@ -19,7 +19,7 @@ from tessera.core.errors import Conflict
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
-from tessera.run.hosts import Identity
+from tessera.run.hosts import Identity, Placed
 from tessera.run.poster import News, Order
 from tessera.run.profiling import ProfileOrder
 from tessera.run.recording import Act
@@ -31,7 +31,9 @@ HEARTBEAT_MS, SILENCE_MS = 1000, 4000
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A rank is there and wants to know what to be."""
+    """A rank is there and wants to know what to be. `placed`: how its host was started, where that is another one."""
+
+    placed: Placed | None = None
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):
@@ -126,7 +128,9 @@ class Kept(msgspec.Struct, tag=True, frozen=True):
 
 
 class End(msgspec.Struct, tag=True, frozen=True):
-    """Finish what is under way and leave."""
+    """Finish what is under way and leave. `why`: its host is refused."""
+
+    why: tuple[Conflict, ...] = ()
 
 
 class Spawn(msgspec.Struct, frozen=True):
