@@ -13,6 +13,7 @@ RULES: list[Rule] = [
     imports.at_the_top,
     tiling.no_sharding_arithmetic,
     tiling.no_modes,
+    tiling.no_halves,
     habits.small_files,
     habits.small_functions,
     habits.no_global,

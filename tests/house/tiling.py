@@ -113,6 +113,19 @@ def no_modes(module: Module) -> Iterator[Finding]:
                 yield module.find(node, f"enum {node.name} lists modes", remedy)
 
 
+HALVES = re.compile(r"(^|_)(halves|tbo|overlap\w*|split_from)(_|$)", re.IGNORECASE)
+
+
+def no_halves(module: Module) -> Iterator[Finding]:
+    """Layers yield where they wait on the wire, and that is all that a model file has to do with two-batch overlap."""
+    if module.path.startswith("models/"):
+        for node in ast.walk(module.tree):
+            for name in _introduced(node):
+                if HALVES.search(name):
+                    remedy = "Yield where it waits; the planner cuts steps, and one driver interleaves (comm/waits.py)"
+                    yield module.find(node, f"'{name}' knows of halves of a step", remedy)
+
+
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
