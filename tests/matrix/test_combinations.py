@@ -14,7 +14,7 @@ from core.test_config_mesh import meshed, refused
 from house.source import ROOT
 from matrix.serving import RANDOM, model_of
 from tessera.core.messages import SamplingParams, Submit
-from tessera.plan import scheduler
+from tessera.plan import halves
 from tessera.plan.halves import Cut, cut
 from tessera.plan.step import Part
 from tiny import Run, serve
@@ -71,7 +71,7 @@ def test_a_rule_that_does_not_know_mixed_steps_is_seen(monkeypatch: pytest.Monke
         assert ones.all() or not ones.any(), "no split index for MIXED"
         return cut(part, share, grain)
 
-    monkeypatch.setattr(scheduler, "cut", knows_pure_steps)
+    monkeypatch.setattr(halves, "cut", knows_pure_steps)
     with pytest.raises(AssertionError, match="no split index for MIXED"):
         same(asked(9, 30, 25, 40), **DP, **MIXED, **HALVES)
 
