@@ -166,7 +166,8 @@ class Deployment:
                         visit.left.set()
                 looks = 0.005 if call.leaves is not None and not cut else None
                 left = [visit.task for visit in visits if not visit.task.done()]
-                await asyncio.wait(left, timeout=looks, return_when=asyncio.FIRST_COMPLETED)
+                if left:  # an end that was asked for may have come meanwhile
+                    await asyncio.wait(left, timeout=looks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.open -= 1
         for visit in visits:
