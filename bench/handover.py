@@ -180,9 +180,9 @@ def device(name: str, tokens: int, requests: int, total: int, rounds: int) -> It
                 "MB": round(moved / 1e6, 1),
                 **{f"{leg}, us": round(1e6 * took) for leg, took in link.legs(batches[0], 4 * rounds).items()},
                 "ms": round(1e3 * one, 2),
-                "GB/s": round(moved / 1e9 / one, 1),
+                "GB/s": round(moved / 1e9 / one, 3),
                 "of the peer copy": f"{moved / 1e9 / one / limit:.0%}",
-                f"GB/s of {requests} at once": round(moved / 1e9 / many, 1),
+                f"GB/s of {requests} at once": round(moved / 1e9 / many, 3),
                 "of it": f"{moved / 1e9 / many / limit:.0%}",
             }
         link.close()
