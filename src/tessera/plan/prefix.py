@@ -9,6 +9,7 @@ ancestors, so idle nodes form whole subtrees and can be evicted leaf by leaf, le
 from __future__ import annotations
 
 import heapq
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from tessera.plan.step import Ints, ints
 class Node:
     """One page of the tree. A root has no page (0)."""
 
-    __slots__ = ("children", "key", "page", "parent")
+    __slots__ = ("__weakref__", "children", "key", "page", "parent")
 
     def __init__(self, parent: Node | None, key: bytes, page: int) -> None:
         self.parent = parent
@@ -37,7 +38,8 @@ class PrefixTree:
         self._pool = pool
         self._page_size = page_size
         self._version = weights_version
-        self._roots: dict[tuple[str, str], Node] = {}
+        # A root is held by its pages and its sequences; one without either is gone, since namespaces are any strings.
+        self._roots: WeakValueDictionary[tuple[str, str], Node] = WeakValueDictionary()
         self._nodes: dict[int, Node] = {}
         self._used = np.zeros(pool.num_pages if enabled else 0, np.int64)
         self._tick = 0
