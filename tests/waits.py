@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+NOTICED_S = 5.0  # within which the end of a worker is noticed: a promise, so these seconds are asserted
 PATIENCE_S = 60.0  # what no event of a test takes, on a machine of two cores with much else to do
 
 

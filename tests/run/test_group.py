@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -108,6 +109,8 @@ def test_a_rank_that_fails_ends_all_at_once_and_says_why(rank: int) -> None:
     group.runners[rank].model.forward = broken  # type: ignore[method-assign]
     for i in range(4):
         engine.core.post(Submit(f"r{i}", prompt(i), LONG))
+    began = time.monotonic()
     with engine:
         assert {output.finish for output in engine.ended().values()} == {"error"}
         assert f"rank {rank} is out of cheese" in (engine.fatal() or "").error  # type: ignore[union-attr]
+    assert time.monotonic() - began < 10

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from tessera.run.processes import Processes, Tell, unheard
 from tessera.run.report import Tally
 from tessera.run.wire import Done, Drop, Failed, Hello, Kept, Loaded, Record, Told, encode
 from tiny import Run, resolved, serve
-from waits import PATIENCE_S, wait_until
+from waits import NOTICED_S, PATIENCE_S, wait_until
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=60)
 BASE: dict[str, Any] = {"dtype": "float32", "page_size": 16, "max_total_tokens": 8192}
@@ -128,9 +129,11 @@ def test_what_was_dropped_does_not_come_out_and_a_rank_that_is_killed_ends_all_i
         before = len(outputs(engine))
         wait_until(lambda: any(o.request_id == "r0" for o in outputs(engine)[before:]))
         (victim,) = [r for r in ranks() if '"rank":1' in r.cmdline()[-1]]
+        began = time.monotonic()
         victim.kill()
         engine.thread.join(PATIENCE_S)
         assert not engine.thread.is_alive()
+        assert time.monotonic() - began < NOTICED_S
         fatal = engine.fatal()
         assert fatal is not None
         assert f"rank 1 (process {victim.pid}) was ended by SIGKILL" in fatal.error
@@ -147,8 +150,10 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed() -> None:
     engine = Multi()
     with engine:
         wait_until(lambda: engine.said)
+        began = time.monotonic()
         ranks()[0].kill()
         engine.thread.join(PATIENCE_S)
+        assert time.monotonic() - began < NOTICED_S
         fatal = engine.fatal()
         assert fatal is not None
         assert "rank 0" in fatal.error
@@ -171,7 +176,9 @@ def test_a_rank_that_fails_says_why_and_the_others_wait_for_nobody() -> None:
     for i in range(2):
         engine.core.post(Submit(f"r{i}", [5 + i, 6, 7], LONG))
     with engine:
+        began = time.monotonic()
         last = engine.ended()
+        assert time.monotonic() - began < NOTICED_S
         assert {output.finish for output in last.values()} == {"error"}
         fatal = engine.fatal()
         assert fatal is not None

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import calls
 from ports import free_port
 from serve.processes import fake_server, gone, health, model_folder
-from waits import PATIENCE_S, wait_until
+from waits import NOTICED_S, PATIENCE_S, wait_until
 
 LONG = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -121,8 +122,11 @@ def test_the_end_of_the_engine_fails_what_is_in_flight_and_the_server(folder: Pa
         whole, streamed = Asking(url), Asking(url, stream=True)
         assert streamed.begun.wait(PATIENCE_S)
         wait_until(lambda: in_flight(url) == 2)
-        server.engine().kill()
+        engine = server.engine()
+        began = time.monotonic()
+        engine.kill()
         assert server.code() == 1
+        assert time.monotonic() - began < NOTICED_S
         whole.join(PATIENCE_S)
         streamed.join(PATIENCE_S)
         assert whole.status == 503

@@ -21,7 +21,7 @@ from serve.processes import Running, gone, health, model_folder, running
 from serve.test_processes import Asking, in_flight
 from serve.test_real_server import command
 from tessera.plan.log import replay
-from waits import PATIENCE_S, wait_until
+from waits import NOTICED_S, PATIENCE_S, wait_until
 
 RANKS = ["--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-dense-tp-size", "1"]
 
@@ -97,6 +97,7 @@ def test_a_rank_that_is_killed_is_a_503_and_a_failed_server(started: Started) ->
     streams = [Asking(started.url, stream=True, max_tokens=500) for _ in range(4)]
     assert all(one.begun.wait(PATIENCE_S) for one in streams)
     wait_until(lambda: in_flight(started.url) == 5)
+    began = time.monotonic()
     started.ranks[1].kill()
     for one in (ask, *streams):
         one.join(PATIENCE_S)
@@ -104,6 +105,7 @@ def test_a_rank_that_is_killed_is_a_503_and_a_failed_server(started: Started) ->
     assert "was ended by SIGKILL" in found[0].text
     assert started.server.code() == 1
     started.all_gone()
+    assert time.monotonic() - began < NOTICED_S
     assert all("was ended by SIGKILL" in one.text for one in streams)
     lines = [line for line in started.server.text.splitlines() if "was ended by SIGKILL" in line]
     assert ["the step loop failed: " in line for line in lines] == [True, False], "the cause, and why the server ends"
@@ -123,11 +125,12 @@ def test_a_group_whose_rank_is_killed_starts_anew_if_asked(tmp_path: Path) -> No
         text = calls.post(f"{url}/v1/completions", json=ask).json()["choices"][0]["text"]
         asking = Asking(url, max_tokens=500)
         wait_until(lambda: in_flight(url) == 1)
-        below = server.children()
+        below, began = server.children(), time.monotonic()
         ranks(server)[1].kill()
         asking.join(PATIENCE_S)
         assert (asking.status, "was ended by SIGKILL" in asking.text) == (503, True)
         wait_until(lambda: health(url) == 503)
+        assert time.monotonic() - began < NOTICED_S
         for child in below:
             gone(child)
         wait_until(lambda: health(url) == 200)
@@ -185,6 +188,7 @@ def test_two_hosts_serve_together_and_end_together(tmp_path: Path, lost: bool) -
             assert "collectives: gloo (" in first.text
             found = calls.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 5})
             assert found.json()["usage"]["completion_tokens"] == 5
+            began = time.monotonic()
             if lost:
                 second.process.kill()
             else:
@@ -193,6 +197,7 @@ def test_two_hosts_serve_together_and_end_together(tmp_path: Path, lost: bool) -
             assert second.code() == (-signal.SIGKILL if lost else 0)
             for child in below:
                 gone(child)
+            assert time.monotonic() - began < NOTICED_S + 1, "signs of life from another host come every second"
             assert ("ranks [1] on other hosts have gone" in first.text) == lost
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tessera.core.messages import Abort, Inbound, Output, Outputs, SamplingParam
 from tessera.serve.client import EngineClient, Stream
 from tessera.serve.replica import Replica
 from tessera.serve.schema import Item
-from waits import PATIENCE_S, wait_until
+from waits import NOTICED_S, PATIENCE_S, wait_until
 
 SLOW = {"DELAY": "0.02"}
 
@@ -226,8 +227,10 @@ def test_the_end_of_a_replica_is_the_end_of_the_server_unless_asked_otherwise(fo
         url = server.ready()
         asking = in_flight_on_both(url)
         other, victim = server.engines(2)
+        began = time.monotonic()
         victim.kill()
         assert server.code() == 1
+        assert time.monotonic() - began < NOTICED_S
         for one in asking:
             one.join(PATIENCE_S)
             assert "replica 1: the engine process was ended by SIGKILL" in one.text
