@@ -19,7 +19,7 @@ from tessera.core.spec import Mixer, ModelSpec
 from tessera.core.tensors import cache_table
 from tessera.transfer import copies
 from tessera.transfer.base import PerRegion, check_runs
-from tessera.transfer.copies import CopyPlan, finished
+from tessera.transfer.copies import CopyPlan
 from transfer import servers
 from transfer.servers import DTYPES, FP8, HYBRID, LATENT, MODELS, Room, arrived, delta, gqa, manifest, mla, model
 
@@ -155,18 +155,6 @@ def test_runs_keep_the_contract_of_the_engines() -> None:
 def test_pages_that_cannot_be_are_refused(src: list[int], dst: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         CopyPlan(manifest(HYBRID, 1), manifest(HYBRID, 1)).paged(0, 0, src, dst)
-
-
-@given(st.integers(1, 16), st.integers(0, 50), st.lists(st.integers(1, 40), min_size=1, max_size=6))
-def test_over_all_chunks_every_page_is_finished_once(page_size: int, begin: int, lengths: list[int]) -> None:
-    pages, at = [], begin
-    for i, length in enumerate(lengths):
-        last = i == len(lengths) - 1
-        now = list(finished(at, at + length, page_size, last))
-        assert last or all((page + 1) * page_size <= at + length for page in now), "a page goes before it is computed"
-        pages += now
-        at += length
-    assert pages == list(range(begin // page_size, -(-at // page_size)))
 
 
 # The faults that others have shipped, put back.

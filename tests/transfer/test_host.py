@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
-from tessera.transfer.base import Engine
 from tessera.transfer.engines import make_engine
+from tessera.transfer.host import HostMover
 from transfer.conformance import Apart, Conformance, Pair
+from transfer.movers import Make, making
 
-make = partial(make_engine, "local")
+engines = pytest.fixture(making)
 
 
 class TestBetweenProcesses(Apart):
-    make = make
+    make = partial(make_engine, "local")
 
 
 class TestInOneProcess(Conformance):
     @pytest.fixture
-    def pair(self) -> Iterator[Pair]:
-        made: list[Engine] = []
-
-        def pair() -> tuple[Engine, Engine]:
-            made.extend((make(), make()))
-            return made[-2], made[-1]
-
-        yield pair
-        for engine in made:
-            engine.close()
+    def pair(self, engines: Make) -> Pair:
+        return lambda: (engines(HostMover()), engines(HostMover()))

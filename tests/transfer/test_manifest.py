@@ -14,9 +14,12 @@ from tessera.core.errors import ConfigError, PeerError
 from tessera.core.mesh import instance_mesh
 from tessera.core.tensors import cache_table
 from tessera.transfer.copies import CopyPlan
-from tessera.transfer.local import LocalEngine, LocalNet
+from tessera.transfer.host import HostMover
 from tessera.transfer.manifest import PROTOCOL, Manifest, Member, compare, decode, encode, member, new_instance
+from transfer.movers import Make, making
 from transfer.servers import DTYPES, FP8, HYBRID, LATENT, delta, gqa, manifest, model
+
+engines = pytest.fixture(making)
 
 
 def test_a_manifest_survives_the_wire() -> None:
@@ -78,7 +81,7 @@ def test_of_many_tensors_that_differ_alike_the_first_are_named() -> None:
     assert conflict.reason == "prefill has pages of 4 tokens, decode of 8"
 
 
-def engines(sent: Manifest, *kinds: str) -> Manifest:
+def on_engines(sent: Manifest, *kinds: str) -> Manifest:
     """The same, with other transfer engines on its ranks."""
     members = [msgspec.structs.replace(m, engine=kind) for m, kind in zip(sent.members, kinds, strict=True)]
     return msgspec.structs.replace(sent, members=tuple(members))
@@ -86,7 +89,7 @@ def engines(sent: Manifest, *kinds: str) -> Manifest:
 
 def test_both_sides_need_one_kind_of_engine() -> None:
     with pytest.raises(ConfigError, match=r"transfer engine: prefill has \['local'\], decode has \['nixl'\]"):
-        compare(manifest(HYBRID, 2), engines(manifest(HYBRID, 2), "nixl", "nixl"))
+        compare(manifest(HYBRID, 2), on_engines(manifest(HYBRID, 2), "nixl", "nixl"))
 
 
 def test_a_region_of_another_size_is_told() -> None:
@@ -138,7 +141,7 @@ def test_every_start_has_a_name_of_its_own() -> None:
     assert len({new_instance() for _ in range(100)}) == 100
 
 
-def test_a_rank_registers_its_pools_in_the_order_of_the_table() -> None:
+def test_a_rank_registers_its_pools_in_the_order_of_the_table(engines: Make) -> None:
     mesh, table = instance_mesh(2), cache_table(HYBRID, 4, DTYPES)
     pools = {
         spec.name: torch.zeros(
@@ -146,7 +149,7 @@ def test_a_rank_registers_its_pools_in_the_order_of_the_table() -> None:
         )
         for spec in table
     }
-    engine = LocalEngine(LocalNet())
+    engine = engines(HostMover())
     made = member("local", engine, table, pools, 9, 5)
     assert [r.number for r in made.regions] == list(range(len(table)))
     assert made.endpoint == engine.endpoint()

@@ -108,6 +108,12 @@ def test_a_connection_that_is_being_admitted_is_fenced_too(engines: Make, monkey
     assert not target.any()
 
 
+def test_mutant_an_engine_without_a_fence(engines: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PullEngine, "fence", lambda self, writer: None)
+    with pytest.raises(AssertionError, match="after the fence"):
+        Conformance().test_a_fenced_writer_writes_nothing_more(lambda: (engines(HostMover()), engines(HostMover())))
+
+
 def test_closing_the_reader_waits_for_the_copy_under_way(engines: Make) -> None:
     writer, reader, gate, target, ticket = started(engines)
     threading.Timer(0.1, gate.let.set).start()

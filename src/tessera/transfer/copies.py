@@ -5,8 +5,8 @@ once for a pair of servers. Per request it turns page lists and slots into runs,
 of either side: the group that computed the prompt and the group that will continue it.
 
 Pages are sent whole, each once: when its last token is computed, the last page of a prompt with the last chunk
-(`finished`). Of a half-filled page the bytes behind the last token are sent along; nobody reads them, and cutting
-them off would turn one run into one for each head of K and of V.
+(`plan/dp_rank.py` says which). Of a half-filled page the bytes behind the last token are sent along; nobody reads them,
+and cutting them off would turn one run into one for each head of K and of V.
 """
 
 from __future__ import annotations
@@ -29,16 +29,6 @@ from tessera.transfer.manifest import Manifest, compare
 
 Ints = NDArray[np.int64]
 Pair = tuple[int, int]  # a source and a destination
-
-
-def finished(begin: int, end: int, page_size: int, last: bool) -> range:
-    """Which pages of a prompt (0 is its first) can go after a chunk of the tokens `begin` to `end`.
-
-    Those whose last token is among them; with the `last` chunk also the page that ends half filled. Over all chunks of
-    a prompt every page comes exactly once. Where the reader has the first `begin` tokens, it gets what it lacks; a page
-    that it has in part it gets whole.
-    """
-    return range(begin // page_size, -(-end // page_size) if last else end // page_size)
 
 
 class CopyPlan:
