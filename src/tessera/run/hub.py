@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import socket
 import tempfile
@@ -9,19 +11,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from tessera.core.errors import CapacityError, ConfigError, Conflict, DeadlineError, ModelError, PeerError, TesseraError
 from tessera.run.children import Children
 from tessera.run.hosts import Placed, misplaced
 from tessera.run.nodes import start
-from tessera.run.wire import Down, End, Failed, Hello, Up, decode_up, encode, watched
+from tessera.run.wire import Down, End, Failed, Hello, Look, Up, decode_up, encode, watched
 
 GATHER_S = 0.5  # after the first bad news, for the news that explain it
+LOOK_S = 0.05  # between two looks at who is there, once somebody has left
 TELL_MS = 500
+NAME = re.compile(rb"(\d+)(/[0-9a-f]+)?")  # as `Link` makes it; strangers may call themselves anything
 # Errors that say what is wrong; other ones of a rank are told by their name.
 OF_OTHERS = (PeerError.__name__, DeadlineError.__name__)
 PLAIN = {kind.__name__: kind for kind in (CapacityError, ModelError)}
+log = logging.getLogger(__name__)
 
 
 class Hub:
@@ -48,7 +54,11 @@ class Hub:
         self._poller.register(self._socket, zmq.POLLIN)
         self._children: Children | None = None
         self._ranks: list[int] = []  # those of this host
+        self._nearest: set[int] = set()  # files that are readable once they have ended
         self._told: dict[int, Failed] = {}
+        self._heard: set[int] = set()
+        self._doubt: float | None = None  # until when it is looked who has left
+        self._look_at = 0.0
         self._also: int | None = None  # a file that is waited for too
         self._gone = watched(self._socket)
         self._poller.register(self._gone, zmq.POLLIN)
@@ -74,7 +84,8 @@ class Hub:
         """Starts the processes of `ranks`; the first inherits `listening` where it is rank 0."""
         self._ranks = list(ranks)
         self._children = start(self.address, ranks, devices, folder, listening=listening)
-        for end in self._children.ends:
+        self._nearest = set(self._children.ends)
+        for end in self._nearest:
             self._poller.register(end, zmq.POLLIN)
 
     def met(self) -> None:
@@ -99,16 +110,33 @@ class Hub:
         self._listen(also)
         until = time.monotonic() + seconds
         while True:
-            ready = dict(self._poller.poll(int(max(until - time.monotonic(), 0) * 1000)))
-            if not ready.keys() - {also}:
-                return None
-            if self._socket not in ready:
-                raise self._why("a rank has gone")
-            found = self._read()
+            end = until if self._doubt is None else min(until, self._look_at)
+            ready = dict(self._poller.poll(int(max(end - time.monotonic(), 0) * 1000)))
+            if self._gone in ready:
+                self._somebody_left()
+            found = self._read() if self._socket in ready else None
             if found is not None and not isinstance(found[1], Failed):
                 return found
-            if found is not None:
+            if found is not None or self._nearest & ready.keys() or self._lost_by_now():
                 raise self._why("a rank has gone")
+            if also in ready or time.monotonic() >= until:
+                return None
+
+    def _somebody_left(self) -> None:
+        """A connection has ended. Whose is not said, so it is looked for a while who is there: the socket may be told
+        later than we are. Ranks that are not in their places, and strangers, may leave as they like."""
+        while self._gone.poll(0):
+            self._gone.recv_multipart()
+        self._look_at = time.monotonic()
+        self._doubt = self._look_at + GATHER_S
+
+    def _lost_by_now(self) -> bool:
+        """Whether a rank has left, where there is reason to doubt it."""
+        now = time.monotonic()
+        if self._doubt is None or now < self._look_at:
+            return False
+        self._look_at, self._doubt = now + LOOK_S, self._doubt if now < self._doubt else None
+        return bool(self._lost())
 
     def _listen(self, also: int | None) -> None:
         if also == self._also:
@@ -126,20 +154,30 @@ class Hub:
         if not found:
             self._placed[rank], self._names[rank] = there, name
             return
-        self._turned_away.append(name)
         if not self._have_met:
+            self._turned_away.append(name)
             self._refused = tuple(found)
             raise ConfigError(found)
-        self._tell_end(name, tuple(found))
+        log.warning("%s comes too late and is turned away: %s", there.where, "; ".join(map(str, found)))
+        self._tell(name, End(tuple(found)))
 
     def _read(self) -> tuple[int, Up] | None:
-        """None: somebody said it who was turned away."""
-        name, data = self._socket.recv_multipart()
-        rank, message = int(name.partition(b"/")[0]), decode_up(data)
+        """None: somebody said it who is none of ours."""
+        name, *rest = self._socket.recv_multipart()
+        if (called := NAME.fullmatch(name)) is None:
+            return None
+        rank = int(called[1])
+        try:
+            message: Up = decode_up(b"".join(rest))
+        except msgspec.DecodeError as error:
+            if rank not in self._heard or name != self._name(rank):
+                return None
+            raise PeerError(f"rank {rank} said what cannot be read: {error}") from error
         if isinstance(message, Hello) and message.placed is not None:
             self._place(rank, name, message.placed)
-        if name != self._name(rank):
+        if rank >= self.num_ranks or name != self._name(rank):
             return None
+        self._heard.add(rank)
         if isinstance(message, Failed):
             self._told.setdefault(rank, message)
         return rank, message
@@ -166,17 +204,14 @@ class Hub:
         return kind(failed.error) if kind else PeerError(f"rank {rank}: {failed.kind}: {failed.error}")
 
     def _lost(self) -> list[int]:
-        """Ranks of other hosts that said nothing of themselves and are not there."""
-        elsewhere = set(range(self.num_ranks)) - set(self._ranks) - self._told.keys()
-        return [rank for rank in sorted(elsewhere) if not self._reaches(rank)]
+        """Ranks of other hosts that were there, did not say why they leave, and are not there any more."""
+        elsewhere = self._heard - set(self._ranks) - self._told.keys()
+        return [rank for rank in sorted(elsewhere) if not self._tell(self._name(rank), Look())]
 
-    def _reaches(self, rank: int) -> bool:
-        """Whether a rank is connected; it is told the end."""
-        return self._tell_end(self._name(rank), self._refused)
-
-    def _tell_end(self, name: bytes, why: tuple[Conflict, ...]) -> bool:
+    def _tell(self, name: bytes, message: Down) -> bool:
+        """Sends without waiting; False when nobody of that name is connected."""
         try:
-            self._socket.send_multipart([name, encode(End(why))], zmq.NOBLOCK)
+            self._socket.send_multipart([name, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
@@ -196,10 +231,8 @@ class Hub:
         """Tells all the end, waits up to `seconds` for them to end, and ends them. May be called again."""
         if self._socket.closed:
             return
-        for rank in range(self.num_ranks):
-            self._reaches(rank)
-        for name in self._turned_away:
-            self._tell_end(name, self._refused)
+        for name in (*map(self._name, range(self.num_ranks)), *self._turned_away):
+            self._tell(name, End(self._refused))
         if self._children is not None:
             self._children.close(seconds)
         self._socket.disable_monitor()

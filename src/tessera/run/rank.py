@@ -46,6 +46,7 @@ from tessera.run.wire import (
     Kept,
     Loaded,
     Loading,
+    Look,
     Record,
     Run,
     Spawn,
@@ -156,6 +157,8 @@ class Steps:
                 self._runner.drop(request_id, choice)
             case Do(order):
                 self._runner.order(order)
+            case Look():
+                pass
             case _:
                 raise PeerError(f"the engine said {type(message).__name__} out of turn")
 
@@ -217,7 +220,8 @@ def serve(link: Link, spawn: Spawn) -> int:
     begin: Down | None = None
     try:
         link.tell(Hello(placed(spawn.config) if spawn.config is not None else None))
-        begin = link.hear(spawn.patience)
+        while isinstance(begin := link.hear(spawn.patience), Look):
+            pass
         if isinstance(begin, End) and begin.why:
             raise ConfigError(list(begin.why))
         if not isinstance(begin, Begin):

@@ -3,7 +3,7 @@ other hosts.
 
 Rank -> engine: `Hello`, then `Loading`, `Loaded`, then `Done` for each step from ranks that answer, `Kept` for each
 `Record` and `Try`, and `Told`; `Failed` at any time, as the last. Engine -> rank: `Begin`, then `Run`, `Record`, `Try`,
-`Trace`, `Drop`, `Do`, and `End` as the last.
+`Trace`, `Drop`, `Do`, and `End` as the last; `Look` at any time.
 """
 
 from __future__ import annotations
@@ -127,6 +127,10 @@ class Kept(msgspec.Struct, tag=True, frozen=True):
     missing: str = ""
 
 
+class Look(msgspec.Struct, tag=True, frozen=True):
+    """Nothing: that it can be sent shows that the rank is there."""
+
+
 class End(msgspec.Struct, tag=True, frozen=True):
     """Finish what is under way and leave. `why`: its host is refused."""
 
@@ -158,7 +162,7 @@ def watched(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
-Down = Begin | Run | Record | Try | Trace | Drop | Do | End
+Down = Begin | Run | Record | Try | Trace | Drop | Do | Look | End
 Up = Hello | Loading | Loaded | Done | Kept | Told | Failed
 
 
