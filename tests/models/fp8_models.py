@@ -7,8 +7,8 @@ from typing import Any
 
 from models.configs import DELTA, FULL, LINEAR, MLA
 from models.layouts import Outcome, compute, differences
+from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
-from tessera.comm.single import SingleComm
 from tessera.core.families import read_spec
 from tessera.core.mesh import SINGLE
 from tessera.core.spec import ModelSpec
@@ -61,7 +61,7 @@ def quantised_model(family: str) -> tuple[ModelSpec, Source]:
 @lru_cache(maxsize=2)
 def alone(family: str) -> Outcome:
     """What one rank computes."""
-    return compute(SingleComm(), *quantised_model(family))
+    return compute(Alone(), *quantised_model(family))
 
 
 def compare(comm: Comm, family: str) -> dict[str, float]:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
-from tessera.comm.single import SingleComm
 from tessera.comm.waits import drain
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.spec import ModelSpec
@@ -72,7 +72,7 @@ def make_rank(
     """Loads a rank's weights from `source` and makes its pools. `padded_up_to`: so that steps take either way."""
     table = weight_table(spec, mesh, quantization=spec.quantization)
     tiles = load_weights(source, table, mesh, rank, dtype, pack_linear=backend.pack, pack_fp8=backend.pack_fp8)
-    decoder = build_model(spec, mesh, rank, tiles, comm or SingleComm(), backend, length, padded_up_to)
+    decoder = build_model(spec, mesh, rank, tiles, comm or Alone(), backend, length, padded_up_to)
     pages = -(-length // PAGE)
     dtypes = cache_dtypes(spec, str(dtype).removeprefix("torch."))
     caches = {c.name: _pool(c, mesh, rank, pages, sequences) for c in cache_table(spec, PAGE, dtypes)}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from models.configs import DELTA, FULL, LINEAR, MLA
 from models.harness import PAGE, Rank, make_rank
+from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
-from tessera.comm.single import SingleComm
 from tessera.core.families import read_spec
 from tessera.core.mesh import SINGLE
 from tessera.core.spec import ModelSpec
@@ -119,7 +119,7 @@ def compute(comm: Comm, spec: ModelSpec, source: Source, steps: Sequence[Step] =
 @lru_cache(maxsize=2)
 def alone(family: str, seed: int) -> Outcome:
     """What one rank computes of a random model."""
-    return compute(SingleComm(), *spec_and_noise(family, seed))
+    return compute(Alone(), *spec_and_noise(family, seed))
 
 
 def compare(comm: Comm, family: str, seed: int) -> dict[str, float]:

@@ -24,8 +24,8 @@ from models.files import State, fused, made, quantised, write
 from models.fp8_models import LAYOUTS, MODELS, Layout, alone, compare, quantised_model
 from models.layouts import compute, differences
 from models.test_layouts import judge
+from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
-from tessera.comm.single import SingleComm
 from tessera.core import scales
 from tessera.core.errors import LayoutError, ModelError
 from tessera.core.families import read_spec
@@ -145,8 +145,8 @@ def test_quantised_weights_and_activations_are_seen_in_the_logits() -> None:
     assert quantization is not None
     found = alone("qwen3").logits[0][0]
     assert isinstance(source, Quantizing)
-    plain = compute(SingleComm(), replace(spec, quantization=None), source.source).logits[0][0]
-    weights = compute(SingleComm(), replace(spec, quantization=replace(quantization, dequantized=True)), source)
+    plain = compute(Alone(), replace(spec, quantization=None), source.source).logits[0][0]
+    weights = compute(Alone(), replace(spec, quantization=replace(quantization, dequantized=True)), source)
     differences = [(a - b).abs().max().item() for a, b in ((found, plain), (found, weights.logits[0][0]))]
     assert min(differences) > 1e-3
     assert max(differences) < 0.3 * found.abs().max()
@@ -203,7 +203,7 @@ def test_groups_of_activations_that_a_rank_cuts_change_the_answer_and_are_refuse
     assert isinstance(source, Quantizing)
     wide = Quantization((32, 32))
     spec, source = replace(spec, quantization=wide), Quantizing(source.source, wide)
-    one, mesh = compute(SingleComm(), spec, source), instance_mesh(4, 1, 1, 4)
+    one, mesh = compute(Alone(), spec, source), instance_mesh(4, 1, 1, 4)
 
     def run(comm: Comm) -> dict[str, float]:
         return differences(spec, compute(comm, spec, source), one, comm)

@@ -10,7 +10,7 @@ from comm.ranks import as_processes, as_threads, raise_first, run_program
 from matrix.points import cover
 from models.layouts import FAMILIES, alone, compare, compute, differences
 from ports import free_port
-from tessera.comm.single import SingleComm
+from tessera.comm.alone import Alone
 from tessera.core.errors import LayoutError
 from tessera.core.mesh import SINGLE, instance_mesh
 from tessera.core.weights import weight_table
@@ -65,7 +65,7 @@ def test_packaged_models_on_sixteen_ranks(name: str) -> None:
     folder = find_model(name)
     spec = read_model(folder)
     source = open_source(folder, spec, weight_table(spec, SINGLE))
-    one = compute(SingleComm(), spec, source)
+    one = compute(Alone(), spec, source)
     for layout in ((16, 4, 8, 16, True, True), (16, 4, 16, 4, False, False)):
         ranks = as_threads(
             instance_mesh(*layout), lambda comm: differences(spec, compute(comm, spec, source), one, comm)

@@ -16,11 +16,11 @@ from weakref import WeakValueDictionary
 import torch
 
 from tessera.comm import dist
+from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
 from tessera.comm.local import LocalGroup
 from tessera.comm.meet import Meeting, meet
 from tessera.comm.shared import SharedComm
-from tessera.comm.single import SingleComm
 from tessera.core.errors import ConfigError, Conflict
 from tessera.core.mesh import Mesh
 
@@ -54,7 +54,7 @@ def connect(place: Place) -> Comm:
     DeadlineError naming the ranks that did not come; PeerError when one failed meanwhile.
     """
     if place.mesh.size == 1:
-        return SingleComm()
+        return Alone()
     device_type, join = KINDS.get(place.kind, (None, None))
     if join is None or device_type != place.device.type:
         fits = [kind for kind, (type_, _) in KINDS.items() if type_ == place.device.type]

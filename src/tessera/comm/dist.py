@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tessera.comm.alone import Alone
 from tessera.comm.base import Dtype, Handle, Ready, ordered_sum
 from tessera.comm.meet import Meeting
-from tessera.comm.single import SingleComm
 from tessera.core.config.needs import Sketch
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
@@ -124,7 +124,7 @@ class DistComm:
         self.rank: int = meeting.rank
         self._device, self._deadline_s, self._ordered = device, deadline_s, ordered
         self._meeting: Meeting | None = meeting  # keeps the store of rank 0 alive
-        self._alone = SingleComm()
+        self._alone = Alone(self.mesh, self.rank)
         groups = {axis.name: self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
         made: dict[Ranks, dist.Backend] = {}
         for ranks in self.mesh.groups(self.rank):  # in one order: making one waits

@@ -19,11 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tessera.comm.alone import Alone
 from tessera.comm.base import Dtype, Handle, ordered_sum
 from tessera.comm.futex import Counter, check_platform
 from tessera.comm.meet import Meeting
 from tessera.comm.segment import DEPTH, KIND_BYTES, Message, Ranks, Segment
-from tessera.comm.single import SingleComm
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
@@ -138,7 +138,7 @@ class SharedComm:
         shared = {ranks for ranks in groups.values() if len(ranks) > 1}
         channels = {r: _Channel(self._segment, self._peers, r, self.rank, deadline_s) for r in shared}
         self._channels = {axis: channels.get(ranks) for axis, ranks in groups.items()}
-        self._alone = SingleComm()
+        self._alone = Alone(self.mesh, self.rank)
 
     def sum(self, parts: Sequence[Tensor], axis: str, dtype: Dtype = None) -> Handle:
         """See `Comm.sum`."""

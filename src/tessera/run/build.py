@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
 from tessera.comm.local import LocalGroup
 from tessera.comm.rehearsal import Rehearsing
-from tessera.comm.single import SingleComm
 from tessera.comm.waits import interleave
 from tessera.core.config.types import Config, MeshConfig
 from tessera.core.spec import ModelSpec
@@ -164,7 +164,7 @@ def build_runner(
     with stages.timed("kernels"):
         backend.compile(spec, getattr(torch, config.model.dtype), getattr(torch, memory.kv_dtype))
     with stages.timed("weights"):
-        shared = Rehearsing(comm or SingleComm())
+        shared = Rehearsing(comm or Alone())
         decoder, weights = load_decoder(config, spec, source, backend, rank, shared, device, progress)
     caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows, context = config.scheduling.max_running, config.model.context_length

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.comm.alone import Alone
 from tessera.comm.rehearsal import Rehearsing
-from tessera.comm.single import SingleComm
 from tessera.core.config.memory import gib
 from tessera.core.config.needs import Sketch
 from tessera.models.activations import FRAGMENTS, recorded_bytes
@@ -268,7 +268,7 @@ class Graphs:
         self._page_size, self._recorder, self._num_dp = page_size, recorder, num_dp
         self._expand, self._greedy = expand, greedy
         self._recorded: dict[Size, Recorded] = {}
-        self._comm = comm or Rehearsing(SingleComm())
+        self._comm = comm or Rehearsing(Alone())
 
     def size_of(self, step: Step) -> Size | None:
         """The recorded size that a step runs at; None: it runs as it is."""
