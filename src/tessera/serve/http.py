@@ -116,9 +116,8 @@ def span_of(call: Call) -> Span:
     return span
 
 
-async def read_json(call: Call, limit: int, empty: Any = None) -> Any:
-    """The body as JSON; `empty`: what no body stands for, where one may be left out. A body over `limit` bytes is
-    refused (413) without being kept."""
+async def read_body(call: Call, limit: int) -> bytes:
+    """The body of a call. One over `limit` bytes is refused (413) without being kept."""
     announced = call.headers.get("content-length", "")
     body, found = bytearray(), int(announced) if announced.isdigit() else 0
     try:
@@ -131,6 +130,12 @@ async def read_json(call: Call, limit: int, empty: Any = None) -> Any:
         raise RequestError(f"nothing of the body came for {BODY_SECONDS:g} s", "body", 408) from None
     if found > limit:
         raise RequestError(f"the body has {found} bytes or more, allowed are {limit} (--max-body-size)", "body", 413)
+    return bytes(body)
+
+
+async def read_json(call: Call, limit: int, empty: Any = None) -> Any:
+    """The body as JSON (see `read_body`); `empty`: what no body stands for, where one may be left out."""
+    body = await read_body(call, limit)
     if not body and empty is not None:
         return empty
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -217,6 +218,21 @@ async def test_plain_servers_share_prefixes_and_what_any_or_all_answer() -> None
         told = (await made.http.get("/metrics")).text
         assert "tessera:router_server_in_flight" in told
         assert 'tessera:router_requests_total{status="200"} 6.0' in told
+
+
+@in_loop
+async def test_every_server_gets_the_whole_body_of_what_concerns_all_however_it_comes() -> None:
+    async def slowly() -> AsyncIterator[bytes]:
+        for part in (b'{"rid": ', b'"x", "abort_all": false', b"}"):
+            yield part
+            await asyncio.sleep(0.05)
+
+    async with world(worker=3, max_body_size=1000) as made:
+        answer = await made.http.post("/abort_request", content=slowly())
+        assert answer.json() == {fake.url: {"aborted": 1} for fake in made.fakes}
+        assert [fake.aborted for fake in made.fakes] == [["x"]] * 3
+        for path in ("/abort_request", "/tokenize"):
+            refusal(await made.http.post(path, json={"text": "x" * 2000}), 413)
 
 
 @in_loop

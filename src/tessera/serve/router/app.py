@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from tessera.core.errors import PeerError, RequestError
 from tessera.serve.app import handlers, key_middleware
-from tessera.serve.http import Call, Json, UnavailableError, error_body, read_json
+from tessera.serve.http import Call, Json, UnavailableError, error_body, read_body, read_json
 from tessera.serve.metrics import CONTENT_TYPE
 from tessera.serve.router.relay import NOT_PASSED, Relayed
 from tessera.serve.router.router import Router
@@ -40,22 +40,24 @@ async def tokens(router: Router, call: Call) -> Response:
 
 async def anyone(router: Router, call: Call) -> Response:
     """What every server answers alike: the first that takes requests is asked; those that decode before others."""
+    body = await read_body(call, router.options.max_body_size)
     servers = sorted(router.fleet.servers, key=lambda server: server.address.role == "prefill")
     for server in servers:
         if server.circuit.takes:
-            return await _pass_on(router, server, call)
+            return await _pass_on(router, server, call, body)
     raise UnavailableError(router.trouble or "no server takes requests now")
 
 
 async def everyone(router: Router, call: Call) -> Json:
     """What concerns all servers."""
-    told = await asyncio.gather(*(_ask(router, server, call) for server in router.fleet.servers))
+    body = await read_body(call, router.options.max_body_size)
+    told = await asyncio.gather(*(_ask(router, server, call, body) for server in router.fleet.servers))
     return Json({server.url: answer for server, answer in zip(router.fleet.servers, told, strict=True)})
 
 
-async def _ask(router: Router, server: Server, call: Call) -> Any:
+async def _ask(router: Router, server: Server, call: Call, body: bytes) -> Any:
     try:
-        answer = await _pass_on(router, server, call)
+        answer = await _pass_on(router, server, call, body)
         return json.loads(bytes(answer.body) or b"null")
     except ValueError:
         return bytes(answer.body).decode(errors="replace")
@@ -63,8 +65,7 @@ async def _ask(router: Router, server: Server, call: Call) -> Any:
         return error_body(502, str(error))
 
 
-async def _pass_on(router: Router, server: Server, call: Call) -> Response:
-    body = await call.body()
+async def _pass_on(router: Router, server: Server, call: Call, body: bytes) -> Response:
     url = server.url + call.scope["path"]
     try:
         async with asyncio.timeout(ANY_SECONDS):
