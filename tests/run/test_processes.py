@@ -106,6 +106,16 @@ class Multi(Engine):
         return EngineCore(found, made.spec, made.source, self._sink)
 
 
+def test_nothing_is_left_of_an_engine_whose_start_fails_after_its_ranks_are_there() -> None:
+    made = model("abacus-mla")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = {"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": taken.getsockname()[1]}
+        found = resolved(made.spec, **flags_of("abacus-mla", tp=2, **port))
+        with pytest.raises(ConfigError, match="cannot listen"):
+            EngineCore(found, made.spec, made.source, lambda message: None)
+    assert not ranks()
+
+
 def outputs(engine: Engine) -> list[Output]:
     return [output for message in list(engine.said) if isinstance(message, Outputs) for output in message.items]
 

@@ -101,9 +101,11 @@ async def profiled(client: Client, options: Namespace) -> AsyncIterator[None]:
     folder, steps = options.profile_output_dir, options.profile_num_steps
     asked = {"output_dir": folder, "num_steps": steps}
     await client.start_profile({name: value for name, value in asked.items() if value is not None})
-    yield
-    if steps is None:  # else it ends by itself
-        say(f"The profile is in {', '.join(await client.stop_profile()) or 'a folder of the server'}.")
+    try:
+        yield
+    finally:  # a server that went on would refuse the next profile
+        if steps is None:  # else it ends by itself
+            say(f"The profile is in {', '.join(await client.stop_profile()) or 'a folder of the server'}.")
 
 
 def _silent(done: int, total: int) -> None:

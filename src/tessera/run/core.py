@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -45,7 +46,7 @@ class EngineCore:
     `sink(message)` is called from the thread in `run()`: `Ready` first, then `Outputs`, `StepReport`, `Tick`, and
     `Fatal` if it fails. `post()` may be called from any thread, also before `run()`. `compiling`: its kernels, which it
     waits for once its weights are loaded. With `--debug-checks` the position of every recurrent state is watched, and
-    the planner checks itself at every turn.
+    the planner checks itself at every turn. When it ends, or cannot start, all that it was given or made is closed.
     """
 
     def __init__(
@@ -58,42 +59,61 @@ class EngineCore:
         stages: Stages | None = None,
         compiling: ahead.Ahead | None = None,
     ) -> None:
-        self.resolved, self.spec, self.stages, self._compiling = resolved, spec, stages or Stages(), compiling
+        self.resolved, self.spec, self.stages = resolved, spec, stages or Stages()
         self._sink = sink
         self._inbox = Inbox()
-        planned = planner_config(resolved.config)
-        self._events = open_events(resolved.config)
-        handed_over = resolved.config.handover.role != "null"
-        self.handover = Handover(resolved.config, spec, self._inbox.post) if handed_over else None
-        self.runner = build_instance(resolved.config, spec, source, progress, self._hear)
+        self._held = ExitStack()  # what ends with the engine, the last first; or with a start that fails
+        try:
+            self._build(source, progress, compiling)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _build(self, source: Source, progress: Progress | None, compiling: ahead.Ahead | None) -> None:
+        config, held = self.resolved.config, self._held
+        planned = planner_config(config)
+        events = open_events(config)
+        if events is not None:
+            held.callback(events.close)
+        if compiling is not None:
+            held.callback(compiling.close)
+        handed_over = config.handover.role != "null"
+        self.handover = Handover(config, self.spec, self._inbox.post) if handed_over else None
+        self.runner = build_instance(config, self.spec, source, progress, self._hear)
+        held.callback(self.runner.close)
         self.stages.follow([self.runner.stages])
         if compiling is not None:
             with self.stages.timed("kernels"):
                 compiling.wait()
-        if resolved.config.scheduling.split_measured:
+        if config.scheduling.split_measured:
             planned = self._measured(planned)
         self.planner = Planner(planned)
         if self.handover is not None:
+            held.callback(self.handover.close)
             self.handover.open(self.runner.seats)
-        hook = self.planner.check if resolved.config.logging.checks else None
-        in_flight = resolved.config.scheduling.max_in_flight
+        hook = self.planner.check if config.logging.checks else None
+        in_flight = config.scheduling.max_in_flight
         report = Reporter(self.planner)
-        replica = f"-DP-{resolved.config.mesh.replica}" if resolved.config.mesh.replicas > 1 else ""
-        decodes = resolved.config.handover.role != "prefill"
-        self.recordings = Recordings(Sizes(*resolved.config.kernels.graphs), decodes)
-        planner = self.planner if self._events is None else Recorder(self.planner, self._events.write)
+        replica = f"-DP-{config.mesh.replica}" if config.mesh.replicas > 1 else ""
+        self.recordings = Recordings(Sizes(*config.kernels.graphs), config.handover.role != "prefill")
+        planner = self.planner if events is None else Recorder(self.planner, events.write)
         self._loop = StepLoop(
-            planner, self.runner, self._inbox, sink, report, in_flight, hook, self.handover, self.recordings, replica
+            planner,
+            self.runner,
+            self._inbox,
+            self._sink,
+            report,
+            in_flight,
+            hook,
+            self.handover,
+            self.recordings,
+            replica,
         )
 
     def _measured(self, planned: PlannerConfig) -> PlannerConfig:
         """From which size on steps run as halves, tried on ranks that have nothing else to do yet. It is told."""
-        try:
-            with self.stages.timed("halves"):
-                found = measure(planned, planned.split_from, self.runner.everywhere)
-        except BaseException:
-            self.runner.close()
-            raise
+        with self.stages.timed("halves"):
+            found = measure(planned, planned.split_from, self.runner.everywhere)
         log.info("%s", found.decision)
         config, decisions = self.resolved.config, self.resolved.decisions
         scheduling = replace(config.scheduling, split_from=found.split_from, split_measured=False)
@@ -119,13 +139,7 @@ class EngineCore:
         try:
             self._loop.run(Ready(self.info()))
         finally:
-            if self.handover is not None:
-                self.handover.close()
-            self.runner.close()
-            if self._compiling is not None:
-                self._compiling.close()
-            if self._events is not None:
-                self._events.close()
+            self._held.close()
 
     @property
     def last_tick(self) -> float:
@@ -167,11 +181,6 @@ def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress
     # torch counts the host's cores; a container may use fewer. OMP_NUM_THREADS, which it has read, may be lower still.
     config, spec = prepared.resolved.config, prepared.spec
     torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), config.mesh.replicas), 1))
+    source = configured_source(prepared.folder, spec, config)
     compiling = ahead.start(prepared.folder, spec, config)
-    try:
-        source = configured_source(prepared.folder, spec, config)
-        return EngineCore(prepared.resolved, spec, source, sink, progress, prepared.stages, compiling)
-    except BaseException:
-        if compiling is not None:
-            compiling.close()
-        raise
+    return EngineCore(prepared.resolved, spec, source, sink, progress, prepared.stages, compiling)
