@@ -287,3 +287,16 @@ def test_reading_goes_on_after_a_wrong_value() -> None:
     values = read({"port": "x", "host": "h"}, notes)
     assert (values.number("port"), values.word("host")) == (30000, "h")
     assert [c.flags for c in notes.conflicts] == [("--port",)]
+
+
+def test_a_watchdog_that_an_idle_engine_cannot_satisfy_is_refused_and_no_start_is_bound_by_a_short_one() -> None:
+    """An idle engine gives a sign of life every second; imports and compilers give none for many."""
+    for value in (0, 0.5, 1.9):
+        assert any(
+            "--watchdog-timeout" in line and "a number from 2" in line for line in refusals(watchdog_timeout=value)
+        )
+    for value, start in ((2.0, 300.0), (300.0, 300.0), (1000.0, 1000.0)):
+        found = resolved(watchdog_timeout=value)
+        assert (found.config.serving.watchdog_timeout, found.config.serving.start_timeout) == (value, start)
+        told = [d.why for d in found.decisions if d.what == "watchdog-timeout"]
+        assert told == (["a start may be silent for 300 s"] if value < start else [])

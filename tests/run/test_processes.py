@@ -261,10 +261,13 @@ class Scripted:
         """Nobody to end."""
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, tell: Tell = unheard, **flags: Any) -> tuple[Processes, Scripted]:
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, tell: Tell = unheard, silence: float = 60.0, **flags: Any
+) -> tuple[Processes, Scripted]:
     monkeypatch.setattr(processes, "Hub", Scripted)
     config = resolved(model("abacus-mla").spec, **flags_of("abacus-mla", **flags)).config
-    made = Processes(config, tell=tell)
+    serving = replace(config.serving, watchdog_timeout=silence, start_timeout=2 * silence)
+    made = Processes(replace(config, serving=serving), tell=tell)
     hub = made._hub
     assert isinstance(hub, Scripted)
     return made, hub
@@ -289,7 +292,7 @@ def test_what_a_rank_says_of_a_dropped_choice_is_dropped_until_its_name_is_used_
 
 
 def test_recording_waits_for_all_ranks_and_names_those_that_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, hub = scripted(monkeypatch, tp=2, watchdog_timeout=0.1)
+    made, hub = scripted(monkeypatch, tp=2, silence=0.1)
     ticket, size = made.launch(Step(0, (empty_part(),))), Size(4, 4, True)
     hub.script += [(1, Kept()), (0, done(0, "a")), (0, Kept()), *2 * [(0, Kept()), (1, Kept())]]
     made.record(size)
@@ -297,7 +300,7 @@ def test_recording_waits_for_all_ranks_and_names_those_that_are_silent(monkeypat
     assert all(list(ranks) == [0, 1] for _, ranks in hub.sent[-3:])
     assert len(made.collect(ticket)[1]) == 1, "what came meanwhile is not lost"
     hub.script += [(0, Kept())]
-    with pytest.raises(DeadlineError, match=r"ranks \[1\] are not through with steps of .* \(rehearse\)"):
+    with pytest.raises(DeadlineError, match=r"ranks \[1\] are not through with .* \(rehearse\) in 0.2 s"):
         made.record(size)
 
 
@@ -327,7 +330,7 @@ def test_parts_come_in_the_order_of_data_parallel_ranks_whoever_is_first(monkeyp
 
 
 def test_ranks_that_stay_silent_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, hub = scripted(monkeypatch, tp=4, **DP, watchdog_timeout=0.1)
+    made, hub = scripted(monkeypatch, tp=4, **DP, silence=0.1)
     ticket = made.launch(Step(0, (empty_part(), empty_part())))
     hub.script.append((0, done(0, "a")))
     with pytest.raises(DeadlineError, match=r"ranks \[2\] have not finished step 0 in 0.1 s"):
@@ -353,7 +356,7 @@ def test_what_ranks_have_written_is_told_while_a_step_runs(monkeypatch: pytest.M
 
 
 def test_news_do_not_put_off_the_deadline_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, hub = scripted(monkeypatch, tp=2, watchdog_timeout=0.1)
+    made, hub = scripted(monkeypatch, tp=2, silence=0.1)
     ticket = made.launch(Step(0, (empty_part(),)))
     with pytest.raises(DeadlineError, match=r"ranks \[0\] have not finished step 0 in 0.1 s"):
         wait_until(lambda: hub.script.append((1, Told(Written(7, 1)))) or made.wait(ticket, 0, 60.0))

@@ -1,14 +1,15 @@
 """An engine process around the fake engine: what `serve/worker.py` is around the real one, without torch.
 
 The environment handed to `launch` says what goes wrong: FAULT=refuse, prepare, load (fails), slow (never loads),
-sleep (never says anything), again (only the first start goes well); DELAY: seconds of a step; HOLD: a file, while
-which exists nothing steps.
+sleep (never says anything), again (only the first start goes well), late (later starts take their time); PATIENCE:
+seconds that a start may be silent; DELAY: seconds of a step; HOLD: a file, while which exists nothing steps.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tessera.core.config import Hardware, Notes, layered, read, resolve
@@ -29,9 +30,14 @@ def build(begin: Begin, tell: Tell) -> FakeEngine:
         time.sleep(60)
     if fault == "again" and begin.known is not None:  # only the first start goes well
         raise ValueError("the checkpoint is gone")
+    if fault == "late" and begin.known is not None:
+        time.sleep(4)
     asked = layered(begin.asked, {"tp_size": 64} if fault == "refuse" else {})
     spec = read_spec(CONFIG)
     resolved = resolve(asked, spec, Hardware("cpu", 1 << 31))
+    if (patience := begin.environ.get("PATIENCE")) is not None:
+        serving = replace(resolved.config.serving, start_timeout=float(patience))
+        resolved = replace(resolved, config=replace(resolved.config, serving=serving))
     if fault == "prepare":
         raise ModelError("the model cannot be found")
     if begin.known is not None:

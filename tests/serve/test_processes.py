@@ -201,7 +201,7 @@ def test_a_start_that_fails_says_why(folder: Path, fault: str, code: int, says: 
 
 
 def test_loading_that_does_not_move_has_a_deadline(folder: Path) -> None:
-    with fake_server(folder, {"FAULT": "slow"}, watchdog_timeout=0.5) as server:
+    with fake_server(folder, {"FAULT": "slow", "PATIENCE": "0.5"}) as server:
         assert server.code() == 1
         assert "loading the model has not moved" in server.text
 

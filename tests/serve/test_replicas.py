@@ -304,6 +304,22 @@ def test_an_engine_that_hangs_is_started_anew_too(folder: Path) -> None:
         assert "it is started anew: 1 of 3 times" in server.text
 
 
+def test_a_start_that_is_slower_than_the_watchdog_is_no_failure_and_an_idle_engine_neither(folder: Path) -> None:
+    """Known fault: both used up all restarts."""
+    with fake_server(folder, {"FAULT": "late"}, on_failure="restart", watchdog_timeout=2) as server:
+        url = server.ready()
+        assert "watchdog-timeout: 2 s once it serves (a start may be silent for 300 s)" in server.text
+        server.engine().kill()
+        server.wait_for("started anew: 1 of 3")
+        wait_until(lambda: health(url) == 200)
+        time.sleep(3)
+        assert health(url) == 200
+        assert server.text.count("it is started anew") == 1
+        hung = ask(url, prompt=[HANG])
+        assert "has not stepped for" in hung.text
+        assert "(allowed: 2 s)" in hung.text
+
+
 def test_a_signal_while_a_replica_starts_anew_leaves_nothing(folder: Path) -> None:
     with fake_server(folder, SLOW, dp_size=2, on_failure="restart") as server:
         server.ready()

@@ -64,7 +64,7 @@ class Processes:
         mesh = config.mesh.mesh
         self._all = range(mesh.size)
         self._first = mesh.group(0, "dp")
-        self._silence = config.serving.watchdog_timeout
+        self._silence, self._patience = config.serving.watchdog_timeout, config.serving.start_timeout
         self._tell = tell
         self._kept: dict[int, str] = {}  # what ranks said after an act
         self.seats: list[Seat] = []
@@ -98,7 +98,7 @@ class Processes:
             if progress is not None and len(loaded) == len(self._all):
                 progress(sum(m.done for m in loaded.values()), sum(m.total for m in loaded.values()))
 
-        said = self._until_all(Loaded, note, self._silence)
+        said = self._until_all(Loaded, note, self._patience)
         self.stages.follow([loaded.stages for loaded in said.values()])
         self.seats = [seat for rank in self._all if (seat := said[rank].seat) is not None]
 
@@ -164,10 +164,12 @@ class Processes:
         """See `Runner.everywhere`."""
         self._kept.clear()
         self._hub.send(Try(of, act) if isinstance(of, Step) else Record(of, act), self._all)
-        until = time.monotonic() + self._silence
+        until = time.monotonic() + self._patience
         while missing := [rank for rank in self._all if rank not in self._kept]:
             if not self._take(until - time.monotonic()):
-                raise DeadlineError(f"ranks {missing} are not through with {called(of)} ({act}) in {self._silence:g} s")
+                raise DeadlineError(
+                    f"ranks {missing} are not through with {called(of)} ({act}) in {self._patience:g} s"
+                )
         return dict(self._kept)
 
     def wait(self, launched: Sent | None, news: int | None, seconds: float) -> bool:

@@ -95,7 +95,7 @@ class EngineClient:
     """Routes requests to engines, and their outputs to streams.
 
     `sends`: one engine each; of several, `balance` chooses (see `plan/balance.py`), unless a request names one.
-    `max_open`: prompts in flight; more are refused. `silence`: see `Replica`.
+    `max_open`: prompts in flight; more are refused. `silence`, `patience`: see `Replica`.
     """
 
     def __init__(
@@ -105,9 +105,10 @@ class EngineClient:
         silence: float = 300.0,
         on_report: Callable[[StepReport], None] | None = None,
         balance: str = "round_robin",
+        patience: float | None = None,
     ) -> None:
-        several = len(sends) > 1
-        self.replicas = [Replica(i, f"replica {i}" if several else "", send, silence) for i, send in enumerate(sends)]
+        names = [f"replica {i}" if len(sends) > 1 else "" for i in range(len(sends))]
+        self.replicas = [Replica(i, names[i], send, silence, patience) for i, send in enumerate(sends)]
         self.failure: TesseraError | None = None
         self.failed = asyncio.Event()
         self.on_report = on_report

@@ -117,7 +117,7 @@ class Fleet:
         """A real generation, after which the replica takes requests; without one it ends."""
         replica = client.replicas[number]
         try:
-            seconds = replica.silence
+            seconds = replica.allowed
             async with asyncio.timeout(seconds):
                 replica.first_s = await probe(number)
         except TimeoutError:

@@ -100,7 +100,7 @@ class Front:
             for replica in client.replicas:
                 while not replica.warm.is_set():
                     if replica.stale and not replica.ready.is_set():
-                        seconds = f"{replica.age:.0f} s (--watchdog-timeout)"
+                        seconds = f"{replica.age:.0f} s (allowed: {replica.allowed:g} s; --watchdog-timeout)"
                         raise DeadlineError(f"loading the model has not moved for {seconds}")
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(replica.warm.wait(), 1.0)
@@ -158,7 +158,9 @@ def make_server(starting: Starting, fleet: Fleet) -> Server:
 
     scheduling, mesh = config.scheduling, config.mesh
     most = scheduling.max_running * mesh.num_dp + scheduling.max_queued * mesh.replicas
-    client = EngineClient(fleet.sends, most, config.serving.watchdog_timeout, report, mesh.balance)
+    # An engine that waits for other hosts says nothing, and has a deadline of its own.
+    patience = config.serving.start_timeout + (mesh.meet_within if mesh.num_nodes > 1 else 0.0)
+    client = EngineClient(fleet.sends, most, config.serving.watchdog_timeout, report, mesh.balance, patience)
     options = Options(
         model_path=starting.folder,
         served_model_name=config.model.served_name,

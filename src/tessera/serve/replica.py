@@ -35,11 +35,14 @@ class Sink(Protocol):
 
 class Replica:
     """`number`: among those of one front; `name`: for people, where there are several. `send`: hands a message to the
-    engine. `silence`: seconds without a sign of life after which it counts as hung. `ready`: it can run; `warm`: a real
-    generation went through."""
+    engine. `silence`: seconds without a sign of life after which it counts as hung, `patience`: while it starts.
+    `ready`: it can run; `warm`: a real generation went through."""
 
-    def __init__(self, number: int, name: str, send: Callable[[Inbound], None], silence: float) -> None:
+    def __init__(
+        self, number: int, name: str, send: Callable[[Inbound], None], silence: float, patience: float | None = None
+    ) -> None:
         self.number, self.name, self.send, self.silence = number, name, send, silence
+        self.patience = silence if patience is None else patience
         self.load = Load(number)
         self.info: dict[str, object] = {}
         self.first_s = 0.0  # what the first token took
@@ -56,9 +59,14 @@ class Replica:
         return time.monotonic() - self._seen
 
     @property
+    def allowed(self) -> float:
+        """Seconds that it may be silent now."""
+        return self.silence if self.warm.is_set() else self.patience
+
+    @property
     def stale(self) -> bool:
-        """The step loop has been silent for longer than the watchdog allows."""
-        return self.age > self.silence
+        """It has been silent for longer than is allowed."""
+        return self.age > self.allowed
 
     @property
     def trouble(self) -> str | None:
@@ -68,7 +76,7 @@ class Replica:
         if not self.warm.is_set():
             return self._named("the model is being loaded")
         if self.stale:
-            return self._named(f"the step loop has not ticked for {self.age:.1f} s (allowed: {self.silence:g} s)")
+            return self._named(f"the step loop has not ticked for {self.age:.1f} s (allowed: {self.allowed:g} s)")
         return None
 
     def _named(self, text: str) -> str:
@@ -76,7 +84,7 @@ class Replica:
 
     def silent(self) -> DeadlineError:
         """The error of who waits for a step loop that hangs."""
-        text = f"the engine has not stepped for {self.age:.0f} s (allowed: {self.silence:g} s)"
+        text = f"the engine has not stepped for {self.age:.0f} s (allowed: {self.allowed:g} s)"
         return DeadlineError(self._named(text))
 
     def submit(self, submit: Submit, sink: Sink) -> None:

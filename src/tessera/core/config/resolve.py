@@ -43,6 +43,7 @@ EXPERT_ROWS = 512  # of an expert in a step below which reading its weights take
 LEAST_CHUNK = 2048  # CUDA: the default is halved down to this where memory is short
 MAX_RUNNING = {"cpu": 64, "cuda": 256}
 QUEUE_PER_ROW = 64
+START_SECONDS = 300.0  # without a word while it starts: imports, compilers and allocators say nothing
 
 
 def resolve(
@@ -320,6 +321,9 @@ def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
     assert drain is not None, "it has a default"
     assert watchdog is not None, "it has a default"
     assert window is not None, "it has a default"
+    start = max(watchdog, START_SECONDS)
+    if start > watchdog:
+        notes.decide("watchdog-timeout", f"{watchdog:g} s once it serves", f"a start may be silent for {start:g} s")
     return ServingConfig(
         host=values.word("host"),
         port=values.number("port"),
@@ -331,6 +335,7 @@ def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
         on_failure=_on_failure(values, mesh, notes),
         max_restarts=values.number("max_restarts"),
         restart_window=window,
+        start_timeout=start,
     )
 
 

@@ -202,8 +202,10 @@ class KernelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServingConfig:
-    """The HTTP server. Times in seconds, sizes in bytes; `stream_interval` in tokens. `on_failure`: what follows the
-    end of an engine, "exit", "restart" (at most `max_restarts` in `restart_window`) or "continue"."""
+    """The HTTP server. Times in seconds, sizes in bytes; `stream_interval` in tokens. `watchdog_timeout`: how long the
+    step loop may be silent, `start_timeout`: an engine that starts, whose imports and compilers say nothing.
+    `on_failure`: what follows the end of an engine, "exit", "restart" (at most `max_restarts` in `restart_window`) or
+    "continue"."""
 
     host: str
     port: int
@@ -215,6 +217,7 @@ class ServingConfig:
     on_failure: str = "exit"
     max_restarts: int = 3
     restart_window: float = 600.0
+    start_timeout: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
