@@ -27,7 +27,7 @@ from tessera.core.errors import CapacityError
 from tessera.core.messages import Outputs, SamplingParams, Submit
 from tessera.run import build
 from tessera.run.core import EngineCore
-from tessera.run.graphs import CudaGraphs, Size, Sizes
+from tessera.run.graphs import CudaGraphs, Sizes
 from tessera.run.group import Group
 from tessera.run.recording import ALONE, TOGETHER, Act, missing, record
 from tiny import resolved, serve, tiny_model
@@ -203,7 +203,7 @@ def test_nothing_follows_an_act_that_failed_but_its_undoing(acts: tuple[Act, ...
             return {0: "", 1: "no memory" if act == failing else ""}
 
         with pytest.raises(CapacityError, match="rank 1: no memory"):
-            record(Size(1, 1, True), acts, tell)
+            record(acts, tell)
         done = [*acts[: acts.index(failing) + 1]]
         assert told == ([*done, "drop"] if failing == "record" else done)
 

@@ -7,7 +7,7 @@ waits for the device. T tokens, S ranges, N drawn positions, M prompt positions 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,25 @@ class Input(NamedTuple):
     tokens: Tensor
     segments: Segments
     counts: tuple[int, ...]
+
+
+class Model(Protocol):
+    """What a rank needs of a model: `forward` runs the layers, the others the head.
+
+    `inputs`: a step's ranges, or those of its two halves, of which the first is ahead at every stage. `counts`: how
+    many rows each DP rank brings; a rank without any takes part all the same.
+    """
+
+    vocab_size: int
+
+    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
+        """T tokens in all -> hidden states after the final norm [T, hidden]."""
+
+    def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """[N, hidden] -> [N, vocab], fp32 or wider."""
+
+    def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """[N, hidden] -> [N, G, W] in the parts that they come in and the dtype that they are computed in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,24 +49,21 @@ Caches = tuple[CacheSpec, ...]
 
 
 class Driven:
-    """A decoder as the runner wants it: a step whole, or its two halves side by side."""
+    """A decoder as a `Model`: a step whole, or its two halves side by side."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.vocab_size = decoder.spec.vocab_size
 
     def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
-        """T tokens in all -> hidden states after the final norm [T, hidden]."""
         largest = max(sum(i.counts) for i in inputs)
         found = interleave([self.decoder.hidden(i.tokens, i.segments, caches, i.counts, largest) for i in inputs])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """[N, hidden] -> [N, vocab], fp32 or wider."""
         return self.decoder.logits(hidden, counts)
 
     def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """The same [N, G, W] in the parts that they come in, and the dtype that they are computed in."""
         return self.decoder.narrow_logits(hidden, counts)
 
 

@@ -31,7 +31,7 @@ from tessera.ops.expand import Columns, Expanded
 from tessera.ops.segments import Segments
 from tessera.ops.upload import staged
 from tessera.plan.step import NO_INTS, Ints, Part, Step
-from tessera.run.batch import Input
+from tessera.run.batch import Input, Model
 from tessera.run.table import RowTable
 
 SPARE = 64 << 20  # bytes that are left free beside a recording, for CUDA's own
@@ -132,18 +132,6 @@ def graph_bytes(sketch: Sketch) -> int:
     logits = 3 * halves * ranges * sketch.spec.vocab_size * sketch.element
     num_graphs = len(sizes.rows) + len(sizes.segments) * len(sizes.tokens)
     return shared + logits + num_graphs * len(sketch.spec.layers) * LAYER_BYTES
-
-
-class Model(Protocol):
-    """What is recorded."""
-
-    vocab_size: int
-
-    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
-        """See `runner.Model`."""
-
-    def narrow_logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """[N, hidden] -> [N, G, W] in the parts that they come in and the dtype that they are computed in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,17 +87,17 @@ class Group:
         return [seat for runner in self.runners for seat in runner.seats]
 
     def order(self, order: Order) -> None:
-        """See `Reachable.order`."""
+        """See `Runs.order`."""
         for runner in self.runners:
             runner.order(order)
 
     def trace(self, order: ProfileOrder) -> int:
-        """See `Traces`: the profiler of the first sees all threads of this process."""
+        """See `Runs.trace`: the profiler of the first sees all threads of this process."""
         return self.runners[0].trace(order)
 
     def record(self, size: Size) -> None:
         """See `Runs.record`."""
-        record(size, TOGETHER, lambda act: self.everywhere(act, size))
+        record(TOGETHER, lambda act: self.everywhere(act, size))
 
     def everywhere(self, act: Act, of: Size | Step) -> dict[int, str]:
         """See `Runner.everywhere`."""

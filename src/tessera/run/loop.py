@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 
@@ -30,81 +30,47 @@ from tessera.core.messages import (
     Tick,
 )
 from tessera.plan.events import Event
-from tessera.plan.handoff import Errand, scored
+from tessera.plan.handoff import scored
+from tessera.plan.log import Recorder
+from tessera.plan.scheduler import Planner
 from tessera.plan.step import Clock, Step, StepDone
 from tessera.run.graphs import Size, Sizes
+from tessera.run.handover import Handover
 from tessera.run.inbox import Inbox, Message
 from tessera.run.poster import Broke, Connect, Order, Part, Shut
 from tessera.run.profiling import ProfileOrder, Profiles, Traced
 from tessera.run.recordings import Recordings
-from tessera.run.report import Tally
+from tessera.run.report import Reporter
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # an idle loop wakes this often, to show that it is alive
 REST_S = 0.05  # nothing came for so long: time to record a size that steps may have
 
-
-class Plans(Protocol):
-    """What the loop needs of a planner."""
-
-    @property
-    def idle(self) -> bool:
-        """No request is here and no step is in flight."""
-
-    @property
-    def stopping(self) -> bool:
-        """`Stop` came: the engine may end when it is idle."""
-
-    def apply(self, events: Sequence[Event]) -> list[Output]:
-        """Takes events; returns outputs of requests that end without a step."""
-
-    def next_step(self) -> Step | None:
-        """The next step, or None when there is nothing to do now."""
-
-    def errands(self) -> list[Errand]:
-        """What is to be told to other servers, or done about them."""
+Ticket = Any  # of a runner: a step under way. `tallies`: what it computes, per DP rank
 
 
-class Outside(Protocol):
-    """Who runs errands to other servers."""
+class Runs(Protocol):
+    """All ranks of an instance, as whoever drives them sees them: `Runner`, `Group`, `Processes`."""
 
-    def do(self, errand: Errand) -> None:
-        """Begins an errand; what comes of it comes to the inbox."""
-
-
-class Ticket(Protocol):
-    """A step under way."""
-
-    @property
-    def tallies(self) -> list[Tally]:
-        """What it computes, per DP rank."""
-
-
-TicketT = TypeVar("TicketT", bound=Ticket)
-
-
-class Runs(Protocol[TicketT]):
-    """What the loop needs of a runner."""
-
-    def launch(self, step: Step) -> TicketT:
+    def launch(self, step: Step) -> Ticket:
         """Starts a step without waiting for it."""
 
-    def wait(self, launched: TicketT | None, news: int | None, seconds: float) -> bool:
+    def wait(self, launched: Ticket | None, news: int | None, seconds: float) -> bool:
         """Blocks until the oldest step can be collected (True), until the file `news` is readable, or for `seconds`.
 
         `launched` None: no step is under way. `news` None: nothing but the step is waited for, by this or by `collect`.
         Raises when ranks can run nothing any more.
         """
 
-    def collect(self, launched: TicketT) -> tuple[StepDone, list[Output]]:
+    def collect(self, launched: Ticket) -> tuple[StepDone, list[Output]]:
         """Waits for a step and returns what it drew."""
 
     def drop(self, request_id: str, choice: int) -> None:
         """The choice has ended elsewhere: nothing of it may come out any more."""
 
     def trace(self, order: ProfileOrder) -> int:
-        """See `Traces`."""
+        """Tells ranks that a profile begins or ends; how many tell `Traced` of each that begins."""
 
     def record(self, size: Size) -> None:
         """Steps of `size` run as a graph from now on, on all ranks. Waits until it is recorded.
@@ -113,7 +79,8 @@ class Runs(Protocol[TicketT]):
         """
 
     def order(self, order: Order) -> None:
-        """Gives all ranks an order about another server."""
+        """Gives all ranks an order about another server. What comes of it is told by the function that the instance
+        was built with."""
 
 
 class Live:
@@ -159,29 +126,19 @@ def shown(output: Output) -> Output | None:
     return msgspec.structs.replace(output, tokens=[], logprobs=None, finish=None, matched=None)
 
 
-class Reports(Protocol):
-    """Tells what steps did."""
-
-    def __call__(self, done: StepDone, tallies: list[Tally], seconds: float) -> list[StepReport]:
-        """Of a step that came back after `seconds`."""
-
-    def idle(self) -> list[StepReport]:
-        """Where things stand when nothing runs."""
-
-
-class StepLoop(Generic[TicketT]):
+class StepLoop:
     """Runs steps until `Stop`, or until one fails. `turn_hook` is called after every turn (tests check there)."""
 
     def __init__(
         self,
-        planner: Plans,
-        runner: Runs[TicketT],
+        planner: Planner | Recorder,
+        runner: Runs,
         inbox: Inbox,
         sink: Callable[[Outbound], None],
-        report: Reports,
+        report: Reporter,
         max_in_flight: int = 2,
         turn_hook: Callable[[], None] | None = None,
-        outside: Outside | None = None,
+        outside: Handover | None = None,
         recordings: Recordings | None = None,
         replica: str = "",
     ) -> None:
@@ -189,12 +146,12 @@ class StepLoop(Generic[TicketT]):
         self.max_in_flight = max_in_flight
         self.last_tick = time.monotonic()
         self.end = "the engine has ended"  # why, for those who come too late
-        self._flying: deque[TicketT] = deque()
+        self._flying: deque[Ticket] = deque()
         self._live = Live()
         self._last_collect = 0.0
         self._hook = turn_hook
         self._outside = outside
-        self._profiles = Profiles(runner, sink, replica)
+        self._profiles = Profiles(runner.trace, sink, replica)
         self._recordings = recordings or Recordings(Sizes())
 
     def run(self, ready: Outbound) -> None:

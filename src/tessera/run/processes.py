@@ -152,13 +152,13 @@ class Processes:
         return StepDone(launched.index, tuple(part for answer in answers for part in answer.done.parts)), outputs
 
     def trace(self, order: ProfileOrder) -> int:
-        """See `Traces`."""
+        """See `Runs.trace`."""
         self._hub.send(Trace(order), self._all)
         return len(self._all)
 
     def record(self, size: Size) -> None:
         """See `Runs.record`."""
-        record(size, TOGETHER, lambda act: self.everywhere(act, size))
+        record(TOGETHER, lambda act: self.everywhere(act, size))
 
     def everywhere(self, act: Act, of: Size | Step) -> dict[int, str]:
         """See `Runner.everywhere`."""
@@ -216,7 +216,7 @@ class Processes:
         self._hub.send(Drop(request_id, choice), self._first)
 
     def order(self, order: Order) -> None:
-        """See `Reachable.order`."""
+        """See `Runs.order`."""
         self._hub.send(Do(order), self._all)
 
     def close(self) -> None:

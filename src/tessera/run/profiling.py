@@ -13,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import torch
@@ -37,19 +36,14 @@ class Traced(msgspec.Struct, tag=True, frozen=True):
     error: str | None = None
 
 
-class Traces(Protocol):
-    """Ranks that can be profiled."""
-
-    def trace(self, order: ProfileOrder) -> int:
-        """Tells them; how many tell `Traced` of each `Profile`."""
-
-
 class Profiles:
-    """At most one profile at a time. `sink` gets an answer for everything that is asked: at once for a start, once all
-    is written for a stop."""
+    """At most one profile at a time. `trace` tells the ranks (see `Runs.trace`). `sink` gets an answer for everything
+    that is asked: at once for a start, once all is written for a stop."""
 
-    def __init__(self, ranks: Traces, sink: Callable[[Profiled], None], replica: str = "") -> None:
-        self._ranks, self._sink, self._replica = ranks, sink, replica
+    def __init__(
+        self, trace: Callable[[ProfileOrder], int], sink: Callable[[Profiled], None], replica: str = ""
+    ) -> None:
+        self._trace, self._sink, self._replica = trace, sink, replica
         self._running: Profile | None = None
         self._owed = 0
         self._told: list[Traced] = []
@@ -71,7 +65,7 @@ class Profiles:
         if error is None:
             name = f"{asked.name}{self._replica}"
             self._running, self._told = msgspec.structs.replace(asked, name=name), []
-            self._owed = self._ranks.trace(self._running)
+            self._owed = self._trace(self._running)
             log.info("Profile '%s' starts; its traces go to %s", name, asked.folder)
         self._sink(Profiled(asked.id, error))
 
@@ -81,7 +75,7 @@ class Profiles:
             self._sink(Profiled(asked.id, f"no profile runs{last}; start one first (/start_profile)"))
             return
         if not self._waiting:
-            self._ranks.trace(asked)
+            self._trace(asked)
         self._waiting.append(asked.id)
 
     def _note(self, told: Traced) -> None:

@@ -9,7 +9,7 @@ that memory is missing, all drop the size. Steps that run for their time (`trial
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
 
@@ -21,22 +21,12 @@ Act = Literal["rehearse", "meet", "record", "drop"]
 TOGETHER: tuple[Act, ...] = ("rehearse", "meet", "record")
 ALONE: tuple[Act, ...] = ("rehearse", "record")
 GUARDED = ("rehearse", "record")  # acts that may fail on one rank alone
-OfT = TypeVar("OfT")
-OfT_contra = TypeVar("OfT_contra", contravariant=True)
 
 
-class Acts(Protocol[OfT_contra]):
-    """Who performs acts of one kind of thing."""
-
-    @property
-    def acts(self) -> Mapping[str, Callable[[OfT_contra], None]]:
-        """Those that it knows."""
-
-
-def perform(doer: Acts[OfT], act: Act, of: OfT) -> str:
-    """One act on one rank: what memory is missing; empty when it went well."""
+def perform(acts: Mapping[str, Callable[[Any], None]], act: Act, of: Size | Step) -> str:
+    """One of the `acts` that a rank knows: what memory is missing; empty when it went well."""
     try:
-        doer.acts[act](of)
+        acts[act](of)
     except torch.OutOfMemoryError as error:
         if act not in GUARDED:
             raise
@@ -50,8 +40,8 @@ def missing(error: BaseException) -> str:
     return ". ".join(said[:2]).rstrip(".").replace("\n", " ")
 
 
-def record(size: Size, acts: tuple[Act, ...], tell: Callable[[Act], Mapping[int, str]]) -> None:
-    """Records a size. `tell`: has all ranks perform an act; what memory each lacks, by rank.
+def record(acts: tuple[Act, ...], tell: Callable[[Act], Mapping[int, str]]) -> None:
+    """Records a size, by these acts. `tell`: has all ranks perform an act; what memory each lacks, by rank.
 
     Raises `CapacityError` when one had none: then no rank has the size recorded.
     """

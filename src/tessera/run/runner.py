@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tessera.core.messages import Output
 from tessera.ops.greedy import whole
 from tessera.ops.precision import wide
 from tessera.plan.step import Change, Ints, Part, Send, Step, StepDone
-from tessera.run.batch import Batch, Input, Wanted, drawn_of, make_batch
+from tessera.run.batch import Batch, Model, Wanted, drawn_of, make_batch
 from tessera.run.graphs import Graphs, Size, columns_of, places_of
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
@@ -35,22 +35,6 @@ from tessera.run.stages import Stages
 from tessera.run.table import Known, RowTable, Sequence
 from tessera.run.trials import Trials
 from tessera.run.waiter import Watch
-
-
-class Model(Protocol):
-    """What a runner needs of a model: `forward` runs the layers, `logits` the head.
-
-    `inputs`: a step's ranges, or those of its two halves, of which the first is ahead at every stage.
-    `counts`: how many rows each DP rank brings; a rank without any takes part all the same.
-    """
-
-    vocab_size: int
-
-    def forward(self, inputs: tuple[Input, ...], caches: dict[str, Tensor]) -> Tensor:
-        """T tokens in all -> hidden states after the final norm [T, hidden]."""
-
-    def logits(self, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """[N, hidden] -> [N, vocab], fp32 or wider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,19 +234,19 @@ class Runner:
         return [] if self.post is None else [self.post.seat]
 
     def order(self, order: Order) -> None:
-        """See `Reachable.order`."""
+        """See `Runs.order`."""
         assert self.post is not None
         self.post.poster.order(order)
 
     def trace(self, order: ProfileOrder) -> int:
-        """See `Traces`."""
+        """See `Runs.trace`."""
         assert self.tracer is not None
         self.tracer.order(order)
         return 1
 
     def record(self, size: Size) -> None:
         """See `Runs.record`."""
-        record(size, ALONE, lambda act: self.everywhere(act, size))
+        record(ALONE, lambda act: self.everywhere(act, size))
 
     def everywhere(self, act: Act, of: Size | Step) -> dict[int, str]:
         """Has all ranks perform an act of a size or of a dry step, and waits for them; what memory each lacked."""
@@ -275,7 +259,7 @@ class Runner:
 
         @torch.inference_mode()
         def work() -> str:
-            return perform(doer, act, of)
+            return perform(doer.acts, act, of)
 
         return self._executor.submit(work).result()
 

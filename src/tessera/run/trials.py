@@ -9,8 +9,7 @@ import torch
 
 from tessera.comm.rehearsal import Rehearsing
 from tessera.plan.step import Step
-from tessera.run.batch import Input, make_batch
-from tessera.run.graphs import Model
+from tessera.run.batch import Input, Model, make_batch
 from tessera.run.host import finished
 from tessera.run.pools import Pools
 from tessera.run.table import RowTable
