@@ -31,7 +31,7 @@ from tessera.serve.router.router import Router
 from tessera.serve.router.servers import Address, Role
 from tessera.serve.schema import Limits, Reader
 from tessera.serve.server import Options, Server
-from tessera.serve.trace import PlainTracing, Tracing
+from tessera.serve.trace import Tracing
 from tessera.serve.trace_otel import Recorded
 from waits import until
 
@@ -163,7 +163,7 @@ async def test_router_prefill_and_decode_tell_their_phases_in_one_trace() -> Non
 @in_loop
 async def test_without_tracing_nothing_is_recorded_and_the_answer_is_the_same() -> None:
     params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
-    plain: dict[str, Tracing] = {name: PlainTracing() for name in ("router", "prefill", "decode")}
+    plain: dict[str, Tracing] = {name: Tracing() for name in ("router", "prefill", "decode")}
     answer = await ask(plain, {"input_ids": list(range(5, 75)), "sampling_params": params, "rid": "named"})
     assert answer.status_code == 200, answer.text
     assert answer.headers["traceparent"].split("-")[1] == TRACE

@@ -19,7 +19,7 @@ from tessera.serve.http import Call, UnavailableError, read_json
 from tessera.serve.metrics import Metrics
 from tessera.serve.phases import record
 from tessera.serve.schema import Item, Reader, Request
-from tessera.serve.trace import PlainTracing, Span, Tracing
+from tessera.serve.trace import Span, Tracing
 
 log = logging.getLogger(__name__)
 ANY_MODEL = "default"  # SGLang's clients send this where the model does not matter
@@ -36,7 +36,7 @@ class Options:
     stream_interval: int = 1
     log_requests: bool = False
     profiles: str = "/tmp"
-    tracing: Tracing = field(default_factory=PlainTracing)
+    tracing: Tracing = field(default_factory=Tracing)
     info: dict[str, Any] = field(default_factory=dict)
 
 

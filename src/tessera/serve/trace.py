@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,19 +23,23 @@ FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.
 UNTRACED = frozenset({"/health", "/metrics"})
 
 
-class Span(Protocol):
-    """A piece of work in a trace. `headers`: what a server that is asked on its behalf gets."""
+class Span:
+    """A piece of work in a trace; this one is recorded by nobody. `flags`, `state`: handed on as they came."""
 
-    @property
-    def trace_id(self) -> str:
-        """32 hex digits."""
+    def __init__(self, trace_id: str, flags: str, state: str | None) -> None:
+        self.trace_id = trace_id  # 32 hex digits
+        self._flags, self._state = flags, state
+        self._id = _id(8)
 
     @property
     def headers(self) -> dict[str, str]:
-        """`traceparent`, and `tracestate` where there is one."""
+        """What a server gets that is asked on its behalf: `traceparent`, and `tracestate` where there is one."""
+        parent = {PARENT: f"00-{self.trace_id}-{self._id}-{self._flags}"}
+        return parent if self._state is None else {**parent, STATE: self._state}
 
     def child(self, name: str) -> Span:
         """A piece of this work, done by somebody else."""
+        return Span(self.trace_id, self._flags, self._state)
 
     def phase(self, name: str, begin: float, end: float, attributes: Mapping[str, float]) -> None:
         """A part of this work that is over. `begin`, `end`: of `time.monotonic`."""
@@ -45,60 +48,25 @@ class Span(Protocol):
         """It is over. `status`: that of HTTP; None: it was given up."""
 
 
-class Tracing(Protocol):
-    """Begins traces."""
+class Tracing:
+    """Begins traces. This one hands trace contexts on, and makes one where a request brings none."""
 
     def begin(self, name: str, headers: Mapping[str, str]) -> Span:
         """Work that a request with these headers asked for."""
+        found = FORM.fullmatch(headers.get(PARENT, ""))
+        # Version ff and zeros are invalid; a version above 00 may carry more, which is not passed on (section 4.2).
+        if found is None or found[1] == "ff" or not int(found[2], 16) or not int(found[3], 16):
+            return Span(_id(16), "00", None)
+        return Span(found[2], found[4], headers.get(STATE))
 
     def close(self) -> None:
         """Sends what is recorded."""
 
 
-class PlainSpan:
-    """A span that nobody records. `head`: version, flags and state, handed on as they came."""
-
-    def __init__(self, trace_id: str, flags: str, state: str | None) -> None:
-        self.trace_id = trace_id
-        self._flags, self._state = flags, state
-        self._id = _id(8)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """See `Span`."""
-        parent = {PARENT: f"00-{self.trace_id}-{self._id}-{self._flags}"}
-        return parent if self._state is None else {**parent, STATE: self._state}
-
-    def child(self, name: str) -> PlainSpan:
-        """See `Span`."""
-        return PlainSpan(self.trace_id, self._flags, self._state)
-
-    def phase(self, name: str, begin: float, end: float, attributes: Mapping[str, float]) -> None:
-        """Nothing is recorded."""
-
-    def end(self, status: int | None = None) -> None:
-        """Nothing is recorded."""
-
-
-class PlainTracing:
-    """Hands trace contexts on, and makes one where a request brings none."""
-
-    def begin(self, name: str, headers: Mapping[str, str]) -> PlainSpan:
-        """See `Tracing`."""
-        found = FORM.fullmatch(headers.get(PARENT, ""))
-        # Version ff and zeros are invalid; a version above 00 may carry more, which is not passed on (section 4.2).
-        if found is None or found[1] == "ff" or not int(found[2], 16) or not int(found[3], 16):
-            return PlainSpan(_id(16), "00", None)
-        return PlainSpan(found[2], found[4], headers.get(STATE))
-
-    def close(self) -> None:
-        """Nothing is recorded."""
-
-
 def make_tracing(enabled: bool, endpoint: str, service: str) -> Tracing:
     """Tracing as asked. `endpoint`: a collector's HOST:PORT (gRPC), or its address (HTTP). Raises ConfigError."""
     if not enabled:
-        return PlainTracing()
+        return Tracing()
     try:
         recorded = import_module("tessera.serve.trace_otel")  # an extra
     except ImportError as error:

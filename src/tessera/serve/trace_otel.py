@@ -15,6 +15,8 @@ from opentelemetry.trace import Span as Recording
 from opentelemetry.trace import SpanKind, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from tessera.serve.trace import Span, Tracing
+
 EXPORT_SECONDS = 5  # for the collector to take a batch
 CLOSE_MS = 5000
 CONTEXT = TraceContextTextMapPropagator()
@@ -29,7 +31,7 @@ def exporter(endpoint: str) -> SpanExporter:
     return HttpExporter(endpoint=endpoint.rstrip("/") + path, timeout=EXPORT_SECONDS)
 
 
-class Recorded:
+class Recorded(Tracing):
     """Tracing that records. Batches leave in a thread of their own; a collector that is away costs spans, no more."""
 
     def __init__(self, endpoint: str, service: str, out: SpanExporter | None = None) -> None:
@@ -38,47 +40,38 @@ class Recorded:
         self._tracer = self._provider.get_tracer("tessera")
 
     def begin(self, name: str, headers: Mapping[str, str]) -> RecordedSpan:
-        """See `Tracing`."""
         return RecordedSpan(self._tracer, name, SpanKind.SERVER, CONTEXT.extract(dict(headers), Context()))
 
     def close(self) -> None:
-        """Sends what is recorded."""
         self._provider.force_flush(CLOSE_MS)
         self._provider.shutdown()
 
 
-class RecordedSpan:
+class RecordedSpan(Span):
     """A span that goes to the collector."""
 
     def __init__(self, tracer: Tracer, name: str, kind: SpanKind, parent: Context) -> None:
         self._tracer = tracer
         self._span: Recording = tracer.start_span(name, parent, kind)
         self._context = set_span_in_context(self._span, parent)
-
-    @property
-    def trace_id(self) -> str:
-        """See `Span`."""
-        return format(self._span.get_span_context().trace_id, "032x")
+        self.trace_id = format(self._span.get_span_context().trace_id, "032x")
 
     @property
     def headers(self) -> dict[str, str]:
-        """See `Span`."""
         made: dict[str, str] = {}
         CONTEXT.inject(made, self._context)
         return made
 
     def child(self, name: str) -> RecordedSpan:
-        """See `Span`."""
         return RecordedSpan(self._tracer, name, SpanKind.CLIENT, self._context)
 
     def phase(self, name: str, begin: float, end: float, attributes: Mapping[str, float]) -> None:
-        """See `Span`."""
         epoch = time.time_ns() - time.monotonic_ns()
         first, last = (epoch + int(at * 1e9) for at in (begin, end))
         self._tracer.start_span(name, self._context, attributes=attributes, start_time=first).end(last)
 
     def end(self, status: int | None = None) -> None:
-        """See `Span`. Attributes as OpenTelemetry's conventions for HTTP name them."""
+        """Attributes as OpenTelemetry's conventions for HTTP name them."""
         if status is not None:
             self._span.set_attribute("http.response.status_code", status)
         else:

@@ -16,7 +16,7 @@ from tessera.serve.router.exchange import Aborts
 from tessera.serve.router.metrics import Metrics
 from tessera.serve.router.policy import POLICIES
 from tessera.serve.router.servers import Address, Fleet, Role, Server, mode_of
-from tessera.serve.trace import PlainTracing, Tracing
+from tessera.serve.trace import Tracing
 
 log = logging.getLogger(__name__)
 PASSED = ("authorization", "x-request-id")  # headers of the client that servers get
@@ -54,7 +54,7 @@ class Router:
 
     def __init__(self, options: Options, tracing: Tracing | None = None) -> None:
         self.options = options
-        self.tracing = tracing or PlainTracing()
+        self.tracing = tracing or Tracing()
         self.metrics = Metrics()
         self.started = time.time()
         servers = [Server(address, self.metrics, options.threshold) for address in options.servers]
