@@ -15,7 +15,7 @@ from house.source import ROOT
 from matrix.serving import RANDOM, model_of
 from tessera.core.messages import SamplingParams, Submit
 from tessera.plan import halves
-from tessera.plan.halves import Cut, cut
+from tessera.plan.halves import cut
 from tessera.plan.step import Part
 from tiny import Run, serve
 
@@ -66,7 +66,7 @@ def test_halves_on_either_side_of_the_size_up_to_which_exchanges_are_padded() ->
 def test_a_rule_that_does_not_know_mixed_steps_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The crash of other engines: where to split is not defined for the kind of step that prompts and decodes make."""
 
-    def knows_pure_steps(part: Part, share: float, grain: int) -> Cut:
+    def knows_pure_steps(part: Part, share: float, grain: int) -> int:
         ones = part.lengths == 1
         assert ones.all() or not ones.any(), "no split index for MIXED"
         return cut(part, share, grain)

@@ -37,13 +37,12 @@ WATCHED = 16  # tokens of a watched prompt: those of all requests fit in a step 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """So many requests at once, prompts and answers of so many tokens. `at_a_time`: how many run at once (0: all)."""
+    """So many requests at once, prompts and answers of so many tokens."""
 
     name: str
     requests: int
     prompt: int
     new: int
-    at_a_time: int = 0
 
 
 WORKLOADS = {

@@ -112,25 +112,16 @@ class DeltaNet:
         return (yield self.tools.comm.sum([self.tools.part(o, self.w_out, "attn")], "attn", x.dtype))
 
 
-class GatedMLP:
-    """silu(gate(x)) * up(x), then down: this rank's part of the sum."""
+class DenseMLP:
+    """silu(gate(x)) * up(x), then down: cut over the ranks of the dense axis."""
 
     def __init__(self, weights: Weights, tools: Tools) -> None:
         self.w_in, self.w_out = weights.linear("in"), weights.linear("out")
         self.gated_product, self.wide = tools.backend.gated_product, tools.widens("dense")
-
-    def part(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> the rank's part of [T, hidden]."""
-        return gated_mlp(x, self.w_in, self.w_out, self.gated_product, self.wide)
-
-
-class DenseMLP:
-    """A gated MLP cut over the ranks of the dense axis."""
-
-    def __init__(self, weights: Weights, tools: Tools) -> None:
-        self.mlp, self.together = GatedMLP(weights, tools), together(tools.comm, "dense")
+        self.together = together(tools.comm, "dense")
 
     def __call__(self, x: Tensor, batch: Batch) -> Waits[Tensor]:
         """x [T, hidden] -> [T, hidden]."""
         x = yield from self.together.bring(x, batch.counts)
-        return (yield from self.together.home(self.mlp.part(x), batch.counts, x.dtype))
+        part = gated_mlp(x, self.w_in, self.w_out, self.gated_product, self.wide)
+        return (yield from self.together.home(part, batch.counts, x.dtype))

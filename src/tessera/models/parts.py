@@ -55,29 +55,30 @@ class Weights:
         assert not isinstance(tile, PackedLinear), f"{self.prefix}{name} is packed"
         return tile
 
-    def slices(self, name: str, dim: int = 0) -> dict[str, slice]:
-        """Where each section of a dim lies in the tile."""
-        return self._dim(name, dim).local(*self._place(name, dim))
+    def slices(self, name: str) -> dict[str, slice]:
+        """Where each section of its rows (the first dim) lies in the tile."""
+        rows, place = self._rows(name)
+        return rows.local(*place)
 
-    def units(self, name: str, dim: int = 0) -> dict[str, int]:
-        """Units of each section in the tile."""
-        return self._dim(name, dim).local_units(*self._place(name, dim))
+    def units(self, name: str) -> dict[str, int]:
+        """Units of each section of its rows in the tile."""
+        rows, place = self._rows(name)
+        return rows.local_units(*place)
 
-    def held(self, name: str, dim: int = 0) -> list[int]:
-        """The units of a dim of one section that the tile holds, in order."""
-        (section,) = self._dim(name, dim).sections
-        return list(section.held(*self._place(name, dim)))
+    def held(self, name: str) -> list[int]:
+        """The units that the tile holds of rows of one section, in order."""
+        rows, place = self._rows(name)
+        (section,) = rows.sections
+        return list(section.held(*place))
 
-    def holders(self, name: str, dim: int = 0) -> list[list[int]]:
+    def holders(self, name: str) -> list[list[int]]:
         """What `held` is on every rank of the mesh."""
-        return [replace(self, rank=rank).held(name, dim) for rank in range(self.mesh.size)]
+        return [replace(self, rank=rank).held(name) for rank in range(self.mesh.size)]
 
-    def _dim(self, name: str, dim: int) -> Dim:
-        return self.table[self.prefix + name].layout.dims[dim]
-
-    def _place(self, name: str, dim: int) -> tuple[int, int]:
-        axis = self._dim(name, dim).axis
-        return self.mesh.size_of(axis), self.mesh.coordinate(self.rank, axis)
+    def _rows(self, name: str) -> tuple[Dim, tuple[int, int]]:
+        """The first dim, and over how many ranks it is cut and which of them this is."""
+        rows = self.table[self.prefix + name].layout.dims[0]
+        return rows, (self.mesh.size_of(rows.axis), self.mesh.coordinate(self.rank, rows.axis))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,7 @@ MadeT = TypeVar("MadeT")
 
 
 class Aside:
-    """A second stream of a device; also in graphs. What is made in `begun` may be used, and given up, after `join`.
+    """A second stream of a device; also in graphs.
 
     It goes first where both have programs to start: what the main stream launches meanwhile is long, and what comes
     after that needs both. Nothing waits for the host. Memory that the second stream gave up is written again only by
@@ -22,28 +21,22 @@ class Aside:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    @contextmanager
-    def begun(self) -> Iterator[None]:
-        """Runs what is launched inside after all that was launched before, and beside what will be."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def join(self) -> None:
-        """What is launched from now on comes after what was begun."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
     def run(self, make: Callable[[], MadeT]) -> Callable[[], MadeT]:
-        """Begins `make`; what comes back joins, and gives what was made."""
-        with self.begun():
+        """Runs what `make` launches after all that was launched before, and beside what will be.
+
+        What comes back gives what was made, and has what is launched from then on come after it: not before may it be
+        used, or given up.
+        """
+        stream = self._stream
+        if stream is None:
+            made = make()
+            return lambda: made
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             made = make()
 
         def joined() -> MadeT:
-            self.join()
+            torch.cuda.current_stream().wait_stream(stream)
             return made
 
         return joined

@@ -99,7 +99,8 @@ REFERENCE = Backend(
     travel=TRAVEL,
 )
 
-TORCH = Backend(
+TORCH = replace(
+    REFERENCE,
     name="torch",
     pack=linear.pack,
     tie=tied.tie,
@@ -108,23 +109,13 @@ TORCH = Backend(
     mla_absorbed=mla.mla_absorbed,
     mla_expanded=mla.mla_expanded,
     delta_net=fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule),
-    route=moe.choose,
     experts=moe.experts,
     mixture=moe.mixture_of(moe.experts, cpu_fused.gated_product, fused.add_gated),
-    combine=moe.combine,
-    fp8_linear=fp8.linear_reference,
-    fp8_experts=fp8.experts_reference,
     rmsnorm=cpu_fused.rmsnorm,
     add_rmsnorm=cpu_fused.add_rmsnorm,
     write_heads=cpu_fused.write_heads,
-    write_latents=fused.write_latents,
     silu_mul=cpu_fused.silu_mul,
-    sigmoid_mul=fused.sigmoid_mul,
-    add_gated=fused.add_gated,
     draw=draw.draw,
-    greedy=greedy,
-    expand=expand_reference,
-    travel=TRAVEL,
 )
 
 DEEP_GEMM_BUILD = "sgl-deep-gemm 0.1.5.post1 is one for torch 2.11"

@@ -10,8 +10,6 @@ q and k stay as the convolution gave them: their l2 norms, scale and decays are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -168,32 +166,18 @@ def _run(
     tl.store(memory_at, memory.to(state_ptr.dtype.element_ty), mask=key[:, None] & shown[None, :])
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """Which chunks there are: `table` [N, 2], N the most that there can be."""
+def _chunks(segments: Segments, limit: int) -> Tensor:
+    """See `_list_chunks`: [N, 2], N the most that there can be. Once a step."""
+    return segments.once(("triton chunks", limit), lambda: _listed(segments, limit))
 
-    table: Tensor
 
-    @classmethod
-    def of(cls, segments: Segments, limit: int) -> Chunks:
-        """Listed once a step."""
-        return segments.once(("triton chunks", limit), lambda: cls._listed(segments, limit))
-
-    @classmethod
-    def _listed(cls, segments: Segments, limit: int) -> Chunks:
-        num_segments = segments.num_segments
-        most = (segments.num_tokens + (CHUNK - 1) * min(num_segments, segments.num_tokens // (limit + 1))) // CHUNK
-        table = torch.empty(most, 2, dtype=torch.int32, device=segments.device)
-        _list_chunks[num_segments,](
-            segments.cu_lengths,
-            table,
-            num_segments,
-            most,
-            limit,
-            S=max(triton.next_power_of_2(num_segments), 64),
-            C=CHUNK,
-        )
-        return cls(table)
+def _listed(segments: Segments, limit: int) -> Tensor:
+    num = segments.num_segments
+    most = (segments.num_tokens + (CHUNK - 1) * min(num, segments.num_tokens // (limit + 1))) // CHUNK
+    table = torch.empty(most, 2, dtype=torch.int32, device=segments.device)
+    padded = max(triton.next_power_of_2(num), 64)
+    _list_chunks[num,](segments.cu_lengths, table, num, most, limit, S=padded, C=CHUNK)
+    return table
 
 
 def _tile(num_states: int, value_dim: int, device: torch.device) -> tuple[int, int]:
@@ -214,7 +198,7 @@ def run_chunks(
     """
     _, num_v, key_dim, value_dim = state.shape
     num_tokens, num_channels = mixed.shape
-    table = Chunks.of(segments, limit).table
+    table = _chunks(segments, limit)
     keys = mixed.new_empty(num_tokens, num_v, key_dim)
     values = mixed.new_empty(num_tokens, num_v, value_dim)
     read = mixed.new_empty(num_tokens, num_v, CHUNK)

@@ -12,30 +12,22 @@ keep their order and a range's first tokens are A's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from tessera.plan.step import Part
 
 
-class Cut(NamedTuple):
-    """Where a part is cut: its first `num_tokens` tokens are half A. That is the first `num_ranges` ranges whole, and
-    the beginning of the one after them where the cut falls inside it."""
-
-    num_ranges: int
-    num_tokens: int
-
-
-def cut(part: Part, share: float, grain: int) -> Cut:
-    """The cut of a part, between two ranges as near the middle as can be, by tokens; the first of two equally near.
+def cut(part: Part, share: float, grain: int) -> int:
+    """How many tokens of a part are half A: between two ranges as near the middle as can be; of two equally near the
+    first.
 
     Where the smaller half would have less than `share` of the tokens (0: never) the range in the middle is cut inside
     if that is nearer, at a multiple of `grain` tokens from its start, where the chunks of recurrent layers end anyway.
     So ranges of up to `grain` tokens (decodes, drafts to verify) are never cut inside. A part of no ranges is cut at 0.
     """
     if not len(part.lengths):
-        return Cut(0, 0)
+        return 0
     ends = np.cumsum(part.lengths)
     total = int(ends[-1])
     middle = int(np.searchsorted(2 * ends, total))
@@ -45,12 +37,12 @@ def cut(part: Part, share: float, grain: int) -> Cut:
     if min(at, total - at) < share * total:
         below = begin + (total // 2 - begin) // grain * grain
         at = _nearest(total, at, *(token for token in (below, below + grain) if begin < token < end))
-    return Cut(middle + (at == end), at)
+    return at
 
 
 def cuts(parts: Sequence[Part], share: float, grain: int) -> tuple[int, ...]:
     """Tokens of each part's first half (see `cut`)."""
-    return tuple(cut(part, share, grain).num_tokens for part in parts)
+    return tuple(cut(part, share, grain) for part in parts)
 
 
 def _nearest(total: int, *tokens: int) -> int:

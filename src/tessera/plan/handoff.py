@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
@@ -356,14 +355,3 @@ class End(msgspec.Struct, frozen=True):
 
 Order = Want | Arrive | Start | Free | End  # for the planner
 Action = Errand | Order
-
-
-class Machine(Protocol):
-    """One side of all its rooms."""
-
-    def apply(self, event: Wire | Inner) -> list[Action]:
-        """Takes what happened and says what is to be done, in order."""
-
-    @property
-    def idle(self) -> bool:
-        """No memory is waiting for a writer, and nobody for an answer."""

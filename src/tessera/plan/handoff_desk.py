@@ -29,7 +29,6 @@ from tessera.plan.handoff import (
     HandoffConfig,
     Inner,
     Leased,
-    Machine,
     Meet,
     Noted,
     Opened,
@@ -70,7 +69,7 @@ class Desk:
 
     def __init__(self, config: HandoffConfig) -> None:
         self.config = config
-        self.machine: Machine = MACHINES[config.role](config)
+        self.machine = MACHINES[config.role](config)
         self.cases: dict[int, Case] = {}
         self.errands: list[Errand] = []
         self._homes: dict[int, DpRank] = {}  # where pages may be held, until they are free

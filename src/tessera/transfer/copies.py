@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -90,12 +89,12 @@ class CopyPlan:
                 continue
             j, other = theirs[spec.name]
             width = DTYPE_BYTES[spec.dtype]
-            for move in _moves(spec.layout, src_line, other.layout, dst_line, turns[spec.layout]):
-                src, dst = move.pair
+            moves = _moves(spec.layout, src_line, other.layout, dst_line, turns[spec.layout])
+            for (src, dst), spans in moves.items():
                 units = spec.bytes_per_unit(src_line, src), other.bytes_per_unit(dst_line, dst)
-                for span in move.spans:
+                for span in spans:
                     run = (i, span.src * width, j, span.dst * width, span.length * width)
-                    rows.setdefault(move.pair, []).append((*run, *units))
+                    rows.setdefault((src, dst), []).append((*run, *units))
             turns[spec.layout] += 1
         return {pair: _Template(np.array(found, np.int64)) for pair, found in rows.items()}
 
@@ -159,19 +158,12 @@ def _checked(what: str, src: Sequence[int] | Ints, dst: Sequence[int] | Ints, *l
     return ends[0][order], ends[1][order]
 
 
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """What goes from one place to another, as few runs as possible."""
-
-    pair: Pair
-    spans: tuple[Span, ...]
-
-
 @lru_cache(1024)
-def _moves(src: Layout, src_line: Mesh, dst: Layout, dst_line: Mesh, turn: int) -> tuple[_Move, ...]:
-    """The moves of one unit of a cache. The layers of a model share a handful of layouts."""
+def _moves(src: Layout, src_line: Mesh, dst: Layout, dst_line: Mesh, turn: int) -> dict[Pair, tuple[Span, ...]]:
+    """What goes of one unit of a cache from one place to another, as few runs as possible. The layers of a model share
+    a handful of layouts."""
     spans: dict[Pair, list[Span]] = {}
     for copy in reshard(src, src_line, dst, dst_line, turn):
         shapes = src.local_shape(src_line, copy.src), dst.local_shape(dst_line, copy.dst)
         spans.setdefault((copy.src, copy.dst), []).extend(flat(copy.box, *shapes))
-    return tuple(_Move(pair, tuple(merged(found))) for pair, found in spans.items())
+    return {pair: tuple(merged(found)) for pair, found in spans.items()}
