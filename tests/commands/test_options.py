@@ -65,6 +65,41 @@ def test_everything_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) ->
     assert "--tp-size: found '0'" in err
 
 
+@pytest.mark.parametrize("command", OF_ENGINE, ids=lambda c: c.name)
+def test_bad_values_and_bad_combinations_are_told_in_one_round(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = [*WORDS.get(command.name, []), "--device", "cpu", "--page-size", "0", "--tp", "2", "--ep", "3"]
+    code, _, err = run(capsys, command.name, *argv, "--model-path", "abacus-mla")
+    assert code == 2
+    assert "--page-size: found '0'" in err
+    assert "--ep-size 3 with --tp-size 2: 3 does not divide 2" in err
+    assert err.count("\n- ") == 2
+    file = tmp_path / "flags.yaml"
+    file.write_text("context-length: 10000000\n")
+    code, _, err = run(capsys, command.name, *argv, "--config", str(file), "--model-path", "abacus-mla", "--frob", "3")
+    assert [line.split(":")[0] for line in err.splitlines()[1:]] == [
+        "- --frob",
+        "- --page-size",
+        "- --ep-size 3 with --tp-size 2",
+        "- --context-length 10000000 with the model",
+    ]
+
+
+def test_beside_a_bad_value_a_model_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "serve", "--page-size", "0", "--model-path", "no-such-model")
+    assert code == 2
+    assert "--page-size: found '0'" in err
+    assert "--model-path no-such-model: " in err
+    code, _, err = run(capsys, "serve", "--page-size", "0")
+    assert "--model-path: no model was named" in err
+
+
+def test_nothing_of_an_engine_is_judged_for_a_running_server(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "bench", "--url", "http://127.0.0.1:9", "--page-size", "0")
+    assert (code, "--page-size: found '0'" in err, "no model" in err) == (2, True, False)
+
+
 def test_a_server_has_its_flags_and_a_client_has_not() -> None:
     _, asked = parse(BY_NAME["serve"], ["--port", "5", "--stream-interval", "3"])
     assert asked == {"port": "5", "stream_interval": "3"}

@@ -7,8 +7,9 @@ import importlib
 import sys
 
 from tessera import __version__
-from tessera.commands.options import COMMANDS, Command, parse
+from tessera.commands.options import COMMANDS, Command, parsed
 from tessera.core.config import current
+from tessera.core.errors import ConfigError
 
 
 def dispatch(argv: list[str]) -> int:
@@ -26,7 +27,12 @@ def dispatch(argv: list[str]) -> int:
 
 
 def _start(command: Command, argv: list[str]) -> int:
-    options, asked = parse(command, argv)
+    options, asked, wrong = parsed(command, argv)
+    if wrong and command.engine:
+        judged = importlib.import_module("tessera.commands.judged")
+        wrong = judged.everything(options, asked, current(), wrong)
+    if wrong:
+        raise ConfigError(wrong)
     handler = importlib.import_module(f"tessera.commands.{command.name}")
     code: int = handler.run(options, asked, current())
     sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,14 +229,23 @@ def parse(command: Command, argv: Sequence[str]) -> tuple[argparse.Namespace, di
     Raises `ConfigError` with everything that is wrong with the flags; argparse ends the process with 2 where an option
     lacks a value.
     """
+    options, asked, wrong = parsed(command, argv)
+    if wrong:
+        raise ConfigError(wrong)
+    return options, asked
+
+
+def parsed(command: Command, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, object], list[Conflict]]:
+    """The same, with what is wrong as the last."""
     parser = _parser(command)
     options, rest = parser.parse_known_args(argv)
     given = {flag.name: getattr(options, PREFIX + flag.name) for flag in command.flags}
     asked = {name: value for name, value in given.items() if value is not None}
-    if getattr(options, "model", None):
-        asked["model"] = options.model
-    _check(parser, rest, asked)
-    return options, asked
+    word = getattr(options, "model", None)
+    strayed = "model_path" in asked and any((flag, word) in itertools.pairwise(argv) for flag in rest)
+    if word and not strayed:  # behind an unknown flag it was meant as that one's value
+        asked["model"] = word
+    return options, asked, _wrong(parser, rest, asked)
 
 
 class _Form(argparse.HelpFormatter):
@@ -254,7 +264,7 @@ class _Form(argparse.HelpFormatter):
         return "FILE" if action.type is Path else "N" if action.type else "X"
 
 
-def _check(parser: argparse.ArgumentParser, rest: Sequence[str], asked: Mapping[str, object]) -> None:
+def _wrong(parser: argparse.ArgumentParser, rest: Sequence[str], asked: Mapping[str, object]) -> list[Conflict]:
     notes = Notes()
     read(asked, notes)
     known = [s.removeprefix("--") for action in parser._actions for s in action.option_strings if s.startswith("--")]
@@ -262,8 +272,7 @@ def _check(parser: argparse.ArgumentParser, rest: Sequence[str], asked: Mapping[
     wrong = [Conflict((word,), "there is no such flag here", suggestion(word, known)) for word in unknown]
     if rest and not wrong:
         wrong = [Conflict((word,), "one argument too many", "Put a text with spaces into quotes.") for word in rest]
-    if wrong or notes.conflicts:
-        raise ConfigError([*wrong, *notes.conflicts])
+    return [*wrong, *notes.conflicts]
 
 
 def _parser(command: Command) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from tessera.run.startup import prepare
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Resolves and prints; nothing is started."""
     given = flags(options, asked)
-    hardware = _planned(options.device_memory, options.num_devices, given) if options.device_memory else None
+    hardware = planned(options, given) if options.device_memory else None
     show(given, environ, hardware, options.json)
     return 0
 
@@ -56,12 +56,16 @@ def as_data(resolved: Resolved) -> dict[str, object]:
     return {**resolved.config.public(), "bytes": budget(resolved.config.memory), "decisions": decisions}
 
 
-def _planned(memory_asked: str, count: int, asked: Mapping[str, object]) -> Hardware:
+def planned(options: Namespace, asked: Mapping[str, object]) -> Hardware:
+    """The hardware that is planned for."""
     try:
-        memory = size(memory_asked)
+        memory = size(options.device_memory)
     except ValueError as error:
-        raise ConfigError([Conflict((f"--device-memory {memory_asked}",), str(error), "For instance 80G.")]) from error
+        asked_for = (f"--device-memory {options.device_memory}",)
+        raise ConfigError([Conflict(asked_for, str(error), "For instance 80G.")]) from error
     device = read(asked, Notes()).word("device")
     if device == "cuda":
-        return Hardware("cuda", memory, count=count, name="planned", capability=(9, 0), libraries=tuple(LIBRARIES))
+        return Hardware(
+            "cuda", memory, count=options.num_devices, name="planned", capability=(9, 0), libraries=tuple(LIBRARIES)
+        )
     return Hardware("cpu", memory, name="planned")

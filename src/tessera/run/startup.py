@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tessera.core.config import Hardware, Notes, Resolved, layered, read, read_environment, resolve
-from tessera.core.errors import ConfigError, Conflict
+from tessera.core.errors import ConfigError, Conflict, ModelError
 from tessera.core.spec import ModelSpec
 from tessera.models.folder import find_model, read_model
 from tessera.run.hardware import measure
@@ -61,12 +61,18 @@ def _prepared(
     if path is None:
         raise ConfigError([*notes.conflicts, NO_MODEL])
     revision, cache = values.text("revision"), values.text("download_dir")
-    folder = find_model(path, revision, cache, weights and values.word("load_format") != "dummy")
+    try:
+        folder = find_model(path, revision, cache, weights and values.word("load_format") != "dummy")
+        spec = read_model(folder)
+    except ModelError as error:
+        if not notes.conflicts:
+            raise
+        wrong = Conflict((f"--model-path {path}",), str(error), "Name another model, or mend this one.")
+        raise ConfigError([*notes.conflicts, wrong]) from error
     found: dict[str, object] = {"model_path": str(folder)}
     if not values.gave("served_model_name"):
         found["served_model_name"] = path
     if (tokenizer := values.text("tokenizer_path")) is not None:
         found["tokenizer_path"] = str(find_model(tokenizer, None, cache, False))
-    spec = read_model(folder)
     resolved = resolve(layered(merged, found), spec, hardware or measure(values.word("device")), NEEDS)
     return Prepared(folder, spec, replace(resolved, decisions=(*resolved.decisions, *environment.ignored)))

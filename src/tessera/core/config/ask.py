@@ -12,6 +12,7 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt
 from tessera.core.config.flags_engine import KERNELS, MEMORY, MESH, MODEL, SCHEDULING
 from tessera.core.config.flags_server import HANDOVER, LOGGING, SERVING, SPECULATION
 from tessera.core.config.types import Notes
+from tessera.core.errors import Conflict
 
 FLAGS: tuple[Flag, ...] = (
     *MODEL,
@@ -95,7 +96,8 @@ def read(asked: Mapping[str, object], notes: Notes) -> Asked:
     for key, raw in asked.items():
         flag = BY_KEY.get(key.removeprefix("--").replace("-", "_"))
         if flag is None:
-            notes.refuse((key,), "there is no such flag", suggestion(key, BY_KEY))
+            meant = [BY_KEY[name] for name in _near(key, BY_KEY)]
+            notes.unread(Conflict((key,), "there is no such flag", suggestion(key, BY_KEY)), meant)
         elif raw is not None:
             _take(flag, raw, given, notes)
     return Asked(given)
@@ -106,16 +108,15 @@ def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> No
     try:
         value = flag.parse(raw)
     except ValueError as error:
-        notes.refuse((name,), f"found {raw!r}", f"{_sentence(str(error))}.")
+        notes.unread(Conflict((name,), f"found {raw!r}", f"{_sentence(str(error))}."), (flag,))
         return
     if flag.name in given and given[flag.name] != value:
         notes.refuse((name,), f"asked twice, as {given[flag.name]!r} and as {value!r}", "Give it once.")
     elif flag.choices and str(value) not in (*flag.choices, *flag.unbuilt) and not flag.neutral_value(value):
         _refuse_unknown(flag, str(value), notes)
     elif str(value) in flag.unbuilt:
-        notes.refuse(
-            (f"{name} {value}",), "not built yet", f"{_sentence(flag.instead)} (allowed: {', '.join(flag.choices)})."
-        )
+        remedy = f"{_sentence(flag.instead)} (allowed: {', '.join(flag.choices)})."
+        notes.unread(Conflict((f"{name} {value}",), "not built yet", remedy), (flag,))
     else:
         given[flag.name] = value
         if isinstance(flag.state, Unbuilt) and flag.refused(value):
@@ -128,7 +129,8 @@ def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> No
 def _refuse_unknown(flag: Flag, value: str, notes: Notes) -> None:
     near = difflib.get_close_matches(value, flag.choices, 1)
     hint = f"Did you mean {near[0]}? " if near else ""
-    notes.refuse((flag.spellings[0],), f"found {value!r}", f"{hint}Allowed: {', '.join(flag.choices)}.")
+    remedy = f"{hint}Allowed: {', '.join(flag.choices)}."
+    notes.unread(Conflict((flag.spellings[0],), f"found {value!r}", remedy), (flag,))
 
 
 def layered(*layers: Mapping[str, object]) -> dict[str, object]:
@@ -149,11 +151,15 @@ def canonical(key: str) -> str:
 
 def suggestion(key: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: the nearest known ones."""
-    wanted = key.removeprefix("--").replace("-", "_")
-    near = difflib.get_close_matches(wanted, list(known), 2, 0.6)
+    near = _near(key, known)
     if not near:
         return "See `tessera serve --help` for all of them."
     return f"Did you mean {' or '.join('--' + n.replace('_', '-') for n in near)}?"
+
+
+def _near(key: str, known: Iterable[str]) -> list[str]:
+    """The known names that may have been meant, as they are known."""
+    return difflib.get_close_matches(key.removeprefix("--").replace("-", "_"), list(known), 2, 0.6)
 
 
 def _shown(value: object) -> str:

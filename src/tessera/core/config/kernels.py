@@ -40,6 +40,7 @@ NEEDS = {
     ),
     "deep_gemm": Needs(("bfloat16",), "its products give bfloat16", capability=(9, 0), library="deep_gemm"),
 }
+QUANTIZED = ("--quantization", "--fp8-gemm-backend")  # what decides about products of fp8 weights
 NARROW = ("bfloat16", "float16")
 WITH_TRITON = {"triton", "flashinfer"}  # backends whose kernels are Triton's, all or what the library has none for
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
@@ -90,7 +91,8 @@ def kernels_phase(
     attention, delta, moe, sampling = chosen
     if fp8 and moe == "grouped_mm" and used["moe_runner_backend"]:
         flags, why = (f"--moe-runner-backend {moe}", "weights in fp8"), "its products here are of bfloat16 weights"
-        notes.refuse(flags, why, "Use deep_gemm, leave it out, or give --fp8-gemm-backend dequantize.")
+        remedy = "Use deep_gemm, leave it out, or give --fp8-gemm-backend dequantize."
+        notes.refuse(flags, why, remedy, QUANTIZED)
     run = {attention, *([delta] if spec.recurrent else []), *([moe] if used["moe_runner_backend"] else [])}
     padded = _padded(values, spec, device, notes)
     graphs = _graphs(values, run | ({fp8} if fp8 else set()), device, max_running, padded, notes)
@@ -114,7 +116,8 @@ def _wide_parts(values: Asked, dtype: str, fp8: str, moe: str, notes: Notes) -> 
     narrow = "weights in fp8" if fp8 else f"--moe-runner-backend {moe}" if moe in ("grouped_mm", "deep_gemm") else ""
     if asked == "float32" and narrow:
         remedy = "Leave --parts-dtype out, or choose kernels whose products stay wide (--moe-runner-backend triton)."
-        notes.refuse(("--parts-dtype float32", narrow), "these products are rounded to the model's dtype", remedy)
+        why = "these products are rounded to the model's dtype"
+        notes.refuse(("--parts-dtype float32", narrow), why, remedy, ("--dtype", *QUANTIZED))
     return asked == "float32"
 
 
@@ -175,7 +178,8 @@ def _graphs(
         rows, tokens = (tuple(n for n in sizes if n <= most_tokens) for sizes in (rows, tokens))
     over = f"; no step has more than {max_running}" if max(most, *asked, 0) > max_running else ""
     if asked and values.gave("cuda_graph_max_bs"):
-        notes.refuse(("--cuda-graph-bs", "--cuda-graph-max-bs"), "both say which sizes", "Leave one of them out.")
+        names, remedy = ("--cuda-graph-bs", "--cuda-graph-max-bs"), "Leave one of them out."
+        notes.refuse(names, "both say which sizes", remedy, ("model", "mesh", "kernels"))
     notes.decide(
         "CUDA graphs",
         f"decode of up to {max(rows, default=0)} rows, other steps of up to {max(tokens, default=0)} tokens",
@@ -255,7 +259,8 @@ def _flashinfer(values: Asked, spec: ModelSpec, dtype: str, graphs: bool, notes:
     latent = any(isinstance(layer.mixer, MLASpec) for layer in spec.layers)
     if kv not in (same if latent else (*same, *FP8)):
         reason = f"it reads {'latents' if latent else 'keys'} in the dtype of queries, {dtype}"
-        notes.refuse((flag, f"--kv-cache-dtype {kv}"), f"{reason}{'' if latent else ', or in fp8'}", "Use auto.")
+        reason += "" if latent else ", or in fp8"
+        notes.refuse((flag, f"--kv-cache-dtype {kv}"), reason, "Use auto.", ("--dtype",))
     notes.decide(
         "kernels of FlashInfer", "built before the weights are read", "minutes at the first start, then cached"
     )

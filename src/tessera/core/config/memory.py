@@ -25,6 +25,7 @@ CPU_POOL = 2 << 30
 STATE_SHARE = 0.5  # of the pools, for recurrent states, when nobody said how many requests run
 SET_ASIDE = {"cpu": False, "cuda": True}  # whether what a rank needs besides comes off what pools may take
 GIB = 1 << 30
+WEIGHED = ("model", "mesh", "memory", "scheduling", "kernels")  # groups of flags that take memory
 SMALLER = "a smaller --chunked-prefill-size, --max-running-requests, --context-length, --dtype or model"
 KV_DTYPES = {"auto": None, "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
@@ -115,6 +116,7 @@ def _budget(values: Asked, hardware: Hardware, weights: int, besides: Rows, note
             f"of {gib(hardware.memory)} it leaves {gib(hardware.memory - budget)}, and {gib(needed)} are needed "
             f"besides weights and pools: {listed(besides)}",
             f"Use at most --mem-fraction-static {int(1000 * left / hardware.memory) / 1000:g}, or {SMALLER}.",
+            of=WEIGHED,
         )
         return budget
     notes.decide("weights and pools", gib(left), f"what is left beside that; {share:g} would be {gib(budget)}")
@@ -166,6 +168,7 @@ def _rows(values: Asked, spec: ModelSpec, sizes: Sizes, pools: int, rows: int, n
             (f"{name} {wanted}",),
             f"its states need {gib((wanted + 1) * sizes.slot)} of {gib(pools)} beside the weights",
             f"Use {name} {affordable}, or raise --mem-fraction-static.",
+            of=WEIGHED,
         )
         return affordable, affordable
     rows = asked or min(rows, wanted)
@@ -221,6 +224,7 @@ def _fit(
             (f"--max-total-tokens {wanted}",),
             f"{max(held, 0)} tokens fit into {gib(budget)} beside {gib(sizes.weights)} of weights",
             f"Use at most --max-total-tokens {max(held, 0)}, or raise --mem-fraction-static.",
+            of=WEIGHED,
         )
         return context
     least = min(context, 2 * page)
@@ -229,6 +233,7 @@ def _fit(
             (f"--max-total-tokens {wanted}", f"--page-size {page}"),
             f"a pool of {held} tokens is of no use",
             f"Use at least --max-total-tokens {least}.",
+            of=WEIGHED,
         )
     elif held < least:
         need = sizes.least
@@ -242,6 +247,7 @@ def _fit(
             f"{gib(budget)} of {gib(hardware.memory)} hold weights of {gib(sizes.weights)} and no pool of use"
             + (f"; besides them: {listed(besides)}" if more else ""),
             f"{remedy}, or choose {SMALLER if more else 'a smaller --dtype or model'}.",
+            of=WEIGHED,
         )
     elif held < context and values.gave("context_length"):
         notes.refuse(

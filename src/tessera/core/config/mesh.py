@@ -20,6 +20,7 @@ from tessera.core.spec import ModelSpec, MoESpec
 from tessera.core.weights import weight_table
 
 BALANCE = {"auto": "round_robin", "shortest_queue": "total_requests", "minimum_tokens": "total_tokens"}
+GROUPED = ("--enable-dp-attention",)  # what makes groups of replicas
 MOST_RANKS = 64  # sizes that are tried for a remedy
 
 
@@ -159,11 +160,11 @@ def _hosts(values: Asked, mesh: MeshConfig, notes: Notes) -> None:
     if nodes > 1 and mesh.replicas > 1:
         remedy = "Give --enable-dp-attention, or start a server on each host and a router before them."
         flags = (f"--nnodes {nodes}", f"--dp-size {mesh.replicas}")
-        notes.refuse(flags, "the replicas of a server are on one host", remedy)
+        notes.refuse(flags, "the replicas of a server are on one host", remedy, GROUPED)
     if values.word("disaggregation_mode") != "null" and mesh.replicas > 1:
         remedy = "Give --enable-dp-attention, or start a server for each and a router before them."
         flags = (f"--disaggregation-mode {values.word('disaggregation_mode')}", f"--dp-size {mesh.replicas}")
-        notes.refuse(flags, "the replicas of a server have one address at which the two sides meet", remedy)
+        notes.refuse(flags, "the replicas of a server have one address at which the two sides meet", remedy, GROUPED)
     if nodes not in divisors(mesh.tp):
         reason = f"{mesh.tp} rank(s) cannot be spread evenly over {nodes} hosts"
         notes.refuse((f"--nnodes {nodes}", f"--tp-size {mesh.tp}"), reason, _use("--nnodes", divisors(mesh.tp)))
@@ -180,7 +181,7 @@ def _collectives(values: Asked, device: str, notes: Notes) -> str:
     fits = {"cuda": ("nccl",), "several hosts": ("gloo",), "one host": ("shared", "gloo", "threads")}[there]
     if asked != "auto" and asked not in fits:
         flags = (f"--collectives {asked}", f"--nnodes {nodes}" if there == "several hosts" else f"--device {device}")
-        notes.refuse(flags, f"it does not work on {there}", f"Use --collectives {' or '.join(fits)}.")
+        notes.refuse(flags, f"it does not work on {there}", f"Use --collectives {' or '.join(fits)}.", ("--nnodes",))
     found = asked if asked in fits else fits[0]
     if asked == "auto" and values.number("tp_size") > 1:
         notes.decide("collectives", found, f"the fastest between ranks on {there}")
@@ -210,7 +211,8 @@ def _devices(mesh: MeshConfig, hardware: Hardware, notes: Notes) -> None:
         replicas = [f"--dp-size {mesh.replicas}"] if mesh.replicas > 1 else []
         remedy = f"Use at most {hardware.count} rank(s) on this host, or more hosts (--nnodes)."
         flags = (f"--tp-size {mesh.tp}", *replicas, f"{hardware.count} GPU(s)")
-        notes.refuse(flags, f"{ranks} ranks on this host need a GPU each", remedy)
+        of = (*GROUPED, "--dp-size", "--nnodes")
+        notes.refuse(flags, f"{ranks} ranks on this host need a GPU each", remedy, of)
 
 
 def _model(values: Asked, mesh: MeshConfig, model: Cut, notes: Notes) -> None:

@@ -344,7 +344,8 @@ def _on_failure(values: Asked, mesh: MeshConfig, notes: Notes) -> str:
     asked = values.word("on_failure")
     if asked == "continue" and mesh.replicas == 1:
         flags, remedy = ("--on-failure continue", "one replica"), "Use exit or restart, or more replicas (--dp-size)."
-        notes.refuse(flags, "there is no other that could go on", remedy)
+        of = ("--dp-size", "--enable-dp-attention")
+        notes.refuse(flags, "there is no other that could go on", remedy, of)
     if asked == "restart" and mesh.num_nodes > 1:
         flags, why = ("--on-failure restart", f"--nnodes {mesh.num_nodes}"), "nobody starts ranks of other hosts anew"
         notes.refuse(flags, why, "Use exit, and let whatever starts the servers start all of them anew.")

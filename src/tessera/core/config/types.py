@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 
+from tessera.core.config.flag import Flag
 from tessera.core.errors import Conflict
 from tessera.core.mesh import Mesh, instance_mesh, ranks_of, share
 from tessera.core.quantization import Quantization
@@ -289,15 +291,28 @@ class Resolved:
 
 
 class Notes:
-    """Collects what the phases of `resolve` refuse and decide."""
+    """Collects what the phases of `resolve` refuse and decide.
+
+    Where a value could not be read, phases go on with the default. What follows from that flag is then not refused,
+    since its user would mend what is not broken; what does not is, so that all that is wrong is told in one round.
+    """
 
     def __init__(self) -> None:
         self.conflicts: list[Conflict] = []
         self.decisions: list[Decision] = []
+        self._unread: dict[str, str] = {}  # group, by spelling
 
-    def refuse(self, flags: tuple[str, ...], reason: str, remedy: str) -> None:
-        """One thing cannot be honoured: the flags of both sides, why, and the smallest change that helps."""
-        self.conflicts.append(Conflict(flags, reason, remedy))
+    def unread(self, conflict: Conflict, flags: Iterable[Flag]) -> None:
+        """The value of these flags is not known, because of the conflict."""
+        self.conflicts.append(conflict)
+        self._unread |= {flag.spellings[0]: flag.group for flag in flags}
+
+    def refuse(self, flags: tuple[str, ...], reason: str, remedy: str, of: Iterable[str] = ()) -> None:
+        """One thing cannot be honoured: the flags of both sides, why, and the smallest change that helps. `of`: flags,
+        or whole groups of them, that it follows from as well."""
+        named = {word for flag in flags for word in flag.split() if word.startswith("--")}
+        if named.union(of).isdisjoint({*self._unread.keys(), *self._unread.values()}):
+            self.conflicts.append(Conflict(flags, reason, remedy))
 
     def decide(self, what: str, value: object, why: str) -> None:
         """A choice was made for the user."""
