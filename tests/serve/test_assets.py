@@ -78,6 +78,14 @@ def test_broken_files_are_named(folder: Path) -> None:
         load_assets(folder, None, None)
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes a tokenizer without a vocabulary of a config.json alone: it reads and writes no text."""
+    config = Path(tessera.__file__).parent / "assets" / "abacus-hybrid" / "config.json"
+    (tmp_path / "config.json").write_text(config.read_text())
+    with pytest.raises(ModelError, match=r"has no tokenizer.* --tokenizer-path, or --skip-tokenizer-init"):
+        load_assets(tmp_path, None, None)
+
+
 @pytest.mark.parametrize("name", ["abacus-hybrid", "abacus-mla"])
 def test_the_packaged_models_chat(name: str) -> None:
     assets = load_assets(Path(tessera.__file__).parent / "assets" / name, None, None)

@@ -16,6 +16,7 @@ from tessera.serve.chat import ChatTemplate
 from tessera.serve.text import Tokenizer
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+ANOTHER = "give --tokenizer-path, or --skip-tokenizer-init to serve token ids"
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -67,10 +68,14 @@ def _tokenizer(folder: Path) -> Tokenizer:
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
+        raise ModelError(f"{folder} has no tokenizer that can be read: {error}; {ANOTHER}") from error
     inner = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(inner, tokenizers.Tokenizer):
-        raise ModelError(f"{folder} has no tokenizer.json, and {type(loaded).__name__} cannot be made a fast tokenizer")
+        made = type(loaded).__name__
+        raise ModelError(f"{folder} has no tokenizer.json, and {made} cannot be made a fast tokenizer; {ANOTHER}")
+    if inner.get_vocab().keys() <= {token.content for token in inner.get_added_tokens_decoder().values()}:
+        # transformers makes an empty one of the config.json alone
+        raise ModelError(f"{folder} has no tokenizer: found neither a tokenizer.json nor a vocabulary; {ANOTHER}")
     return Tokenizer(inner)
 
 
