@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
@@ -68,6 +69,43 @@ async def test_bad_fields_are_named(body: Any, param: str, says: str) -> None:
         assert (await http.post(PATH, json={"prompt": "a"})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a" * CONTEXT}, "prompt"),
+        ("/v1/completions", {"prompt": "a" * 10000}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": CONTEXT}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * CONTEXT}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 10000}]}, "messages"),
+        ("/generate", {"text": "a" * CONTEXT}, "text"),
+        ("/generate", {"input_ids": [97] * CONTEXT}, "input_ids"),
+    ],
+)
+@in_loop
+async def test_what_is_too_long_has_the_code_by_which_clients_know_it(path: str, body: Any, param: str) -> None:
+    async with world() as (_, http):
+        error = refusal(await http.post(path, json=body))
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+
+
+@in_loop
+async def test_a_tokenizer_that_is_another_models_is_told() -> None:
+    """Known fault: a token beyond the model's vocabulary was served, with whatever stood behind the embedding."""
+    async with world() as (made, http):
+        made.server.reader.limits = dataclasses.replace(made.server.reader.limits, vocab_size=100)
+        assert (await http.post(PATH, json={"prompt": "abc"})).status_code == 200
+        error = refusal(await http.post(PATH, json={"prompt": "axb"}))
+        assert error["param"] == "prompt"
+        assert "token 120" in error["message"]
+        assert "--tokenizer-path" in error["message"]
+
+
+@in_loop
+async def test_an_empty_body_is_called_that() -> None:
+    async with world() as (_, http):
+        assert "empty" in refusal(await http.post(PATH))["message"]
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b'{"prompt": "\xff"}', b"[" * 100000, b'{"prompt": 1e999}', b"nul"])
 @in_loop
 async def test_broken_json_is_refused(raw: bytes) -> None:
@@ -122,7 +160,9 @@ async def test_unknown_models_paths_and_methods() -> None:
         assert (error["param"], error["code"]) == ("model", "not_found")
         for name in ("tiny", "some/path", "default", ""):
             assert (await http.post(PATH, json={"prompt": "a", "model": name})).status_code == 200
-        assert "/v1/completions" in refusal(await http.get("/v1/nothing"), 404)["message"]
+        told = refusal(await http.get("/v1/nothing"), 404)["message"]
+        assert "/v1/completions" in told
+        assert "/v1/models/{name}" in told
         found = await http.get(PATH)
         assert refusal(found, 405)["message"]
         assert found.headers["allow"] == "POST"

@@ -120,6 +120,9 @@ async def test_sampling_parameters_are_refused_by_their_path() -> None:
             ({"temperature": "hot"}, "sampling_params.temperature"),
             ({"regex": "a+"}, "sampling_params.regex"),
             ({"max_new_tokens": 100000}, "sampling_params.max_new_tokens"),
+            ({"max_new_tokens": 2, "min_new_tokens": 3}, "sampling_params.min_new_tokens"),
+            ({"logit_bias": {"9999": 1}}, "sampling_params.logit_bias"),
+            ({"stop_token_ids": [9999]}, "sampling_params.stop_token_ids"),
         ]:
             found = refusal(await http.post(PATH, json={"text": "a", "sampling_params": params}))
             assert found["param"] == param

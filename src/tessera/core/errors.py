@@ -31,12 +31,16 @@ class ModelError(TesseraError, ValueError):
 
 
 class RequestError(TesseraError, ValueError):
-    """A request is bad. `field` names the field at fault, `status` is the HTTP status (4xx)."""
+    """A request is bad. `field` names the field at fault, `status` is the HTTP status (4xx).
 
-    def __init__(self, message: str, field: str | None = None, status: int = 400) -> None:
+    `code`: OpenAI's word for it, where clients look for that.
+    """
+
+    def __init__(self, message: str, field: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.field = field
         self.status = status
+        self.code = code
 
 
 class CapacityError(TesseraError, RuntimeError):

@@ -72,9 +72,10 @@ def key_middleware(key: str | None) -> list[Middleware]:
 
 def handlers(paths: Iterable[str]) -> dict[Any, Callable[[Any, Any], Awaitable[Response]]]:
     """What becomes of errors. `paths`: what is served."""
+    shown = sorted(path.replace(":path}", "}") for path in paths)
     return {
         **dict.fromkeys((RequestError, *UNAVAILABLE, Exception), _failed),
-        404: partial(_not_found, sorted(paths)),
+        404: partial(_not_found, shown),
         405: _not_allowed,
         ClientDisconnect: _left,
     }

@@ -136,7 +136,9 @@ async def read_body(call: Call, limit: int) -> bytes:
 async def read_json(call: Call, limit: int, empty: Any = None) -> Any:
     """The body as JSON (see `read_body`); `empty`: what no body stands for, where one may be left out."""
     body = await read_body(call, limit)
-    if not body and empty is not None:
+    if not body:
+        if empty is None:
+            raise RequestError("the body is empty, expected a JSON object", "body")
         return empty
     try:
         return msgspec.json.decode(body)
@@ -147,18 +149,18 @@ async def read_json(call: Call, limit: int, empty: Any = None) -> Any:
 def failure(error: Exception) -> Json:
     """An exception as an answer; those that are our own fault say nothing of their inside."""
     if isinstance(error, RequestError):
-        return refusal(error.status, str(error), error.field)
+        return refusal(error.status, str(error), error.field, error.code)
     if isinstance(error, UNAVAILABLE):
         return refusal(503, str(error))
     return refusal(500, f"internal error ({type(error).__name__}); the server's log has the details")
 
 
-def refusal(status: int, message: str, field: str | None = None) -> Json:
+def refusal(status: int, message: str, field: str | None = None, code: str | None = None) -> Json:
     """An error as an answer."""
-    return Json(error_body(status, message, field), status, HEADERS.get(status))
+    return Json(error_body(status, message, field, code), status, HEADERS.get(status))
 
 
-def error_body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
+def error_body(status: int, message: str, field: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's form of an error."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": field, "code": CODES.get(status)}}
+    return {"error": {"message": message, "type": kind, "param": field, "code": code or CODES.get(status)}}

@@ -21,6 +21,7 @@ from tessera.serve.text import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of `max_tokens` for completions
 GENERATE_TOKENS = 128  # SGLang's default of `max_new_tokens`
+TOO_LONG = "context_length_exceeded"  # OpenAI's code, by which clients know that they should shorten what they sent
 NO_TOKENIZER = "this server runs with --skip-tokenizer-init"
 SPACE = 1 << 63
 BOOTSTRAP_PORT = 8998  # the default of --disaggregation-bootstrap-port
@@ -109,10 +110,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """How many tokens a request wants (None: what fits), in which field, and whether the client said so itself."""
+class Names:
+    """What an endpoint calls the fields that errors name. `within`: the path of those of sampling."""
 
-    field: str
+    prompt: str
+    most: str = "max_tokens"
+    least: str = "min_tokens"
+    logprobs: str = "logprobs"
+    within: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How many tokens a request wants (None: what fits), and whether the client said so itself."""
+
+    names: Names
     tokens: int | None
     explicit: bool
 
@@ -148,8 +160,9 @@ class Reader:
         ask = values.get("max_tokens", COMPLETION_TOKENS)
         if ask == 0 and not echo:
             raise bad("max_tokens", 0, "at least 1 (0 only with echo)")
+        wanted = Wanted(Names("prompt"), ask, "max_tokens" in values)
         items = [
-            self._item(values, tokens, text, Wanted("max_tokens", ask, "max_tokens" in values), best, top)
+            self._item(values, tokens, text, wanted, best, top)
             for tokens, text in self._prompts(values["prompt"], "prompt", values.get("add_special_tokens", True))
         ]
         return self._request(values, items, top, echo)
@@ -165,7 +178,8 @@ class Reader:
         tokens, text = self.conversation(values)
         name = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
         ask = values.get(name)
-        item = self._item(values, tokens, text, Wanted(name, ask, ask is not None), values.get("n", 1), top)
+        wanted = Wanted(Names("messages", name, logprobs="top_logprobs"), ask, ask is not None)
+        item = self._item(values, tokens, text, wanted, values.get("n", 1), top)
         return self._request(values, [item], top)
 
     def conversation(self, values: Mapping[str, Any]) -> tuple[list[int], str]:
@@ -204,7 +218,6 @@ class Reader:
     def _native(self, own: dict[str, Any], tokens: list[int], text: str | None) -> Request:
         values = {**own, **own.get("sampling_params", {})}
         values.setdefault("seed", values.get("sampling_seed"))
-        values["min_tokens"] = values.get("min_new_tokens", 0)
         top = -1
         if own.get("return_logprob"):
             top = own.get("top_logprobs_num", 0)
@@ -216,8 +229,9 @@ class Reader:
             values["token_ids_logprob"] = self._ids(own.get("token_ids_logprob", ()), "token_ids_logprob")
         else:
             values.pop("token_ids_logprob", None)
-        name = "max_new_tokens"
-        wanted = Wanted(f"sampling_params.{name}", values.get(name, GENERATE_TOKENS), name in values)
+        prompt = "input_ids" if text is None else "text"
+        names = Names(prompt, "max_new_tokens", "min_new_tokens", "top_logprobs_num", "sampling_params.")
+        wanted = Wanted(names, values.get(names.most, GENERATE_TOKENS), names.most in values)
         item = self._item(values, tokens, text, wanted, values.get("n", 1), top)
         return self._request(values, [item], top)
 
@@ -253,10 +267,12 @@ class Reader:
         top: int,
     ) -> Item:
         keep = values.get("n", 1)
-        params = self._params(values, self._room(len(tokens), wanted), top if best == keep else max(top, 0))
+        top, names = top if best == keep else max(top, 0), wanted.names
+        params = self._params(values, self._room(len(tokens), wanted), top, names)
         stops = values.get("stop", ())
         if stops and self.tokenizer is None:
-            raise RequestError(f"stop: {NO_TOKENIZER}; use stop_token_ids", "stop")
+            field = f"{names.within}stop"
+            raise RequestError(f"{field}: {NO_TOKENIZER}; use stop_token_ids", field)
         return Item(
             tokens,
             params,
@@ -278,25 +294,28 @@ class Reader:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens; the context is {self.limits.context_length} tokens, "
                 "of which at least one must be left for the answer",
-                "prompt",
+                wanted.names.prompt,
+                code=TOO_LONG,
             )
         if ask is None or (ask > room and not wanted.explicit):
             return room
         if ask > room:
+            field = wanted.names.within + wanted.names.most
             raise RequestError(
-                f"{wanted.field}: found {ask}, allowed are at most {room}: the prompt has {num_prompt} tokens and the "
+                f"{field}: found {ask}, allowed are at most {room}: the prompt has {num_prompt} tokens and the "
                 f"context is {self.limits.context_length}",
-                wanted.field,
+                field,
+                code=TOO_LONG,
             )
         return max(ask, 1)
 
-    def _params(self, values: Mapping[str, Any], max_new: int, top: int) -> SamplingParams:
+    def _params(self, values: Mapping[str, Any], max_new: int, top: int, names: Names) -> SamplingParams:
         given = {**self.defaults, **values}
-        least = values.get("min_tokens", 0)
+        least, bias, stops = values.get(names.least, 0), f"{names.within}logit_bias", f"{names.within}stop_token_ids"
         if least > max_new:
-            raise bad("min_tokens", least, f"at most the tokens to generate ({max_new})")
+            raise bad(names.within + names.least, least, f"at most the tokens to generate ({max_new})")
         if top > self.limits.vocab_size:
-            raise bad("logprobs", top, f"at most the vocabulary's {self.limits.vocab_size}")
+            raise bad(names.logprobs, top, f"at most the vocabulary's {self.limits.vocab_size}")
         return SamplingParams(
             max_new_tokens=max_new,
             min_new_tokens=least,
@@ -307,10 +326,10 @@ class Reader:
             presence_penalty=values.get("presence_penalty", 0.0),
             frequency_penalty=values.get("frequency_penalty", 0.0),
             repetition_penalty=float(given.get("repetition_penalty", 1.0)),
-            logit_bias={i: values["logit_bias"][i] for i in self._ids(values.get("logit_bias", ()), "logit_bias")},
+            logit_bias={i: values["logit_bias"][i] for i in self._ids(values.get("logit_bias", ()), bias)},
             seed=self._seed(values.get("seed")),
             ignore_eos=values.get("ignore_eos", False),
-            stop_token_ids=tuple(self._ids(values.get("stop_token_ids", ()), "stop_token_ids")),
+            stop_token_ids=tuple(self._ids(values.get("stop_token_ids", ()), stops)),
             logprobs=top,
             prompt_logprobs=values.get("prompt_logprobs", -1),
             logprob_start=values.get("logprob_start", 0),
@@ -337,8 +356,13 @@ class Reader:
             raise RequestError(f"{field}: {NO_TOKENIZER}; send token ids", field)
         most = self.limits.context_length * self.tokenizer.longest
         if len(text) > most:
-            raise RequestError(f"{field}: found {len(text)} characters, the context holds at most {most}", field)
-        return self.tokenizer.encode(text, add_special)
+            wrong = f"{field}: found {len(text)} characters, the context holds at most {most}"
+            raise RequestError(wrong, field, code=TOO_LONG)
+        tokens = self.tokenizer.encode(text, add_special)
+        if tokens and max(tokens) >= self.limits.vocab_size:
+            wrong = f"{field}: the tokenizer makes token {max(tokens)} of it, the model knows 0 to"
+            raise RequestError(f"{wrong} {self.limits.vocab_size - 1}; is it the model's? See --tokenizer-path", field)
+        return tokens
 
     def _prompts(
         self, value: Any, field: str, add_special: bool, text_only: bool | None = None
