@@ -174,6 +174,25 @@ async def test_echo_puts_the_prompt_and_its_logprobs_first() -> None:
 
 
 @in_loop
+async def test_offsets_are_those_of_the_text_where_tokens_are_bytes_and_special_ones_are_hidden() -> None:
+    """Known fault: every byte of a character counted as one, and so did all letters of a hidden token."""
+    prompt = "é<|im_end|>ü"  # two bytes, one special token, two bytes
+    async with world() as (_, http):
+        body = {"prompt": prompt, "max_tokens": 30, "echo": True, "logprobs": 0}
+        (choice,) = (await http.post(PATH, json=body)).json()["choices"]
+        streamed = [e["choices"][0] for e in events(await http.post(PATH, json={**body, "stream": True}))]
+        hidden = {**body, "prompt": [*"é".encode(), 258, *"ü".encode()]}
+        (other,) = (await http.post(PATH, json=hidden)).json()["choices"]
+    text, offsets = choice["text"], choice["logprobs"]["text_offset"]
+    assert offsets[:6] == [0, 0, 1, 11, 11, 12]
+    for token, at in zip(choice["logprobs"]["tokens"], offsets, strict=True):
+        assert token.startswith("bytes:") or text.startswith(token, at), (token, at)
+    assert [at for c in streamed for at in c["logprobs"]["text_offset"]] == offsets
+    assert other["text"].startswith("éüT")
+    assert other["logprobs"]["text_offset"][:6] == [0, 0, 1, 1, 1, 2]
+
+
+@in_loop
 async def test_a_prompt_can_be_scored_without_an_answer() -> None:
     async with world() as (_, http):
         body = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}

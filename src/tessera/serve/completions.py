@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from tessera.core.messages import TokenLogprobs
 from tessera.serve.answer import Delta
-from tessera.serve.formats import completion_logprobs, usage_body
+from tessera.serve.formats import Offsets, completion_logprobs, usage_body
 from tessera.serve.http import Call, events, span_of, whole
 from tessera.serve.schema import Item, Request
 from tessera.serve.server import Server, new_id
@@ -38,7 +38,7 @@ class _Maker:
             "created": int(time.time()),
             "model": server.options.served_model_name,
         }
-        self._offsets: dict[tuple[int, int], int] = {}
+        self._offsets: dict[tuple[int, int], Offsets] = {}
 
     def frame(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, show: bool = True) -> dict[str, Any]:
         """An answer or a chunk."""
@@ -52,7 +52,7 @@ class _Maker:
         made: dict[str, Any] = {
             "index": delta.item * item.num_kept + delta.choice,
             "text": before + delta.text,
-            "logprobs": self._logprobs(item, delta, echo),
+            "logprobs": self._logprobs(item, delta, echo, before),
             "finish_reason": delta.finish,
             "matched_stop": delta.matched,
         }
@@ -86,7 +86,7 @@ class _Maker:
             return item.text or ""
         return self._tokenizer.decode(item.tokens, item.skip_special)
 
-    def _logprobs(self, item: Item, delta: Delta, echo: bool) -> dict[str, Any] | None:
+    def _logprobs(self, item: Item, delta: Delta, echo: bool, before: str) -> dict[str, Any] | None:
         top = self._request.logprobs
         if top < 0:
             return None
@@ -94,7 +94,6 @@ class _Maker:
         entries: list[TokenLogprobs] = delta.logprobs
         if echo and delta.prompt_logprobs is not None:
             tokens, entries = [*item.tokens, *tokens], [*delta.prompt_logprobs, *entries]
-        key = (delta.item, delta.choice)
-        before = self._offsets.get(key, 0)
-        made, self._offsets[key] = completion_logprobs(self._tokenizer, tokens, entries, top, before)
-        return made
+        made = Offsets(self._tokenizer, before, item.skip_special)
+        offsets = self._offsets.setdefault((delta.item, delta.choice), made)
+        return completion_logprobs(self._tokenizer, tokens, entries, top, offsets)

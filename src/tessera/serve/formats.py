@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import codecs
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,20 +36,45 @@ def namer(tokenizer: Tokenizer | None) -> Callable[[int], str]:
     return (lambda token: f"token_id:{token}") if tokenizer is None else tokenizer.token_text
 
 
+class Offsets:
+    """Where the tokens of one choice begin in its text, token by token, counted in characters.
+
+    A token that goes on with a character begins where that does. `prompt`: its text, if that is shown: a special token
+    may stand in it. `skip_special`: in what is generated they do not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: str, skip_special: bool) -> None:
+        self._tokenizer, self._prompt, self._skip = tokenizer, prompt, skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def next(self, token: int) -> int:
+        """Where the next token begins."""
+        at = self._at
+        if self._tokenizer is not None and self._shown(self._tokenizer, token):
+            self._at += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return at
+
+    def _shown(self, tokenizer: Tokenizer, token: int) -> bool:
+        if token not in tokenizer.special_ids:
+            return True
+        if self._at < len(self._prompt):
+            return self._prompt.startswith(tokenizer.token_text(token), self._at)
+        return not self._skip
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer | None, tokens: Sequence[int], entries: Sequence[TokenLogprobs], top: int, offset: int
-) -> tuple[dict[str, Any], int]:
-    """`logprobs` of completions: parallel lists. `offset`: characters before the first token; those up to the end."""
-    name, text = (namer(tokenizer),) * 2 if tokenizer is None else (tokenizer.token_name, tokenizer.token_text)
+    tokenizer: Tokenizer | None, tokens: Sequence[int], entries: Sequence[TokenLogprobs], top: int, offsets: Offsets
+) -> dict[str, Any]:
+    """`logprobs` of completions: parallel lists."""
+    name = namer(tokenizer) if tokenizer is None else tokenizer.token_name
     names = [name(token) for token in tokens]
-    offsets = list(itertools.accumulate((len(text(token)) for token in tokens), initial=offset))
-    made = {
+    return {
         "tokens": names,
         "token_logprobs": [finite(entry.logprob) for entry in entries],
         "top_logprobs": [_top(own, entry, top, name) for own, entry in zip(names, entries, strict=True)],
-        "text_offset": offsets[:-1],
+        "text_offset": [offsets.next(token) for token in tokens],
     }
-    return made, offsets[-1]
 
 
 def _top(own: str, entry: TokenLogprobs, top: int, name: Callable[[int], str]) -> dict[str, float | None] | None:
