@@ -1,12 +1,12 @@
-"""Scales of fp8 tiles, derived from the layout: which stored blocks a tile touches, and where in it they begin.
+"""Scales of fp8 tiles, derived from the layout: where in a tile the stored blocks begin that it touches.
 
 Otherwise fp8 answers would depend on the layout. Block formats: DeepSeek-V3 technical report (arXiv 2412.19437), 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import gcd, prod
 
 from tessera.core.errors import LayoutError
@@ -19,54 +19,27 @@ LEAST = 16  # elements that a scale repeats over, the finest step a kernel takes
 SCALE_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleTile:
-    """Scales of one tile along a dim: one per `step` elements of the tile, and the stored block each repeats.
+def scale_step(dim: Dim, size: int, ranks: Iterable[int], block: int) -> int:
+    """Over how many elements of a part a scale repeats: the common divisor of all borders that `ranks` see, where the
+    checkpoint is quantised in blocks of `block` stored elements.
 
-    `blocks[i]` is (tensor, block) of the elements `i * step .. i * step + step - 1` of the tile.
+    A cut inside a block (704 columns are 5.5 blocks of 128) repeats scales, so that every shard dequantises to the bit
+    as the whole does; nothing is requantised. Raises `LayoutError` when the divisor is below `LEAST`.
     """
-
-    step: int
-    blocks: tuple[tuple[str, int], ...]
-
-
-def scale_step(dim: Dim, size: int, ranks: Iterable[int], block: int, least: int = LEAST) -> int:
-    """Over how many elements of a part a scale repeats: the common divisor of all borders that `ranks` see.
-
-    Raises `LayoutError` when that divisor is below `least`.
-    """
-    step = gcd(block, *(at for rank in ranks for at, _, _ in _borders(dim, size, rank, block)))
-    if step < min(least, block):
+    step = gcd(block, *(at for rank in ranks for at in _borders(dim, size, rank, block)))
+    if step < min(LEAST, block):
         raise LayoutError(
             f"dim '{dim.name}': cut for {size} ranks its blocks of {block} meet only every {step} elements; "
-            f"scales can repeat at {least} or more, so use fewer ranks, or --fp8-gemm-backend dequantize"
+            f"scales can repeat at {LEAST} or more, so use fewer ranks, or --fp8-gemm-backend dequantize"
         )
     return step
 
 
-def scale_tile(dim: Dim, size: int, rank: int, block: int = 128, least: int = LEAST) -> ScaleTile:
-    """Scales of the part of coordinate `rank` when the checkpoint is quantised in blocks of `block` stored elements.
-
-    A cut inside a block (704 columns are 5.5 blocks of 128) repeats scales at the common divisor of all borders that
-    any rank sees, so that every shard dequantises to the bit as the whole does; nothing is requantised. Raises
-    `LayoutError` when that divisor is below `least`, the finest step a kernel takes.
-    """
-    step = scale_step(dim, size, range(size), block, least)
-    borders = _borders(dim, size, rank, block)
-    ends = [at for at, _, _ in borders[1:]] + [dim.local_length(size, rank)]
-    blocks: list[tuple[str, int]] = []
-    for (at, tensor, number), end in zip(borders, ends, strict=True):
-        blocks += [(tensor, number)] * -((at - end) // step)
-    return ScaleTile(step, tuple(blocks))
-
-
-def _borders(dim: Dim, size: int, rank: int, block: int) -> list[tuple[int, str, int]]:
-    """(place in the tile, tensor, stored block) wherever a stored block begins in the tile."""
-    borders: list[tuple[int, str, int]] = []
+def _borders(dim: Dim, size: int, rank: int, block: int) -> Iterator[int]:
+    """Places in the tile at which a stored block begins."""
     for run in dim.stored(size, rank):
-        numbers = range(run.start // block, -(-(run.start + run.length) // block))
-        borders += [(run.local + max(n * block - run.start, 0), run.tensor, n) for n in numbers]
-    return borders
+        blocks = range(run.start // block, -(-(run.start + run.length) // block))
+        yield from (run.local + max(n * block - run.start, 0) for n in blocks)
 
 
 def check_groups(dim: Dim, size: int, group: int = 128) -> None:
