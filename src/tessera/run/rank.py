@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import sys
-import time
 from collections import deque
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from tessera.run.hardware import cores
 from tessera.run.hosts import conflicts, placed
 from tessera.run.mailbox import Mailbox
 from tessera.run.poster import News
+from tessera.run.progress import Seldom
 from tessera.run.runner import Launched, Runner
 from tessera.run.stages import Stages
 from tessera.run.waiter import Waiter
@@ -61,7 +61,6 @@ from tessera.run.wire import (
 
 log = logging.getLogger(__name__)
 
-LOADING_EVERY_S = 0.05
 LOOK_MS = 1000
 LINGER_MS = 2000
 FORM = "[%(asctime)s] %(levelname)s rank {}: %(message)s"
@@ -169,20 +168,6 @@ class Steps:
             self._link.tell(Done(done, outputs, launched.tallies))
 
 
-class LoadingReports:
-    """Tells how far the weights are, not more often than anybody looks."""
-
-    def __init__(self, link: Link) -> None:
-        self._link, self._next = link, 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` elements are loaded."""
-        now = time.monotonic()
-        if now >= self._next or done == total:
-            self._next = now + LOADING_EVERY_S
-            self._link.tell(Loading(done, total))
-
-
 def join(begin: Begin, spawn: Spawn, device: torch.device) -> Comm:
     """The collectives of a rank."""
     mesh, silence = begin.config.mesh, begin.config.serving.watchdog_timeout
@@ -205,7 +190,8 @@ def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: L
     folder = Path(spawn.folder)
     spec = read_model(folder)
     source = configured_source(folder, spec, config)
-    return build_runner(config, spec, source, LoadingReports(link), None, spawn.rank, comm, device, news.put)
+    progress = Seldom(lambda done, total: link.tell(Loading(done, total)))
+    return build_runner(config, spec, source, progress, None, spawn.rank, comm, device, news.put)
 
 
 def _agree(begin: Begin, spawn: Spawn) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import tokenizers
 
+from tessera.core.config import Config
 from tessera.core.errors import ModelError
 from tessera.serve.chat import ChatTemplate
+from tessera.serve.schema import Limits, Reader
 from tessera.serve.text import Tokenizer
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -43,6 +45,16 @@ def load_assets(model: Path, tokenizer: Path | None, template: str | None, skip_
     source = _template(folder, settings, template)
     tokens = _special_tokens(folder, settings)
     return TextAssets(_tokenizer(folder), ChatTemplate(source, tokens) if source else None, sampling)
+
+
+def make_reader(config: Config, folder: Path, vocab_size: int) -> Reader:
+    """What reads requests for the model in `folder`: its text files, and the limits of a configuration. Raises
+    `ModelError`."""
+    model = config.model
+    tokenizer = Path(model.tokenizer_path) if model.tokenizer_path else None
+    assets = load_assets(folder, tokenizer, model.chat_template, skip_tokenizer=tokenizer is None)
+    limits = Limits.of(config, vocab_size)
+    return Reader(limits, assets.tokenizer, assets.template, assets.sampling_defaults, model.seed)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tessera.core.config import Config, current, layered
@@ -20,10 +19,9 @@ from tessera.models.load import Progress
 from tessera.run.core import prepared_core
 from tessera.run.startup import prepare
 from tessera.serve import profile
-from tessera.serve.assets import load_assets
+from tessera.serve.assets import make_reader
 from tessera.serve.calls import Calls
 from tessera.serve.local import LocalEngine, wait_for
-from tessera.serve.schema import Limits, Reader
 
 SamplingParams = dict[str, Any]
 
@@ -47,12 +45,8 @@ class Engine:
         logging.getLogger("tessera").setLevel(config.logging.level.upper())
         for decision in prepared.resolved.decisions:
             log.info("%s", decision)
-        folder = config.model.tokenizer_path
-        template = config.model.chat_template
-        assets = load_assets(prepared.folder, Path(folder) if folder else None, template, folder is None)
-        limits = Limits.of(config, prepared.spec.vocab_size)
-        reader = Reader(limits, assets.tokenizer, assets.template, assets.sampling_defaults, config.model.seed)
-        self.tokenizer = assets.tokenizer
+        reader = make_reader(config, prepared.folder, prepared.spec.vocab_size)
+        self.tokenizer = reader.tokenizer
         self._local = LocalEngine(lambda sink: prepared_core(prepared, sink, progress), config.serving.watchdog_timeout)
         self._calls = Calls(self._local, reader, config.serving.stream_interval)
         # It ends when the interpreter does, too, and when nobody holds the engine or an iterator of it any more.

@@ -18,12 +18,11 @@ from tessera.core.errors import ConfigError, DeadlineError, PeerError, TesseraEr
 from tessera.core.messages import Fatal, StepReport, Stop
 from tessera.serve import announce, logs
 from tessera.serve.app import make_app
-from tessera.serve.assets import load_assets
+from tessera.serve.assets import make_reader
 from tessera.serve.client import EngineClient
 from tessera.serve.fleet import Advance, Fleet
 from tessera.serve.listener import Listener, bind, url
 from tessera.serve.metrics import Metrics
-from tessera.serve.schema import Limits, Reader
 from tessera.serve.server import Options, Server
 from tessera.serve.signals import StopSignals
 from tessera.serve.steplog import StepLog
@@ -174,15 +173,5 @@ def make_server(starting: Starting, fleet: Fleet) -> Server:
             "decisions": [str(decision) for decision in starting.resolved.decisions],
         },
     )
-    return Server(client, make_reader(starting), options, metrics)
-
-
-def make_reader(starting: Starting) -> Reader:
-    """What reads requests: the model's tokenizer and template, and its limits. Raises ModelError."""
-    config = starting.resolved.config
-    folder, tokenizer = Path(starting.folder), config.model.tokenizer_path
-    assets = load_assets(
-        folder, Path(tokenizer) if tokenizer else None, config.model.chat_template, skip_tokenizer=tokenizer is None
-    )
-    limits = Limits.of(config, starting.vocab_size)
-    return Reader(limits, assets.tokenizer, assets.template, assets.sampling_defaults, config.model.seed)
+    reader = make_reader(config, Path(starting.folder), starting.vocab_size)
+    return Server(client, reader, options, metrics)

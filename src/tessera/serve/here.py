@@ -20,9 +20,7 @@ CHUNK = 1 << 16
 class Child(Protocol):
     """A process that was started, here or elsewhere."""
 
-    @property
-    def where(self) -> str:
-        """For people: its process id, or its host."""
+    where: str  # for people: its process id, or its host
 
     def lines(self) -> AsyncIterator[str]:
         """What it writes, until it ends."""
@@ -44,7 +42,7 @@ class Starter(Protocol):
         """Gives back what it holds."""
 
 
-class Here:
+class Here(Starter):
     """Starts processes on this host. Call it from a thread that lives as long as they shall (see `die_with`)."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -65,7 +63,7 @@ class Here:
         return port
 
     async def start(self, process: Process) -> LocalChild:
-        """See `Starter`. A session of its own keeps Ctrl-C in a terminal from it."""
+        """A session of its own keeps Ctrl-C in a terminal from it."""
         command = (sys.executable, *TETHER, str(os.getpid()), *process.command)
         started = await asyncio.create_subprocess_exec(
             *command,
@@ -78,24 +76,20 @@ class Here:
         return LocalChild(started)
 
     async def close(self) -> None:
-        """See `Starter`: its ports."""
+        """Its ports."""
         while self._ports:
             self._ports.pop().close()
 
 
-class LocalChild:
+class LocalChild(Child):
     """A process of this host."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-
-    @property
-    def where(self) -> str:
-        """See `Child`."""
-        return f"process {self._process.pid}"
+        self.where = f"process {process.pid}"
 
     async def lines(self) -> AsyncIterator[str]:
-        """See `Child`."""
+        """Also one without an end; what is no UTF-8 is replaced."""
         out, held = self._process.stdout, b""
         assert out is not None, "it was started with a pipe"
         while chunk := await out.read(CHUNK):
@@ -106,11 +100,10 @@ class LocalChild:
             yield held.decode(errors="replace")
 
     async def wait(self) -> int:
-        """See `Child`."""
         return await self._process.wait()
 
     async def signal(self, number: int) -> None:
-        """See `Child`. The kernel keeps the group of a session's leader alive until its last process has ended."""
+        """The kernel keeps the group of a session's leader alive until its last process has ended."""
         if self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,13 +17,12 @@ from tessera.core.errors import ConfigError, PeerError, TesseraError
 from tessera.core.messages import Fatal, Inbound
 from tessera.run.children import die_with
 from tessera.serve import logs
-from tessera.serve.wire import Begin, EngineEnd, Loading, Refusal, Upward
+from tessera.serve.wire import Begin, EngineEnd, Refusal, Upward
 
 log = logging.getLogger(__name__)
 
 BEGIN_SECONDS = 30.0
 HEAR_SECONDS = 0.2
-LOADING_EVERY = 0.05
 
 
 class Engine(Protocol):
@@ -96,18 +94,3 @@ def _run(engine: Engine, end: EngineEnd) -> None:
     finally:
         ended.set()
         listener.join()
-
-
-class LoadingReports:
-    """Tells how far the weights are, not more often than anybody looks."""
-
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` elements are loaded."""
-        now = time.monotonic()
-        if now >= self._next or done == total:
-            self._next = now + LOADING_EVERY
-            self._tell(Loading(done, total))

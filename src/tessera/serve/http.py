@@ -93,7 +93,7 @@ async def whole(call: Call, work: Awaitable[Any]) -> Json:
 async def while_connected(call: Call, work: Awaitable[T]) -> T:
     """Runs `work`; cancels it and raises ClientDisconnect when the client goes. The body must have been read."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(call))
+    gone = asyncio.ensure_future(client_left(call.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -105,8 +105,9 @@ async def while_connected(call: Call, work: Awaitable[T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(call: Call) -> None:
-    while (await call.receive())["type"] != "http.disconnect":
+async def client_left(receive: Receive) -> None:
+    """Until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from tessera.core.messages import FinishReason, HandoverTimes, StepReport
 from tessera.serve.answer import Delta, Usage
-from tessera.serve.schema import Item
 
 PREFIX = "tessera:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -105,10 +104,6 @@ class Metrics:
         self._counters["num_preemptions"].inc(report.num_preempted)
         if report.seconds and report.busiest:  # an idle engine reports too, and each DP rank of a step
             self._steps.labels(self._model, report.label).observe(report.seconds)
-
-    def begin(self, items: Sequence[Item]) -> Track:
-        """Follows one request."""
-        return Track(self)
 
     def ended(self, outcome: str, usage: Iterable[Usage]) -> None:
         """Counts a request that has ended."""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tessera.core.errors import CapacityError, PeerError
 from tessera.serve.deployment import Process, Site, numbered
-from tessera.serve.here import TETHER
+from tessera.serve.here import TETHER, Child, Starter
 from tessera.serve.recipe import Recipe
 
 FIRST_PORT = 31000
@@ -98,7 +98,7 @@ class Keeper:
             self._process.send_signal(number)
 
 
-class Cluster:
+class Cluster(Starter):
     """Starts processes on the hosts of a Ray cluster, numbered from the one that runs this command."""
 
     def __init__(self, hosts: list[dict[str, Any]], environ: Mapping[str, str]) -> None:
@@ -123,7 +123,7 @@ class Cluster:
         return str(self._hosts[node]["NodeManagerAddress"])
 
     async def start(self, process: Process) -> RayChild:
-        """See `Starter`."""
+        """On the host that it was planned for, and on no other."""
         host = self._hosts[process.node]
         actor = self._actor.options(
             num_cpus=0,
@@ -139,7 +139,7 @@ class Cluster:
         await asyncio.to_thread(ray.shutdown)
 
 
-class RayChild:
+class RayChild(Child):
     """A process that an actor keeps."""
 
     def __init__(self, actor: Any, where: str) -> None:
@@ -148,7 +148,7 @@ class RayChild:
         self.where = where
 
     async def lines(self) -> AsyncIterator[str]:
-        """See `Child`. An actor that is lost has lost its process, too: the kernel saw to that."""
+        """An actor that is lost has lost its process, too: the kernel saw to that."""
         while self._code is None:
             try:
                 found, self._code = await _answer(self._actor.read.remote(), ASK_SECONDS, "a process was lost")
@@ -158,12 +158,10 @@ class RayChild:
                 yield line
 
     async def wait(self) -> int:
-        """See `Child`."""
         assert self._code is not None, "all lines are read first"
         return self._code
 
     async def signal(self, number: int) -> None:
-        """See `Child`."""
         if self._code is None:
             try:
                 await _answer(self._actor.signal.remote(number), ASK_SECONDS, "a process was lost")

@@ -16,7 +16,7 @@ from tessera.core.messages import SamplingParams
 from tessera.serve.answer import Answering
 from tessera.serve.client import EngineClient
 from tessera.serve.http import Call, UnavailableError, read_json
-from tessera.serve.metrics import Metrics
+from tessera.serve.metrics import Metrics, Track
 from tessera.serve.phases import record
 from tessera.serve.schema import Item, Reader, Request
 from tessera.serve.trace import Span, Tracing
@@ -87,7 +87,7 @@ class Server:
         self.require_model(request.model)
         if rid in self.running and request.rid is not None:
             raise RequestError(f"rid {rid[:100]!r} is in flight already", "rid")
-        track = self.metrics.begin(request.items)
+        track = Track(self.metrics)
         outcome = "error"
         answering = Answering(
             self.client, self.reader.tokenizer, request.items, self.options.stream_interval, track.observe

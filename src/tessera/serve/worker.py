@@ -7,11 +7,12 @@ from pathlib import Path
 
 from tessera.models.folder import read_model
 from tessera.run.core import EngineCore, prepared_core
+from tessera.run.progress import Seldom
 from tessera.run.stages import Stages
 from tessera.run.startup import Prepared, prepare
 from tessera.serve import logs
-from tessera.serve.host import LoadingReports, Tell, host
-from tessera.serve.wire import Begin, Starting
+from tessera.serve.host import Tell, host
+from tessera.serve.wire import Begin, Loading, Starting
 
 
 def build(begin: Begin, tell: Tell) -> EngineCore:
@@ -26,7 +27,7 @@ def build(begin: Begin, tell: Tell) -> EngineCore:
     mesh = prepared.resolved.config.mesh
     logs.configure(prepared.resolved.config.logging.level, f"replica {mesh.replica}: " if mesh.replicas > 1 else "")
     tell(Starting(prepared.resolved, str(prepared.folder), prepared.spec.vocab_size))
-    return prepared_core(prepared, tell, LoadingReports(tell))
+    return prepared_core(prepared, tell, Seldom(lambda done, total: tell(Loading(done, total))))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tessera.serve.metrics import TTFT, WHOLE
+
 PREFIX = "tessera:router_"
 SERVER = ("server", "role")
-FIRST = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.6, 1, 2, 4, 8, 15, 30, 60, 120)
-WHOLE = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 10, 20, 40, 60, 120, 300, 600, 1200)
 
 
 class Metrics:
@@ -22,7 +22,7 @@ class Metrics:
         self.in_flight = Gauge(PREFIX + "server_in_flight", "Prompts that a server has now.", SERVER, registry=registry)
         self.up = Gauge(PREFIX + "server_up", "1 while a server takes requests.", SERVER, registry=registry)
         self.first = Histogram(
-            PREFIX + "server_first_byte_seconds", "Until a server's answer begins.", SERVER, buckets=FIRST,
+            PREFIX + "server_first_byte_seconds", "Until a server's answer begins.", SERVER, buckets=TTFT,
             registry=registry,
         )  # fmt: skip
         self.whole = Histogram(

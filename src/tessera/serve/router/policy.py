@@ -28,7 +28,7 @@ class Policy(Protocol):
         """`server` was lost: whatever it had cached is gone."""
 
 
-class RoundRobin:
+class RoundRobin(Policy):
     """Each in turn. A server that comes or goes moves nobody else's turn."""
 
     def __init__(self) -> None:
@@ -40,7 +40,6 @@ class RoundRobin:
         return min(loads, key=lambda server: self._turns.get(server, -1))
 
     def took(self, server: str, prompt: Prompt) -> None:
-        """See `Policy`."""
         self._turns[server] = self._next
         self._next += 1
 
@@ -48,27 +47,24 @@ class RoundRobin:
         """Turns stay: a server that comes back is not flooded."""
 
 
-class LeastLoaded:
+class LeastLoaded(Policy):
     """The one with the fewest prompts in flight; in turn among equals."""
 
     def __init__(self) -> None:
         self._turns = RoundRobin()
 
     def choose(self, loads: Loads, prompt: Prompt) -> str:
-        """See `Policy`."""
         least = min(loads.values())
         return self._turns.choose({server: load for server, load in loads.items() if load == least}, prompt)
 
     def took(self, server: str, prompt: Prompt) -> None:
-        """See `Policy`."""
         self._turns.took(server, prompt)
 
     def forget(self, server: str) -> None:
-        """See `Policy`."""
         self._turns.forget(server)
 
 
-class CacheAware:
+class CacheAware(Policy):
     """The server that saw most of the prompt's beginning before, unless the load is uneven.
 
     The idea, its thresholds and their names are SGLang's router's (docs.sglang.io, "SGLang Model Gateway",
@@ -89,7 +85,6 @@ class CacheAware:
         self._least = LeastLoaded()
 
     def choose(self, loads: Loads, prompt: Prompt) -> str:
-        """See `Policy`."""
         if len(loads) > 1 and not self._uneven(loads) and prompt:
             seen = self._prefixes.shares(prompt)
             best = max((seen.get(server, 0.0) for server in loads), default=0.0)
@@ -102,13 +97,11 @@ class CacheAware:
         return most - least > self._abs and most > self._rel * least
 
     def took(self, server: str, prompt: Prompt) -> None:
-        """See `Policy`."""
         self._least.took(server, prompt)
         if prompt:
             self._prefixes.add(server, prompt)
 
     def forget(self, server: str) -> None:
-        """See `Policy`."""
         self._prefixes.remove(server)
 
 

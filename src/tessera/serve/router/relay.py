@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tessera.core.errors import RequestError
-from tessera.serve.http import HEADERS, SEND_SECONDS, Call, UnavailableError, encode, failure, span_of
+from tessera.serve.http import HEADERS, SEND_SECONDS, Call, UnavailableError, client_left, encode, failure, span_of
 from tessera.serve.router.connections import Answer
 from tessera.serve.router.exchange import Failed, Leg, Parcel, exchange
 from tessera.serve.router.rooms import Body, legs, num_prompts, prompt_of
@@ -44,7 +44,7 @@ class Relayed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relays, until the end or until the client leaves."""
         work = asyncio.create_task(self._relay(send))
-        gone = asyncio.create_task(_gone(receive))
+        gone = asyncio.create_task(client_left(receive))
         self._router.running.add(work)
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -155,8 +155,3 @@ class Relayed(Response):
         self._ended = last
         async with asyncio.timeout(SEND_SECONDS):  # that a client may leave a stream unread
             await send({"type": "http.response.body", "body": body, "more_body": not last})
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
