@@ -29,7 +29,7 @@ OLDEST = (3, 11)
 RECIPE = 1  # raise it to have every .venv updated
 EXTRAS = "dev"
 WARM = (
-    "import torch, transformers, starlette, uvicorn, uvloop, httptools, orjson, msgspec, zmq, prometheus_client, rich;"
+    "import torch, transformers, starlette, uvicorn, uvloop, httptools, msgspec, zmq, prometheus_client, rich;"
     "import httpx, jinja2, psutil, openai, pytest, xdist, hypothesis;"
     "from transformers import AutoModelForCausalLM, AutoTokenizer"
 )
