@@ -14,6 +14,7 @@ import torch
 from kernel_case import Case, distance, random
 from torch import Tensor
 
+from tessera.core.spec import RopeSpec
 from tessera.ops import triton_attention, triton_cache, triton_latent, triton_mla
 from tessera.ops.attention import paged_attention_reference
 from tessera.ops.backend import Backend, backend
@@ -211,7 +212,7 @@ def head_writes(name: str, shape: str, num: int, length: int) -> Case:
     segments, num_pages = segments_of(num, 0, length, page_size)
     ends = np.cumsum([num_q * dim, num_kv * dim, num_kv * dim]).tolist()
     cut = (slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2]))
-    tables = rope_tables(dim if dim == 128 else dim // 4, 8192, 1e6, device="cuda")
+    tables = rope_tables(RopeSpec(dim if dim == 128 else dim // 4, 1e6), 8192, device="cuda")
     inputs = HeadInputs(*cut, dim, tables, False, random(dim), random(dim), 1e-6, False)
     tokens = num * length
     pool = random(num_pages, 2, num_kv, page_size, dim)
@@ -234,7 +235,7 @@ def head_writes(name: str, shape: str, num: int, length: int) -> Case:
 def latent_writes(name: str, num: int, length: int, heads: int = 16) -> Case:
     """Norm, rope and cache write of a latent, and rope of its queries."""
     segments, num_pages = segments_of(num, 0, length, 64)
-    tables = rope_tables(ROPE, 8192, 1e6, device="cuda")
+    tables = rope_tables(RopeSpec(ROPE, 1e6), 8192, device="cuda")
     inputs = LatentInputs(slice(0, RANK + ROPE), tables, True, random(RANK), 1e-6)
     tokens, pool = num * length, random(num_pages, 64, RANK + ROPE)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ops.cases import RANGES, assert_close, case
+from tessera.core.spec import RopeSpec
 from tessera.ops import cpu_fused, fused
 from tessera.ops.backend import TORCH
 from tessera.ops.fused import HeadInputs
@@ -25,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _inputs(gated: bool, normed: bool, zero_centred: bool, interleaved: bool, dim: int, dtype: torch.dtype):
     """Three query heads and one key head of 32, of which `dim` dims are rotated; a gate may lie between them."""
-    tables = rope_tables(dim, 4096, 1e4, dtype=dtype)
+    tables = rope_tables(RopeSpec(dim, 1e4), 4096, dtype)
     norms = [(torch.randn(32) / 2).to(dtype) if normed else None for _ in range(2)]
     key, value = (slice(at + 96 * gated, at + 96 * gated + 32) for at in (96, 128))
     return HeadInputs(Q, key, value, 32, tables, interleaved, *norms, 1e-3, zero_centred)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tessera.core.errors import ModelError
-from tessera.ops.rope import RopeTables, attention_factor, rope_tables, rotate
+from tessera.core.fields import Fields, read_rope
+from tessera.core.spec import RopeSpec
+from tessera.ops.rope import RopeTables, rope_tables, rotate
 
 SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -55,32 +54,20 @@ def test_scalings_are_those_of_transformers(theta: float, name: str) -> None:
         rope_parameters={"rope_theta": theta, **scaling},
     )  # fmt: skip
     frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")
-    tables = rope_tables(64, 300, theta, scaling, torch.float64)
+    rope, _ = read_rope(Fields({"rope_parameters": {"rope_theta": theta, **scaling}}), 64)
+    tables = rope_tables(rope, 300, torch.float64)
     angles = torch.arange(300)[:, None] * frequencies.double()
     torch.testing.assert_close(tables.cos, angles.cos() * factor, atol=1e-4, rtol=0)
     torch.testing.assert_close(tables.sin, angles.sin() * factor, atol=1e-4, rtol=0)
 
 
-def test_default_and_older_spelling() -> None:
-    tables = rope_tables(8, 50, 1e4, None, torch.float64)
+def test_without_a_scaling() -> None:
+    tables = rope_tables(RopeSpec(8, 1e4), 50, torch.float64)
     angles = torch.tensor([[p * 1e4 ** (-2 * i / 8) for i in range(4)] for p in range(50)], dtype=torch.float64)
     torch.testing.assert_close(tables.cos, angles.cos())
     torch.testing.assert_close(tables.sin, angles.sin())
     assert tables.dim == 8
-    older, newer = (rope_tables(8, 50, 1e4, {key: "linear", "factor": 2.0}) for key in ("type", "rope_type"))
-    assert torch.equal(older.cos, newer.cos)
-    assert older.cos.dtype == rope_tables(8, 5, 1e4, dtype=torch.bfloat16).cos.dtype == torch.float32
-
-
-def test_unknown_scaling_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match=r"'longrope'.*default, linear, llama3, yarn"):
-        rope_tables(8, 10, 1e4, {"rope_type": "longrope"})
-
-
-def test_attention_factor() -> None:
-    assert attention_factor({"factor": 4.0}) == pytest.approx(0.1 * math.log(4) + 1)
-    assert attention_factor({"factor": 0.5}) == 1.0
-    assert attention_factor({"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}) == 1.0
+    assert rope_tables(RopeSpec(8, 1e4), 5, torch.bfloat16).cos.dtype == torch.float32
 
 
 def _complex(x: torch.Tensor, positions: torch.Tensor, theta: float, interleaved: bool) -> torch.Tensor:
@@ -99,7 +86,7 @@ def _at(x: torch.Tensor, positions: torch.Tensor, tables: RopeTables, interleave
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_is_a_complex_product(interleaved: bool) -> None:
     x, positions = torch.randn(7, 3, 16, dtype=torch.float64), torch.tensor([0, 1, 5, 5, 99, 2, 30])
-    tables = rope_tables(16, 100, 1e4, dtype=torch.float64)
+    tables = rope_tables(RopeSpec(16, 1e4), 100, torch.float64)
     expected = _complex(x, positions.double(), 1e4, interleaved)
     torch.testing.assert_close(_at(x, positions, tables, interleaved), expected)
 
@@ -107,20 +94,20 @@ def test_rotation_is_a_complex_product(interleaved: bool) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_only_the_rotated_dims_change(interleaved: bool) -> None:
     x, positions = torch.randn(5, 2, 16), torch.arange(5)
-    tables = rope_tables(8, 5, 1e4)
+    tables = rope_tables(RopeSpec(8, 1e4), 5)
     found = _at(x, positions, tables, interleaved)
     torch.testing.assert_close(found[..., :8], _at(x[..., :8], positions, tables, interleaved))
     assert torch.equal(found[..., 8:], x[..., 8:])
 
 
 def test_rounded_once() -> None:
-    x, tables = torch.randn(9, 2, 16).bfloat16(), rope_tables(16, 9, 1e4)
+    x, tables = torch.randn(9, 2, 16).bfloat16(), rope_tables(RopeSpec(16, 1e4), 9)
     found = _at(x, torch.arange(9), tables)
     assert torch.equal(found, _at(x.float(), torch.arange(9), tables).bfloat16())
 
 
 def test_angles_depend_on_distance_alone() -> None:
-    tables = rope_tables(16, 200, 1e4, dtype=torch.float64)
+    tables = rope_tables(RopeSpec(16, 1e4), 200, torch.float64)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64)
 
     def score(at: int, other: int) -> float:

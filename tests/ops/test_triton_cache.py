@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ops.cases import assert_close, case
+from tessera.core.spec import RopeSpec
 from tessera.ops.fused import HeadInputs, LatentInputs
 from tessera.ops.fused import write_heads as plain_heads
 from tessera.ops.fused import write_latents as plain_latents
@@ -32,7 +33,7 @@ def _heads(ranges, heads, rope, interleaved, norm, zero_centred, dtype, page_siz
     y = _random(c.segments.num_tokens, sum(columns) + 5, dtype=dtype)
     at = [columns[0], columns[0] + columns[1], sum(columns)]
     cut = (slice(3, at[0]), slice(at[0], at[1]), slice(at[1], at[2]))
-    tables = rope_tables(rope, 5000, 1e4, device=DEVICE)
+    tables = rope_tables(RopeSpec(rope, 1e4), 5000, device=DEVICE)
     norms = [_random(dim, dtype=dtype) if norm else None for _ in range(2)]
     inputs = HeadInputs(*cut, dim, tables, interleaved, *norms, 1e-6, zero_centred)
     pool = torch.full((c.num_pages, 2, num_kv, page_size, dim), UNTOUCHED, dtype=dtype, device=DEVICE)
@@ -78,7 +79,7 @@ def _latents(ranges, heads, rank, rope, interleaved, dtype, page_size=16):
     y = _random(c.segments.num_tokens, 4 + rank + rope, dtype=dtype)
     q = _random(len(y), heads, 6 + rope, dtype=dtype)
     inputs = LatentInputs(
-        slice(2, 2 + rank + rope), rope_tables(rope, 5000, 1e4, device=DEVICE), interleaved,
+        slice(2, 2 + rank + rope), rope_tables(RopeSpec(rope, 1e4), 5000, device=DEVICE), interleaved,
         _random(rank, dtype=dtype), 1e-6,
     )  # fmt: skip
     pool = torch.full((c.num_pages, page_size, rank + rope), UNTOUCHED, dtype=dtype, device=DEVICE)

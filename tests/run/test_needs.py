@@ -55,7 +55,7 @@ def test_row_tables(rows: int, context: int, page: int, graphed: bool) -> None:
 def test_rotations(model: str) -> None:
     sketch, held = sketch_of(model), 0
     for rope in {la.mixer.rope for la in sketch.spec.layers if not isinstance(la.mixer, DeltaSpec)}:
-        tables = rope_tables(rope.dim, sketch.context, rope.theta, rope.scaling)
+        tables = rope_tables(rope, sketch.context)
         held += tables.cos.nbytes + tables.sin.nbytes
     assert rope_bytes(sketch) == held
 

@@ -97,4 +97,5 @@ def read_rope(fields: Fields, head_dim: int, interleaved: bool = False, partial:
 
 
 def _mscale(factor: float, mscale: float) -> float:
+    """`0.1 * mscale * ln(factor) + 1`, and 1 where nothing is stretched (YaRN, arXiv 2309.00071, and DeepSeek-V2)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

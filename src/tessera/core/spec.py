@@ -7,7 +7,7 @@ the whole model; what a rank holds follows from the layouts that `core/tensors.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tessera.core.quantization import Quantization
 
@@ -34,21 +34,6 @@ class RopeSpec:
     truncate: bool = True  # yarn: the correction range is rounded to whole dims
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-
-    @property
-    def scaling(self) -> dict[str, Any]:
-        """The same as `rope_parameters` of a config.json (what `ops/rope.py` reads)."""
-        return {
-            "rope_type": self.kind,
-            "attention_factor": self.table_scale,
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original_max_positions,
-            "beta_fast": self.beta_fast,
-            "beta_slow": self.beta_slow,
-            "truncate": self.truncate,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def build_model(
     embed = weights.tensor("embed")
     positions = max_positions or spec.max_positions
     ropes = {
-        rope: rope_tables(rope.dim, positions, rope.theta, rope.scaling, embed.dtype, embed.device)
+        rope: rope_tables(rope, positions, embed.dtype, embed.device)
         for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
     }
     tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, Aside(embed.device), padded_up_to, wide_parts)
