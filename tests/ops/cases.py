@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.ops.moe import experts_reference
 from tessera.ops.segments import Segments, make_segments
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -89,9 +91,55 @@ def ends(case: Case) -> list[int]:
     return (case.segments.host_starts + case.segments.host_lengths).tolist()
 
 
-def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Equal within the tolerance of `dtype`, relative to the largest magnitude expected. NaN never is."""
+CHOICES = ["any", "some held", "one expert", "none held"]
+
+
+def expert_ids(choice: str, num_tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
+    """[T, k], one of `CHOICES`. The last expert is never chosen."""
+    if choice == "one expert":
+        return torch.full((num_tokens, top_k), 1, device=device)
+    ids = torch.rand(num_tokens, num_experts - 1, device=device).topk(top_k, -1).indices
+    if choice == "some held":
+        ids[ids % 2 == 0] = -1
+    return torch.full_like(ids, -1) if choice == "none held" else ids
+
+
+def expert_weights(num: int, hidden: int, inner: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Of so many experts: gate | up, and down."""
+    w13 = torch.randn(num, 2 * inner, hidden, device=device) * hidden**-0.5
+    return w13.to(dtype), (torch.randn(num, hidden, inner, device=device) * inner**-0.5).to(dtype)
+
+
+def experts_one_by_one(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """`experts_reference` in the dtype of x, so that the widened weights stay small."""
+    out = torch.zeros_like(x)
+    for e in ids.unique().tolist():
+        if e >= 0:
+            own = w13[e : e + 1].to(x.dtype), w2[e : e + 1].to(x.dtype), torch.where(ids == e, 0, -1)
+            out += experts_reference(x, *own, weights.to(x.dtype))
+    return out
+
+
+def check_experts(
+    form: Callable[..., Tensor], num_tokens: int, num: int, hidden: int, inner: int, top_k: int, dtype: torch.dtype,
+    choice: str = "any", device: str = "cpu", loss: float = 1,
+) -> None:  # fmt: skip
+    """`form` gives what the plain twin does, whatever an expert that nobody chose holds. `loss`: see `assert_close`."""
+    x = torch.randn(num_tokens, hidden + 8, device=device).to(dtype)[:, :hidden]  # rows with gaps between them
+    w13, w2 = expert_weights(num, hidden, inner, dtype, device)
+    w13[-1], w2[-1] = float("nan"), float("nan")
+    ids = expert_ids(choice, num_tokens, num, top_k, device)
+    weights = torch.rand(num_tokens, top_k, device=device)
+    found = form(x, w13, w2, ids, weights)
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    wide = torch.float32 if device == "cuda" else torch.float64
+    assert_close(found, experts_one_by_one(x.to(wide), w13, w2, ids, weights), loss=loss)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None, loss: float = 1) -> None:
+    """Equal within the tolerance of `dtype`, relative to the largest magnitude expected. NaN never is. `loss`: as many
+    times the tolerance."""
     dtype = dtype or found.dtype
-    limit = TOLERANCE[dtype] * max(1e-6, expected.double().abs().max().item())
+    limit = loss * TOLERANCE[dtype] * max(1e-6, expected.double().abs().max().item())
     difference = (found.double() - expected.double()).abs().max().item()
     assert difference <= limit, f"{difference:.3g} apart, allowed {limit:.3g} in {dtype}"

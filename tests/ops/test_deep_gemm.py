@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from ops.cases import CHOICES, expert_ids
 from ops.fake_deep_gemm import Calls, make
 from ops.test_fp8 import DEVICE, _close, _exact, _experts, _weight
 from tessera import ops
@@ -29,15 +31,8 @@ CLOSE = 0.01  # of the largest: a step of bfloat16 is up to 2^-7 of it, and sums
 FLIPPED = 0.02
 MODULES = ("deep_gemm", "deep_gemm_fp8")
 HERE = importlib.util.find_spec("deep_gemm") is not None
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 library = pytest.mark.skipif(not HERE, reason="deep_gemm is not installed")
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """What is made without values holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -131,17 +126,7 @@ def test_a_build_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) ->
         chosen(kernels("triton", "deep_gemm"))
 
 
-CHOICES = ["any", "some held", "one expert", "none held"]
-
-
-def _ids(choice: str, num_tokens: int, num_experts: int) -> torch.Tensor:
-    """Two a token; the last expert is never chosen."""
-    ids = torch.rand(num_tokens, num_experts - 1, device=DEVICE).topk(2, -1).indices
-    if choice == "one expert":
-        return torch.full_like(ids, 1)
-    if choice == "some held":
-        ids[ids % 2 == 0] = -1
-    return torch.full_like(ids, -1) if choice == "none held" else ids
+_ids = partial(expert_ids, top_k=2, device=DEVICE)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -160,8 +145,7 @@ def test_experts_are_plain(products: Any, calls: Calls, choice: str) -> None:
     assert (found - expected).norm() <= 0.1 * expected.norm()  # the interpreter cuts off, see test_fp8.py
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("num_tokens", [2, 40, 150])
+@pytest.mark.parametrize(("num_tokens", "gated"), [(2, False), (2, True), (40, False), (40, True), (128, True)])
 def test_a_shared_expert_is_added_with_the_others(products: Any, num_tokens: int, gated: bool) -> None:
     """As where it is added afterwards, but for one rounding; also where it is under way already."""
     block = (128, 128)
@@ -172,11 +156,11 @@ def test_a_shared_expert_is_added_with_the_others(products: Any, num_tokens: int
     for version in (backend("triton"), chosen(kernels("deep_gemm", "deep_gemm"))):
         shared = Shared(version.pack_fp8(w_in), version.pack_fp8(w_out), gate)
         of_experts, mixture = version.experts_of(experts[0])
-        found = mixture(x, *experts, ids, weights, shared)
+        alone, found = of_experts(x, *experts, ids, weights), mixture(x, *experts, ids, weights, shared)
         rows = gated_mlp(x, shared.w_in, shared.w_out, version.gated_product)
-        _close(found, version.add_gated(of_experts(x, *experts, ids, weights), rows, x, gate), CLOSE)
+        _close(found, version.add_gated(alone, rows, x, gate), CLOSE)
         assert torch.equal(found, mixture(x, *experts, ids, weights, shared, lambda rows=rows: rows))
-        assert torch.equal(mixture(x, *experts, ids, weights, None), of_experts(x, *experts, ids, weights))
+        assert torch.equal(mixture(x, *experts, ids, weights, None), alone)
 
 
 def test_few_rows_of_experts_and_other_blocks_are_ours(products: Any, calls: Calls) -> None:

@@ -6,7 +6,7 @@ one of it, where the device rounds. Between the experts' products it therefore l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,15 +20,8 @@ from tessera.ops.triton_linear import gated_product
 from tessera.ops.triton_sort import Sorted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SUMS = 1e-3 if DEVICE == "cuda" else 1e-5  # Hopper's tensor cores keep about 14 bits while they add products of fp8
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """What is made without values holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _weight(*shape: int, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +60,6 @@ def test_the_scheme_is_near_the_wide_product() -> None:
     _close(fp8.linear_reference(x.to(DEVICE), weight, scales, (32, 128)), wide, 0.05)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("columns", [128, 200])
 def test_quantize_kernel(columns: int) -> None:
     x = _exact(3, columns + 8)[:, :columns]  # rows with gaps between them
@@ -110,7 +102,6 @@ def test_rows_may_be_more_than_a_grid_has_in_its_second_dimension(kernel: str, m
     assert grids == [(2 * num_rows // triton_fp8_rows.ROWS,)]
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("block", [(128, 128), (64, 64), (32, 64)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 20])
 def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
@@ -121,7 +112,6 @@ def test_linear_kernel(num_tokens: int, block: tuple[int, int]) -> None:
         _close(found, fp8.linear_reference(x, weight, scales, block), SUMS)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens", [1, 4, 5])
 def test_gated_product(num_tokens: int) -> None:
     """As `gated_product` finds it in a packed weight, against the plain product and what follows it."""
@@ -138,7 +128,6 @@ def _experts(num: int, hidden: int, inner: int, *blocks: tuple[int, int]) -> lis
     return [fp8.Fp8Weight(*w13, up), fp8.Fp8Weight(*w2, down)]
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens", [2, 9])
 @pytest.mark.parametrize("blocks", [[(128, 128)], [(32, 64)], [(32, 64), (128, 64)]], ids=str)
 def test_experts_kernel(blocks: list[tuple[int, int]], num_tokens: int) -> None:
@@ -153,7 +142,6 @@ def test_experts_kernel(blocks: list[tuple[int, int]], num_tokens: int) -> None:
     _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("tile", [Tile(16, 64, 4, 2, group=2), Tile(32, 32, 4, 3, group=3)], ids=str)
 @pytest.mark.parametrize("block", [(128, 128), (32, 64)])
 def test_tiles_of_a_product(tile: Tile, block: tuple[int, int]) -> None:
@@ -163,7 +151,6 @@ def test_tiles_of_a_product(tile: Tile, block: tuple[int, int]) -> None:
     _close(found, fp8.linear_reference(x, weight, scales, block), SUMS)
 
 
-@pytest.mark.usefixtures("poisoned")
 def test_tiles_of_experts() -> None:
     """In any order of theirs; 160 columns are 2.5 groups."""
     x, experts = _exact(40, 192), _experts(5, 192, 160, (32, 64))
@@ -175,7 +162,6 @@ def test_tiles_of_experts() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 500, 4096])
 def test_real_sizes(num_tokens: int) -> None:
     x, (weight, scales) = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16(), _weight(4096, 2048, block=(128, 128))

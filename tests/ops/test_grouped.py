@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from ops.cases import assert_close
+from ops.cases import CHOICES, assert_close, check_experts, expert_ids, expert_weights
 from tessera.ops import fused, moe
 from tessera.ops.backend import backend, expert_runner
 from tessera.ops.grouped import by_expert, experts_of, padded
-from tessera.ops.moe import experts_reference
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_sort import sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHOICES = ["any", "some held", "one expert", "none held"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PLAIN = experts_of(fused.silu_mul, moe.combine)
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """What is made without values holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def _ids(choice: str, num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """The last expert is never chosen."""
-    if choice == "one expert":
-        return torch.full((num_tokens, top_k), 1, device=DEVICE)
-    ids = torch.rand(num_tokens, num_experts - 1, device=DEVICE).topk(top_k, -1).indices
-    if choice == "some held":
-        ids[ids % 2 == 0] = -1
-    return torch.full_like(ids, -1) if choice == "none held" else ids
-
-
-def _check(experts, num_tokens, num, hidden, inner, top_k, dtype, choice="any") -> None:
-    x = torch.randn(num_tokens, hidden + 8, device=DEVICE).to(dtype)[:, :hidden]  # rows with gaps between them
-    w13 = (torch.randn(num, 2 * inner, hidden, device=DEVICE) * hidden**-0.5).to(dtype)
-    w2 = (torch.randn(num, hidden, inner, device=DEVICE) * inner**-0.5).to(dtype)
-    w13[-1], w2[-1] = float("nan"), float("nan")
-    ids, weights = _ids(choice, num_tokens, num, top_k), torch.rand(num_tokens, top_k, device=DEVICE)
-    found, expected = experts(x, w13, w2, ids, weights), torch.zeros(num_tokens, hidden, device=DEVICE)
-    for e in ids.unique().tolist():  # one by one, so that the widened weights stay small
-        if e >= 0:
-            own = w13[e : e + 1].float(), w2[e : e + 1].float(), torch.where(ids == e, 0, -1)
-            expected += experts_reference(x.float(), *own, weights)
-    assert (found.dtype, found.shape) == (dtype, x.shape)
-    assert_close(found, expected, dtype)
+_ids = partial(expert_ids, device=DEVICE)
+_check = partial(check_experts, device=DEVICE)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there with bf16, at real sizes")
@@ -132,8 +102,7 @@ def test_replayed_for_other_rows():
     """A graph recorded for one choice of experts serves any other: nothing of a batch is read on the host."""
     num, hidden, inner, top_k = REAL["abacus"]
     experts = expert_runner("grouped_mm", backend("triton")).experts
-    w13 = torch.randn(num, 2 * inner, hidden, device=DEVICE).bfloat16() * hidden**-0.5
-    w2 = torch.randn(num, hidden, inner, device=DEVICE).bfloat16() * inner**-0.5
+    w13, w2 = expert_weights(num, hidden, inner, torch.bfloat16, DEVICE)
     x, ids = torch.randn(40, hidden, device=DEVICE).bfloat16(), _ids("any", 40, num, top_k)
     weights = torch.rand(40, top_k, device=DEVICE)
     experts(x, w13, w2, ids, weights)

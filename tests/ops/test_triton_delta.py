@@ -19,6 +19,7 @@ from tessera.ops.fused import DeltaInputs
 from tessera.ops.triton_delta_one import Cut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 plain = fused.delta_net_of(delta.causal_conv, delta.gated_delta_rule)
 definition = fused.delta_net_of(delta.causal_conv_reference, delta.gated_delta_rule_reference)
 
@@ -35,14 +36,6 @@ LARGE = {
     "decodes": [(n + 1, 1) for n in range(64)],
     "verify": [(n, 1 + n % 8) for n in range(40)],
 }
-
-
-@pytest.fixture
-def poisoned() -> None:
-    """What is made without values holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _inputs(heads: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> tuple[DeltaInputs, int]:
@@ -108,7 +101,6 @@ def _check(ranges, heads, form, dtype, state_dtype=torch.float32, kernel=4) -> t
     return found[:-4], conv[used.to(DEVICE)], state[used.to(DEVICE)]
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", SMALL, ids=str)
 @pytest.mark.parametrize(("ranges", "form"), [("mixed", "chunked"), ("decodes", "recurrent"), ("verify", "recurrent")])
@@ -116,7 +108,6 @@ def test_kernels_are_plain(ranges, form, heads, dtype):
     _check(RANGES[ranges], heads, form, dtype)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", SMALL, ids=str)
 @pytest.mark.parametrize("cut", [Cut(16, 4, 2), Cut(8, 1, 1), Cut(64, 4, 1)], ids=str)
@@ -127,7 +118,6 @@ def test_many_decodes(cut, heads, state_dtype, monkeypatch):
     _check(RANGES["decodes"], heads, "recurrent", torch.float32, state_dtype)
 
 
-@pytest.mark.usefixtures("poisoned")
 def test_many_states(monkeypatch):
     """A program then takes all value heads of a key head; and to the bit as where each has its own."""
     case_of = partial(_check, RANGES["verify"], SMALL[1], "recurrent", torch.float32)
@@ -139,7 +129,6 @@ def test_many_states(monkeypatch):
         assert torch.equal(one, together)
 
 
-@pytest.mark.usefixtures("poisoned")
 def test_other_windows_and_states():
     """A window of one column; a state in bfloat16."""
     _check(RANGES["mixed"], SMALL[0], "chunked", torch.float32, kernel=2)
@@ -147,7 +136,6 @@ def test_other_windows_and_states():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", REAL.values(), ids=REAL)
 @pytest.mark.parametrize("ranges", LARGE)
@@ -156,13 +144,11 @@ def test_real_sizes(ranges, heads, state_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("ranges", LARGE)
 def test_real_sizes_in_float32(ranges):
     _check(LARGE[ranges], REAL["a quarter"], "chunked", torch.float32)
 
 
-@pytest.mark.usefixtures("poisoned")
 def test_keys_that_all_look_alike():
     """The same key again and again, nothing forgotten: the hardest inverse; powers of a chunk's matrix explode."""
     heads = (1, 1, 16, 16)

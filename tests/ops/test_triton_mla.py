@@ -113,7 +113,7 @@ def test_what_is_expanded_counts_its_latents_too(monkeypatch):
 
 @settings(max_examples=8)
 @given(
-    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=4),
+    ranges=st.lists(st.tuples(st.integers(0, 40), st.integers(1, SHORT + 4)), min_size=1, max_size=3),
     heads=st.sampled_from([1, 3, 17]),
     page_size=st.sampled_from([1, 3, 16, 32]),
     splits=st.tuples(st.integers(1, 5), st.integers(1, 5)),

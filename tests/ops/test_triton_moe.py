@@ -3,14 +3,20 @@ cuts a float32 off where it makes a bfloat16 of it: twice the tolerance there.""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from ops.cases import TOLERANCE
+from ops.cases import (
+    CHOICES,
+    assert_close,
+    check_experts,
+    expert_ids,
+    expert_weights,
+    experts_one_by_one,
+)
 from tessera.ops import triton_route, triton_sort
 from tessera.ops.fused import Shared, add_gated, gated_product
 from tessera.ops.linear import linear, pack_reference
@@ -25,58 +31,23 @@ from tessera.ops.triton_route import route as fast_route
 from tessera.ops.triton_sort import sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 16, 16, 4, 2, 2))
 BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 2, True), Tile(16, 16, 16, 4, 2, 1, True))
 PLAIN = mixture_of(experts_reference, gated_product, add_gated)
-CHOICES = ["any", "some held", "one expert", "none held"]
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """What is made without values holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+_weights = partial(expert_weights, device=DEVICE)
+_ids = partial(expert_ids, device=DEVICE)
 
 
-def _weights(num: int, hidden: int, inner: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    w13 = torch.randn(num, 2 * inner, hidden, device=DEVICE) * hidden**-0.5
-    return w13.to(dtype), (torch.randn(num, hidden, inner, device=DEVICE) * inner**-0.5).to(dtype)
+def _loss(dtype: torch.dtype) -> int:
+    return 2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1
 
 
-def _ids(choice: str, num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """The last expert is never chosen."""
-    if choice == "one expert":
-        return torch.full((num_tokens, top_k), 1)
-    ids = torch.rand(num_tokens, num_experts - 1).topk(top_k, -1).indices
-    if choice == "some held":
-        ids[ids % 2 == 0] = -1
-    return torch.full_like(ids, -1) if choice == "none held" else ids
-
-
-def _check(form, num_tokens, num, hidden, inner, top_k, dtype, choice="any") -> None:
-    x = torch.randn(num_tokens, hidden + 8, device=DEVICE).to(dtype)[:, :hidden]  # rows with gaps between them
-    w13, w2 = _weights(num, hidden, inner, dtype)
-    w13[-1], w2[-1] = float("nan"), float("nan")
-    ids, weights = _ids(choice, num_tokens, num, top_k), torch.rand(num_tokens, top_k)
-    found = form(x, w13, w2, ids.to(DEVICE), weights.to(DEVICE))
-    assert (found.dtype, found.shape) == (dtype, x.shape)
-    wide = torch.float32 if DEVICE == "cuda" else torch.float64
-    expected = _reference(x.to(wide), w13, w2, ids.to(DEVICE), weights.to(DEVICE))
-    limit = TOLERANCE[dtype] * (2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1)
-    difference = (found.to(wide) - expected).abs().max().item()
-    assert difference <= limit * expected.abs().max().item(), f"{difference} of {expected.abs().max()}"
-
-
-def _reference(x, w13, w2, ids, weights) -> torch.Tensor:
-    """The plain twin, expert by expert so that the widened weights stay small."""
-    out = torch.zeros_like(x)
-    for e in ids.unique().tolist():
-        if e >= 0:
-            own = torch.where(ids == e, 0, -1)
-            out += experts_reference(x, w13[e : e + 1].to(x.dtype), w2[e : e + 1].to(x.dtype), own, weights.to(x.dtype))
-    return out
+def _check(form, *sizes, dtype: torch.dtype, choice: str = "any") -> None:
+    check_experts(form, *sizes, dtype, choice, DEVICE, _loss(dtype))
 
 
 def _by(tiles: Tiles):
@@ -86,21 +57,19 @@ def _by(tiles: Tiles):
 FORMS = {"few": few_experts, "grouped": _by(SMALL), "boxed": _by(BOXES)}
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_are_plain(form, choice, dtype):
-    _check(form, 20, 6, 40, 24, 3, dtype, choice)
+    _check(form, 20, 6, 40, 24, 3, dtype=dtype, choice=choice)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 30])
 def test_what_is_unrounded_is_what_rounded_operands_give_in_fp32(num_tokens, shared):
     """Few rows, few with a shared expert among them, many: nothing after the gate is rounded to bfloat16."""
     x, (w13, w2) = torch.randn(num_tokens, 32, device=DEVICE).bfloat16(), _weights(5, 32, 16, torch.bfloat16)
-    ids, weights = _ids("any", num_tokens, 5, 3).to(DEVICE), torch.rand(num_tokens, 3, device=DEVICE)
+    ids, weights = _ids("any", num_tokens, 5, 3), torch.rand(num_tokens, 3, device=DEVICE)
     beside = None
     if shared:
         w_in, w_out = (torch.randn(n, k, device=DEVICE).bfloat16() / 8 for n, k in ((64, 32), (32, 32)))
@@ -115,12 +84,11 @@ def test_what_is_unrounded_is_what_rounded_operands_give_in_fp32(num_tokens, sha
     assert not len(x) or (found != found.bfloat16()).float().mean() > 0.5, "it is rounded"
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_an_expert_in_two_halves_is_the_whole_one_but_for_the_order(form):
     """The parts of two ranks, which hold half of each expert's width: a sum of parts in bfloat16 is far off that."""
     x, (w13, w2) = torch.randn(20, 32, device=DEVICE).bfloat16(), _weights(4, 32, 16, torch.bfloat16)
-    ids, weights = _ids("any", 20, 4, 2).to(DEVICE), torch.rand(20, 2, device=DEVICE)
+    ids, weights = _ids("any", 20, 4, 2), torch.rand(20, 2, device=DEVICE)
     halves = [slice(0, 8), slice(8, 16)]
     gates = [torch.cat((w13[:, :16][:, half], w13[:, 16:][:, half]), 1).contiguous() for half in halves]
     downs = [w2[:, :, half].contiguous() for half in halves]
@@ -133,30 +101,27 @@ def test_an_expert_in_two_halves_is_the_whole_one_but_for_the_order(form):
     assert apart() > 1e-3
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens", [0, 1, 13, 70])
 def test_any_number_of_tokens(num_tokens):
     """Through the choice of tiles that serving makes."""
     x, (w13, w2) = torch.randn(num_tokens, 32, device=DEVICE), _weights(5, 32, 16, torch.float32)
-    ids, weights = _ids("any", num_tokens, 5, 3).to(DEVICE), torch.rand(num_tokens, 3, device=DEVICE)
+    ids, weights = _ids("any", num_tokens, 5, 3), torch.rand(num_tokens, 3, device=DEVICE)
     found = experts(x, w13, w2, ids, weights)
     torch.testing.assert_close(found, experts_reference(x, w13, w2, ids, weights), rtol=1e-5, atol=1e-5)
     assert not experts(x, w13[:0], w2[:0], torch.full_like(ids, -1), weights).any()
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["grouped", "boxed"])
 def test_other_rows_do_not_matter(form):
     """To the bit: a token alone, first or last among others, and with more of its expert's rows beside it."""
     run = FORMS[form]
     x, (w13, w2) = torch.randn(40, 32, device=DEVICE), _weights(4, 32, 16, torch.float32)
-    ids, weights = _ids("any", 40, 4, 2).to(DEVICE), torch.rand(40, 2, device=DEVICE)
+    ids, weights = _ids("any", 40, 4, 2), torch.rand(40, 2, device=DEVICE)
     together = run(x, w13, w2, ids, weights)
     for part in (slice(0, 17), slice(39, 40), slice(3, 36)):
         assert torch.equal(run(x[part], w13, w2, ids[part], weights[part]), together[part])
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_rows", [1, 50, 300])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("one", [4096, 64])
@@ -164,7 +129,7 @@ def test_sorting(one, choice, num_rows, monkeypatch):
     """Every held row is in exactly one block, of its expert, of at most 16 rows; one launch, or chunks of 32 rows."""
     monkeypatch.setattr(triton_sort, "ONE", one)
     monkeypatch.setattr(triton_sort, "CHUNK", 32)
-    ids = _ids(choice, num_rows, 7, 2).to(DEVICE)
+    ids = _ids(choice, num_rows, 7, 2)
     by_expert, flat, seen = sort_rows(ids, 7, 16), ids.flatten(), []
     for expert, first, end in by_expert.blocks.tolist():
         if expert >= 0:
@@ -195,7 +160,6 @@ def _routed_alike(logits: torch.Tensor, top_k: int, options: dict) -> None:
     torch.testing.assert_close(weights, expected_weights)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", ROUTERS, ids=str)
 @pytest.mark.parametrize("num_experts", [16, 20])
 def test_routing_is_plain(num_experts, options):
@@ -230,7 +194,6 @@ def _chosen_alike(x: torch.Tensor, router: Router, form=score_and_route) -> None
     torch.testing.assert_close(weights[alike], expected_weights[alike], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", ROUTERS, ids=str)
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_scores_and_choice_in_one_launch(dtype, wide, options):
@@ -281,22 +244,17 @@ def _mixed_alike(num_tokens, num, hidden, inner, top_k, dtype, parts, gated, cho
     """`experts` with a shared expert of `parts` others, or of a width of its own."""
     x = torch.randn(num_tokens, hidden + 8, device=DEVICE).to(dtype)[:, :hidden]
     (w13, w2), shared = _weights(num, hidden, inner, dtype), _shared(hidden, int(parts * inner), dtype, gated)
-    ids = _ids(choice, num_tokens, num, top_k).to(DEVICE)
+    ids = _ids(choice, num_tokens, num, top_k)
     weights = torch.rand(num_tokens, top_k, device=DEVICE)
     found = mixture(x, w13, w2, ids, weights, shared)
     wide = torch.float64
     as_wide = [p if p is None else pack_reference(p.weight.to(wide)) for p in (shared.w_in, shared.w_out, shared.gate)]
-    expected = _reference(x.to(wide), w13, w2, ids, weights)
-    expected = (
-        PLAIN(x.to(wide), w13[:0].to(wide), w2[:0].to(wide), ids[:, :0], weights[:, :0], Shared(*as_wide)) + expected
-    )
-    limit = TOLERANCE[dtype] * (2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1)
-    difference = (found.to(wide) - expected).abs().max().item()
+    none = w13[:0].to(wide), w2[:0].to(wide), ids[:, :0], weights[:, :0]
+    expected = PLAIN(x.to(wide), *none, Shared(*as_wide)) + experts_one_by_one(x.to(wide), w13, w2, ids, weights)
     assert (found.dtype, found.shape) == (dtype, x.shape)
-    assert difference <= limit * expected.abs().max().item(), f"{difference} of {expected.abs().max()}"
+    assert_close(found, expected, loss=_loss(dtype))
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("parts", "num_tokens"), [(1, 1), (2, JOINED), (1.5, 1), (2, JOINED + 1), (1.5, 20)])
@@ -306,13 +264,12 @@ def test_a_shared_expert_is_further_experts(choice, parts, num_tokens, gated, dt
     _mixed_alike(num_tokens, 6, 40, 24, 3, dtype, parts, gated, choice)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("mix", [mixture, PLAIN], ids=["ours", "plain"])
 @pytest.mark.parametrize("num_tokens", [1, 20])
 def test_a_shared_expert_that_is_under_way_is_asked_for_once(mix, num_tokens):
     """Known faults: computed again; asked for before the products that run beside it are launched."""
     x, (w13, w2) = torch.randn(num_tokens, 40, device=DEVICE), _weights(6, 40, 24, torch.float32)
-    shared, ids = _shared(40, 24, torch.float32, True), _ids("any", num_tokens, 6, 3).to(DEVICE)
+    shared, ids = _shared(40, 24, torch.float32, True), _ids("any", num_tokens, 6, 3)
     weights, asked = torch.rand(num_tokens, 3, device=DEVICE), []
     expected = PLAIN(x, w13, w2, ids, weights, shared)
     rows = linear(gated_product(x, shared.w_in), shared.w_out)
@@ -343,19 +300,17 @@ REAL |= {"a half": (64, 2048, 704, 6), "an eighth": (64, 2048, 88, 10), "abacus"
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 64, 500, 4096])
 @pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
 def test_real_sizes(shape, num_tokens):
-    _check(experts, num_tokens, *shape, torch.bfloat16)
+    _check(experts, num_tokens, *shape, dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_real_tiles(choice, tiles):
-    _check(lambda *inputs: grouped_experts(*inputs, tiles), 300, *REAL["a quarter"], torch.bfloat16, choice)
+    _check(_by(tiles), 300, *REAL["a quarter"], dtype=torch.bfloat16, choice=choice)
 
 
 @pytest.mark.gpu
@@ -366,7 +321,6 @@ def test_real_routing(num_experts, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
 @pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
@@ -376,7 +330,6 @@ def test_real_shared_experts(shape, num_tokens, gated):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", ROUTERS, ids=str)
 @pytest.mark.parametrize("num_experts", [64, 256, 512])
 @pytest.mark.parametrize("wide", [False, True])
@@ -400,7 +353,7 @@ def test_replayed_for_other_rows(num_tokens):
     """A graph recorded for one choice of experts serves any other."""
     num, hidden, inner, top_k = REAL["abacus"]
     w13, w2 = _weights(num, hidden, inner, torch.bfloat16)
-    x, ids = torch.randn(num_tokens, hidden, device=DEVICE).bfloat16(), _ids("any", num_tokens, num, top_k).to(DEVICE)
+    x, ids = torch.randn(num_tokens, hidden, device=DEVICE).bfloat16(), _ids("any", num_tokens, num, top_k)
     weights = torch.rand(num_tokens, top_k, device=DEVICE)
     experts(x, w13, w2, ids, weights)
     torch.cuda.synchronize()
