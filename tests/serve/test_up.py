@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from serve.support import in_loop
-from tessera.core.errors import DeadlineError, PeerError
+from tessera.core.errors import ConfigError, DeadlineError, PeerError
 from tessera.serve.deployment import Site, deploy
 from tessera.serve.here import Here
 from tessera.serve.listener import bind
@@ -189,6 +190,24 @@ def test_a_port_that_was_given_out_is_nobody_elses_until_the_end() -> None:
         bind(host, port).close()  # as the worker does, and who follows it
     asyncio.run(here.close())
     assert psutil.Process().num_fds() == before
+
+
+def test_a_port_that_was_asked_for_and_is_taken_is_refused_before_anything_starts() -> None:
+    """Known fault: whoever listened there answered the probes, and the router was told to be ready."""
+    here = Here({})
+    deployment = deploy(load_recipe(RECIPES / "abacus-cpu.yaml"), Site(lambda node: "127.0.0.1", here.port, ()), {})
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        router = dataclasses.replace(deployment.router, url=f"http://127.0.0.1:{taken}")
+        with pytest.raises(
+            ConfigError, match=rf"router: --port {taken}: nobody can listen there: Address already in use"
+        ):
+            here.claim([*deployment.workers, router])
+    here.claim([*deployment.workers, router])  # it is free now, and kept
+    with socket.socket() as late, pytest.raises(OSError, match="Address already in use"):
+        late.bind(("127.0.0.1", taken))
+    bind("127.0.0.1", taken).close()
+    asyncio.run(here.close())
 
 
 def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     device = [f"*.device={options.device}"] if options.device else []
     recipe = changed(load_recipe(options.recipe), [*device, *options.changes])
     if options.plan:
-        shown: int = import_module("tessera.commands.upplan").show(recipe, options.json)  # torch
+        shown: int = import_module("tessera.commands.upplan").show(recipe, options.json, options.on == "here")  # torch
         return shown
     router = {"host": options.host, "port": options.port}
     if options.on == "slurm":
@@ -48,7 +48,9 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     devices = numbered(found.gpus) if seen is None else tuple(seen.split(","))[: found.gpus]
     here = Here(environ)
     site = Site(host=lambda node: "127.0.0.1", port=here.port, gpus=devices)
-    return _up(deploy(recipe, site, router), here, options)
+    deployment = deploy(recipe, site, router)
+    here.claim([*deployment.workers, deployment.router])
+    return _up(deployment, here, options)
 
 
 def _together(options: Namespace) -> None:

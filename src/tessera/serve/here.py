@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Protocol
+from urllib.parse import urlsplit
 
+from tessera.core.errors import ConfigError, Conflict
 from tessera.serve.deployment import Process
 
 TETHER = ("-P", "-m", "tessera.serve.tethered")
@@ -55,12 +57,35 @@ class Here(Starter):
         It stays bound, for a port that was only free a moment ago may be another process's when a worker comes to it,
         at its start or anew. Who sets SO_REUSEADDR, as our servers do, may listen there all the same.
         """
-        held = socket.socket()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
+        return self._hold("127.0.0.1", 0)
+
+    def claim(self, processes: Iterable[Process]) -> None:
+        """Keeps the ports that were asked for, too. Raises `ConfigError` for those at which somebody listens already:
+        who answers there would be taken for the process that is started."""
+        given, wrong = {held.getsockname()[1] for held in self._ports}, []
+        asked = [(one.name, urlsplit(one.url)) for one in processes if one.url]
+        for name, url in asked:
+            host, port = url.hostname or "", url.port or 0
+            if port in given:
+                continue
+            try:
+                self._hold(host, port)
+            except OSError as error:
+                remedy = "Choose another port (0: any free one)." if name == "router" else "Choose another port."
+                wrong.append(
+                    Conflict((f"{name}: --port {port}",), f"nobody can listen there: {error.strerror}", remedy)
+                )
+        if wrong:
+            raise ConfigError(wrong)
+
+    def _hold(self, host: str, port: int) -> int:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        held = socket.socket(family)
         self._ports.append(held)
-        port: int = held.getsockname()[1]
-        return port
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(address)
+        found: int = held.getsockname()[1]
+        return found
 
     async def start(self, process: Process) -> LocalChild:
         """A session of its own keeps Ctrl-C in a terminal from it."""
