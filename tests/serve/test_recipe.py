@@ -180,6 +180,16 @@ def test_a_config_json_is_enough_to_plan(tmp_path: Path) -> None:
         assert plan(role, Hardware("cpu", 1 << 33)).resolved is not None
 
 
+@pytest.mark.parametrize("name", ["abacus-cpu", "abacus-replicas"])
+def test_what_comes_up_here_is_planned_for_here(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known fault: prefill and decode of one host were planned for two, and refused for an engine inside one."""
+    code, out, _ = run(capsys, "up", str(RECIPES / f"{name}.yaml"), "--plan")
+    assert code == 0, out
+    assert "hosts\n" not in out
+    code, out, _ = run(capsys, "up", str(RECIPES / f"{name}.yaml"), "--plan", "--on", "slurm")
+    assert (code, "moves bytes inside one host" in out) == ((2, True) if name == "abacus-cpu" else (0, False))
+
+
 def test_the_command_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "up", str(SEED), "--plan", "--json")
     told = json.loads(out)

@@ -17,12 +17,12 @@ from tessera.serve.recipe_hardware import GPUS, assumed
 from tessera.serve.recipe_plan import Plan, apart, as_data, misplaced, plan
 
 
-def show(recipe: Recipe, as_json: bool) -> int:
-    """Prints it; 0 when every worker can run, else 2."""
+def show(recipe: Recipe, as_json: bool, here: bool) -> int:
+    """Prints it; 0 when every worker can run, else 2. `here`: all on this host, where the recipe names no other."""
     hardware, told = _hardware(recipe)
     recipe = recipe if hardware is None else across_hosts(recipe)
     plans = [plan(role, None if _on_cpu(role.flags) else hardware) for role in recipe.roles]
-    wrong, unfit = misplaced(recipe, hardware), apart(plans)
+    wrong, unfit = misplaced(recipe, hardware, packed=here and hardware is None), apart(plans)
     can = all(found.resolved is not None for found in plans) and not wrong and not unfit
     ignored = [{"key": d.what, "why": d.why} for d in recipe.ignored]
     if as_json:

@@ -141,10 +141,10 @@ def _variable(name: str, value: object, decisions: tuple[Decision, ...]) -> Verd
     return Verdict(name, value, "passed on", f"set for the workers; {reader}")
 
 
-def misplaced(recipe: Recipe, hardware: Hardware | None) -> tuple[Conflict, ...]:
-    """Why the workers do not fit onto the recipe's hosts, each with as many GPUs as `hardware` has."""
+def misplaced(recipe: Recipe, hardware: Hardware | None, packed: bool = False) -> tuple[Conflict, ...]:
+    """Why the workers do not fit onto the hosts, each with as many GPUs as `hardware` has. `packed`: onto one host."""
     gpus = numbered(hardware.count) if hardware is not None and hardware.device == "cuda" else ()
-    site = Site(host=str, port=lambda: 1, gpus=gpus, packed=False)
+    site = Site(host=str, port=lambda: 1, gpus=gpus, packed=packed)
     try:
         deploy(recipe, site, {})
     except ConfigError as error:
