@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from types import NoneType
+from typing import TypeVar
 
 from tessera.core.config.flag import Flag, Ignored, Unbuilt
 from tessera.core.config.flags_engine import KERNELS, MEMORY, MESH, MODEL, SCHEDULING
@@ -14,6 +16,7 @@ from tessera.core.config.flags_server import HANDOVER, LOGGING, SERVING, SPECULA
 from tessera.core.config.types import Notes
 from tessera.core.errors import Conflict
 
+T = TypeVar("T")
 FLAGS: tuple[Flag, ...] = (
     *MODEL,
     *MESH,
@@ -46,44 +49,39 @@ class Asked:
 
     def text(self, name: str) -> str | None:
         """A text, or None where there is none."""
-        value = self._all[name]
-        assert value is None or isinstance(value, str), f"{name} is {value!r}"
-        return value
+        return self._of(name, str, NoneType)
 
     def word(self, name: str) -> str:
         """A text that always has a value."""
-        value = self._all[name]
-        assert isinstance(value, str), f"{name} is {value!r}"
-        return value
+        return self._of(name, str)
 
     def whole(self, name: str) -> int | None:
         """A whole number, or None where there is none."""
-        value = self._all[name]
-        assert value is None or isinstance(value, int), f"{name} is {value!r}"
-        return value
+        return self._of(name, int, NoneType)
 
     def number(self, name: str) -> int:
         """A whole number that always has a value."""
-        value = self._all[name]
-        assert isinstance(value, int), f"{name} is {value!r}"
-        return value
+        return self._of(name, int)
 
     def wholes(self, name: str) -> tuple[int, ...]:
         """Several whole numbers."""
-        value = self._all[name]
-        assert isinstance(value, tuple), f"{name} is {value!r}"
-        return value
+        return self._of(name, tuple)
 
     def real(self, name: str) -> float | None:
         """A number, or None where there is none."""
-        value = self._all[name]
-        assert value is None or isinstance(value, float), f"{name} is {value!r}"
-        return value
+        return self._of(name, float, NoneType)
+
+    def amount(self, name: str) -> float:
+        """A number that always has a value."""
+        return self._of(name, float)
 
     def on(self, name: str) -> bool:
         """A switch."""
+        return self._of(name, bool)
+
+    def _of(self, name: str, *kinds: type[T]) -> T:
         value = self._all[name]
-        assert isinstance(value, bool), f"{name} is {value!r}"
+        assert isinstance(value, kinds), f"{name} is {value!r}"
         return value
 
 

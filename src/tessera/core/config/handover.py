@@ -31,19 +31,15 @@ def handover_phase(values: Asked, device: str, notes: Notes) -> HandoverConfig:
         )
     if role in ROLES and engine in INSIDE and values.gave("disaggregation_ib_device"):
         notes.decide("--disaggregation-ib-device", "ignored", f"{engine} moves bytes inside one host, by no network")
-    seconds = [
-        values.real(f"disaggregation_{name}")
-        for name in ("bootstrap_timeout", "waiting_timeout", "decode_bootstrap_timeout", "heartbeat_interval")
-    ]
-    bootstrap, waiting, decode, interval = [s for s in seconds if s is not None]  # they have defaults
+    interval = values.amount("disaggregation_heartbeat_interval")
     return HandoverConfig(
         role=role if role in ROLES else "null",
         engine=engine,
         bootstrap_port=values.number("disaggregation_bootstrap_port"),
         devices=values.text("disaggregation_ib_device"),
-        bootstrap_timeout=bootstrap,
-        waiting_timeout=waiting,
-        decode_bootstrap_timeout=decode,
+        bootstrap_timeout=values.amount("disaggregation_bootstrap_timeout"),
+        waiting_timeout=values.amount("disaggregation_waiting_timeout"),
+        decode_bootstrap_timeout=values.amount("disaggregation_decode_bootstrap_timeout"),
         silence=interval * (values.number("disaggregation_heartbeat_max_failure") + 0.5),  # the last may be late
         heartbeat_interval=interval,
     )

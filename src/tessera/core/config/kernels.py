@@ -123,7 +123,7 @@ def _wide_parts(values: Asked, dtype: str, fp8: str, moe: str, notes: Notes) -> 
 
 def _ahead(values: Asked, run: set[str], device: str, notes: Notes) -> float:
     """Seconds that a start waits for kernels that are compiled ahead; 0: none are."""
-    asked = values.real("compile_ahead") or 0.0
+    asked = values.amount("compile_ahead")
     if device == "cuda" and run & WITH_TRITON:
         return asked
     if values.gave("compile_ahead"):

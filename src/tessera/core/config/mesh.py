@@ -86,7 +86,7 @@ def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshCo
         num_nodes=values.number("nnodes"),
         node_rank=values.number("node_rank"),
         meeting=(values.text("dist_init_addr") or "").removeprefix("tcp://") or None,
-        meet_within=values.real("dist_timeout") or 0.0,
+        meet_within=values.amount("dist_timeout"),
         collectives=collectives,
     )
 

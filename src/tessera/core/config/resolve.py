@@ -278,8 +278,7 @@ class Halves(NamedTuple):
 
 def _halves(values: Asked, mesh: MeshConfig, kernels: KernelConfig, notes: Notes) -> Halves:
     """What is tried runs as it is, whole and as halves, so graphs hold neither: nothing smaller is split unasked."""
-    share, smallest = values.real("tbo_token_distribution_threshold"), values.whole("tbo_min_tokens")
-    assert share is not None, "it has a default"
+    share, smallest = values.amount("tbo_token_distribution_threshold"), values.whole("tbo_min_tokens")
     if not values.on("enable_two_batch_overlap"):
         for name in ("tbo_token_distribution_threshold", "tbo_min_tokens"):
             if values.gave(name):
@@ -317,10 +316,7 @@ def _told_halves(halves: Halves, most: float, notes: Notes) -> Halves:
 
 
 def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
-    drain, watchdog, window = (values.real(n) for n in ("drain_timeout", "watchdog_timeout", "restart_window"))
-    assert drain is not None, "it has a default"
-    assert watchdog is not None, "it has a default"
-    assert window is not None, "it has a default"
+    watchdog = values.amount("watchdog_timeout")
     start = max(watchdog, START_SECONDS)
     if start > watchdog:
         notes.decide("watchdog-timeout", f"{watchdog:g} s once it serves", f"a start may be silent for {start:g} s")
@@ -329,12 +325,12 @@ def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
         port=values.number("port"),
         api_key=values.text("api_key"),
         stream_interval=values.number("stream_interval"),
-        drain_timeout=drain,
+        drain_timeout=values.amount("drain_timeout"),
         max_body_size=values.number("max_body_size"),
         watchdog_timeout=watchdog,
         on_failure=_on_failure(values, mesh, notes),
         max_restarts=values.number("max_restarts"),
-        restart_window=window,
+        restart_window=values.amount("restart_window"),
         start_timeout=start,
     )
 
