@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from tessera.ops import fused, moe
 from tessera.ops.backend import backend, expert_runner
 from tessera.ops.fused import Shared
-from tessera.ops.moe import Router
+from tessera.ops.moe import Router, Rules
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import Tile as RowTile
 from tessera.ops.triton_linear import gated_product, pack
@@ -39,13 +39,10 @@ SHAPES = {  # experts, hidden, intermediate, chosen
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 2048, 8192, 16384, 32768)
 RUNNERS = ["grouped_mm", *(["deep_gemm"] if importlib.util.find_spec("deep_gemm") else [])]
 ROUTERS = {  # experts, whether scored in fp32, rules
-    "dsv2lite": (64, True, {"top_k": 6, "normalize": False}),
-    "qwen3next": (512, False, {"top_k": 10}),
-    "deepseek v3": (
-        256, True,
-        {"top_k": 8, "scoring": "sigmoid", "num_groups": 8, "top_groups": 4, "group_score": "top2", "scale": 2.5},
-    ),
-}  # fmt: skip
+    "dsv2lite": (64, True, Rules(6, normalize=False)),
+    "qwen3next": (512, False, Rules(10)),
+    "deepseek v3": (256, True, Rules(8, "sigmoid", num_groups=8, top_groups=4, group_score="top2", scale=2.5)),
+}
 SHARED = {"dsv2lite": (2, False), "qwen3next": (1, True)}  # experts that it consists of, and whether it is gated
 SWEPT_VECTORS: list[dict[str, Any]] = [
     *({"up": RowTile(n * k, k, warps)} for n, k, warps in (
@@ -98,9 +95,9 @@ def _route(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     num_bytes = tokens * (2 * num + 12 * top_k)
 
     def check(logits: Tensor, weights: Tensor) -> float:
-        return distance(weights, moe.route(logits, top_k)[1])
+        return distance(weights, moe.route(logits, Rules(top_k))[1])
 
-    return Case(name, num_bytes, 0, num_bytes, lambda: random(tokens, num), lambda x: route(x, top_k)[1], check)
+    return Case(name, num_bytes, 0, num_bytes, lambda: random(tokens, num), lambda x: route(x, Rules(top_k))[1], check)
 
 
 def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
@@ -108,7 +105,7 @@ def _experts(shape: tuple[int, int, int, int], tokens: int, name: str) -> Case:
     weights = _weights(num, hidden, inner)
 
     def make() -> tuple[Any, ...]:
-        ids, scores = route(random(tokens, num), top_k)
+        ids, scores = route(random(tokens, num), Rules(top_k))
         return random(tokens, hidden), *weights, ids, scores
 
     touched = num * (1 - (1 - top_k / num) ** tokens)
@@ -126,7 +123,7 @@ def library(name: str) -> Callable[..., Tensor]:
     return expert_runner(name, backend("triton")).experts
 
 
-def _scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) -> Case:
+def _scores(router: tuple[int, bool, Rules], tokens: int, name: str) -> Case:
     num, wide, rules = router
 
     def make() -> tuple[Tensor, Router]:
@@ -138,7 +135,7 @@ def _scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) ->
         x, router = inputs
         if apart:  # as it was: the library's product, then the choice
             scores = linear(x.float() if wide else x, router.weight.weight)
-            return route(scores, **rules)[1]
+            return route(scores, rules)[1]
         return score_and_route(x, router, tile or SCORING)[1]
 
     def check(inputs: tuple[Tensor, Router], weights: Tensor) -> float:
@@ -150,7 +147,7 @@ def _scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) ->
     return Case(name, num_bytes, 0, num_bytes, make, run, check, variants)
 
 
-def _many_scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: str) -> Case:
+def _many_scores(router: tuple[int, bool, Rules], tokens: int, name: str) -> Case:
     num, _, rules = router
     none = torch.zeros(0, dtype=torch.int32, device="cuda")
 
@@ -160,9 +157,9 @@ def _many_scores(router: tuple[int, bool, dict[str, Any]], tokens: int, name: st
     def run(inputs: tuple[Tensor, Router], tile: ScoreTile | None = None, library: str = "") -> Tensor:
         x, weight = inputs[0], inputs[1].weight.weight
         if library == "fp32":  # as it was
-            return route(linear(x.float(), weight), **rules)[1]
+            return route(linear(x.float(), weight), rules)[1]
         if library == "bf16":  # for weights that are numbers of bfloat16
-            return route(torch.mm(x, weight.bfloat16().T, out_dtype=torch.float32), **rules)[1]
+            return route(torch.mm(x, weight.bfloat16().T, out_dtype=torch.float32), rules)[1]
         return choose_apart(x, inputs[1], tile)[1]
 
     def check(inputs: tuple[Tensor, Router], weights: Tensor) -> float:
@@ -181,7 +178,7 @@ def _mixture(shape: tuple[int, int, int, int], shared: tuple[int, bool], tokens:
     width = parts * inner
 
     def make() -> tuple[Any, ...]:
-        ids, scores = route(random(tokens, num), top_k)
+        ids, scores = route(random(tokens, num), Rules(top_k))
         gate = pack(random(1, hidden) * hidden**-0.5) if gated else None
         both = pack(random(2 * width, hidden) * hidden**-0.5), pack(random(hidden, width) * width**-0.5)
         return random(tokens, hidden), *weights, ids, scores, Shared(*both, gate)

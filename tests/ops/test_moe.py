@@ -8,7 +8,7 @@ import torch
 from ops.cases import assert_close
 from tessera.ops import linear, moe
 from tessera.ops.linear import has_amx
-from tessera.ops.moe import experts, experts_reference, route
+from tessera.ops.moe import Rules, experts, experts_reference, route
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -87,10 +87,7 @@ def test_routing(groups: int, top: int, by: str, with_bias: bool, scoring: str) 
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores + (0 if bias is None else bias.double())
     for normalize in (True, False):
-        ids, weights = route(
-            logits, 3, scoring=scoring, bias=bias, num_groups=groups, top_groups=top, group_score=by,
-            normalize=normalize, scale=2.5,
-        )  # fmt: skip
+        ids, weights = route(logits, Rules(3, scoring, bias, groups, top, by, normalize, 2.5))
         for t in range(50):
             expected = _routed(scores[t].tolist(), choice[t].tolist(), 3, groups, top, by)
             assert ids[t].tolist() == expected
@@ -101,6 +98,6 @@ def test_routing(groups: int, top: int, by: str, with_bias: bool, scoring: str) 
 def test_routing_is_wide() -> None:
     """bfloat16 logits are scored in float32, float64 ones in float64."""
     logits = torch.randn(9, 8).bfloat16()
-    assert route(logits, 2)[1].dtype == torch.float32
-    torch.testing.assert_close(route(logits, 2)[1], route(logits.float(), 2)[1])
-    assert route(logits.double(), 2)[1].dtype == torch.float64
+    assert route(logits, Rules(2))[1].dtype == torch.float32
+    torch.testing.assert_close(route(logits, Rules(2))[1], route(logits.float(), Rules(2))[1])
+    assert route(logits.double(), Rules(2))[1].dtype == torch.float64

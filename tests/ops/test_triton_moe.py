@@ -20,7 +20,7 @@ from ops.cases import (
 from tessera.ops import triton_route, triton_sort
 from tessera.ops.fused import Shared, add_gated, gated_product
 from tessera.ops.linear import linear, pack_reference
-from tessera.ops.moe import Router, choose, experts_reference, mixture_of, route
+from tessera.ops.moe import Router, Rules, choose, experts_reference, mixture_of, route
 from tessera.ops.triton_linear import Tile as RowTile
 from tessera.ops.triton_linear import pack
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
@@ -153,8 +153,8 @@ ROUTERS = [
 
 def _routed_alike(logits: torch.Tensor, top_k: int, options: dict) -> None:
     bias = torch.randn(logits.shape[1], device=DEVICE) if options.get("bias") else None
-    ids, weights = fast_route(logits, top_k, **options | {"bias": bias})
-    expected, expected_weights = route(logits, top_k, **options | {"bias": bias})
+    rules = Rules(top_k, **options | {"bias": bias})
+    (ids, weights), (expected, expected_weights) = fast_route(logits, rules), route(logits, rules)
     assert (ids.dtype, weights.dtype) == (expected.dtype, expected_weights.dtype)
     assert torch.equal(ids, expected)
     torch.testing.assert_close(weights, expected_weights)
@@ -171,13 +171,13 @@ def test_of_equal_scores_the_first_is_chosen(options):
     """As in bfloat16, where experts often score alike."""
     logits = torch.randint(0, 3, (6, 16), device=DEVICE).bfloat16()
     _routed_alike(logits, 5, options)
-    ids, _ = fast_route(torch.zeros(1, 16, device=DEVICE), 3)
+    ids, _ = fast_route(torch.zeros(1, 16, device=DEVICE), Rules(3))
     assert ids.tolist() == [[0, 1, 2]]
 
 
 def _router(num: int, hidden: int, dtype: torch.dtype, wide: bool, rules: dict, bias: bool = False) -> Router:
     weight = (torch.randn(num, hidden, device=DEVICE) * hidden**-0.5).to(torch.float32 if wide else dtype)
-    own = {"top_k": 3, **rules, "bias": torch.randn(num, device=DEVICE) if bias else None}
+    own = Rules(**{"top_k": 3, **rules, "bias": torch.randn(num, device=DEVICE) if bias else None})
     return Router(pack_reference(weight), wide, own, torch.zeros(16, dtype=torch.int32, device=DEVICE))
 
 
@@ -211,7 +211,7 @@ def test_scores_are_rounded_where_the_model_rounds_them():
     weight[:, 1] = torch.arange(16, device=DEVICE) * 2**-12
     x = torch.ones(1, 8, device=DEVICE).bfloat16()
     router = Router(
-        pack_reference(weight.bfloat16()), False, {"top_k": 3}, torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        pack_reference(weight.bfloat16()), False, Rules(3), torch.zeros(4, dtype=torch.int32, device=DEVICE)
     )
     assert score_and_route(x, router)[0].tolist() == choose(x, router)[0].tolist() == [[0, 1, 2]]
     exact = Router(router.weight, True, router.rules, router.arrived)

@@ -8,7 +8,7 @@ import torch
 
 from tessera.ops import triton_route, triton_scores
 from tessera.ops.linear import pack_reference
-from tessera.ops.moe import Router, choose
+from tessera.ops.moe import Router, Rules, choose
 from tessera.ops.triton_scores import PARTS, TILES, ScoreTile, scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +46,7 @@ def test_no_bit_of_a_weight_is_lost(offset):
 def test_tokens_are_not_widened(num_tokens, monkeypatch):
     """Those of bfloat16, in parts while they are few; others take the fp32 product."""
     weight = torch.randn(16, 200, device=DEVICE)
-    router = Router(pack_reference(weight), True, {"top_k": 3}, torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    router = Router(pack_reference(weight), True, Rules(3), torch.zeros(2, dtype=torch.int32, device=DEVICE))
     parts = []
     monkeypatch.setattr(triton_scores, "scores", lambda *inputs: parts.append(scores(*inputs)) or parts[-1])
     for dtype in (torch.bfloat16, torch.float32):

@@ -15,7 +15,7 @@ from tessera.comm.waits import Waits
 from tessera.core.spec import MoESpec, RouterSpec, SharedSpec
 from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.fused import Shared, gated_mlp
-from tessera.ops.moe import Router
+from tessera.ops.moe import Router, Rules
 
 BESIDE = (16, 2048)  # tokens between which the shared expert runs beside the choice of the routed ones
 ARRIVING = 64  # tokens that a kernel may choose experts for while it counts its programs
@@ -87,16 +87,16 @@ class MoE:
 def _router(spec: RouterSpec, weights: Weights) -> Router:
     """How tokens choose experts."""
     weight = weights.linear("router")
-    rules = {
-        "top_k": spec.top_k,
-        "scoring": spec.score,
-        "bias": weights.tensor("router_bias") if spec.bias else None,
-        "num_groups": spec.num_groups,
-        "top_groups": spec.top_groups,
-        "group_score": spec.group_score,
-        "normalize": spec.normalise,
-        "scale": spec.scale,
-    }
+    rules = Rules(
+        spec.top_k,
+        spec.score,
+        weights.tensor("router_bias") if spec.bias else None,
+        spec.num_groups,
+        spec.top_groups,
+        spec.group_score,
+        spec.normalise,
+        spec.scale,
+    )
     return Router(weight, spec.wide, rules, torch.zeros(ARRIVING, dtype=torch.int32, device=weight.weight.device))
 
 

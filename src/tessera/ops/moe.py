@@ -5,10 +5,10 @@ T tokens, H hidden, E experts, I intermediate, k experts a token, n tokens of an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,56 +23,59 @@ Mixture = Callable[..., Tensor]
 Made = Callable[[], Tensor]
 
 
-def route(
-    logits: Tensor,
-    top_k: int,
-    *,
-    scoring: Literal["softmax", "sigmoid"] = "softmax",
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_score: Literal["max", "top2"] = "max",
-    normalize: bool = True,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Chooses experts: logits [T, E] -> ids int64 [T, k], weights [T, k] in fp32 or wider.
+@dataclass(frozen=True, slots=True, eq=False)
+class Rules:
+    """How scores choose `top_k` experts.
 
-    Scores are softmax or sigmoid of the logits in fp32. The choice is by score + `bias` (DeepSeek-V3's correction), the
-    weights are scores without it, divided by their sum when `normalize`, times `scale`. With `num_groups` > 1 only
+    Scores are softmax or sigmoid of the logits in fp32. The choice is by score + `bias` [E] (DeepSeek-V3's correction),
+    the weights are scores without it, divided by their sum when `normalize`, times `scale`. With `num_groups` > 1 only
     experts of the best `top_groups` groups stand for choice; a group's score is its largest (V2's group_limited_greedy)
     or the sum of its two largest (V3's noaux_tc). Of equal scores the lowest number is chosen: in bfloat16 many are
     equal, and which one is taken must not depend on the device.
     """
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    bias: Tensor | None = None
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    normalize: bool = True
+    scale: float = 1.0
+
+
+def route(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Chooses experts: logits [T, E] -> ids int64 [T, k], weights [T, k] in fp32 or wider."""
     logits = logits.to(wide(logits.dtype))
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    choice = scores if bias is None else scores + bias.to(scores.dtype)
-    if top_groups < num_groups:
-        grouped = choice.unflatten(-1, (num_groups, -1))
-        of_group = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
-        best = _first(of_group, top_groups)
+    scores = logits.softmax(-1) if rules.scoring == "softmax" else logits.sigmoid()
+    choice = scores if rules.bias is None else scores + rules.bias.to(scores.dtype)
+    if rules.top_groups < rules.num_groups:
+        grouped = choice.unflatten(-1, (rules.num_groups, -1))
+        of_group = grouped.amax(-1) if rules.group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+        best = _first(of_group, rules.top_groups)
         shut = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
         choice = grouped.masked_fill(shut[..., None], float("-inf")).flatten(-2)
-    ids = _first(choice, top_k)
+    ids = _first(choice, rules.top_k)
     weights = scores.gather(-1, ids)
-    if normalize:
+    if rules.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * scale
+    return ids, weights * rules.scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Router:
-    """How a layer's tokens choose experts: the product that scores them, in fp32 or wider where `wide`; the `rules` of
-    `route`; `arrived` int32 [tokens], zeros between calls: what a kernel counts its programs with."""
+    """How a layer's tokens choose experts: the product that scores them, in fp32 or wider where `wide`; the `rules`;
+    `arrived` int32 [tokens], zeros between calls: what a kernel counts its programs with."""
 
     weight: packed.PackedLinear
     wide: bool
-    rules: Mapping[str, Any]
+    rules: Rules
     arrived: Tensor
 
 
 def choose(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """Chooses the experts of x [T, H]: see `route`."""
-    return route(packed.linear(x.to(wide(x.dtype)) if router.wide else x, router.weight), **router.rules)
+    return route(packed.linear(x.to(wide(x.dtype)) if router.wide else x, router.weight), router.rules)
 
 
 def _first(scores: Tensor, count: int) -> Tensor:

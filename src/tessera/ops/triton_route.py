@@ -3,8 +3,6 @@ a token."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from tessera.ops import triton_scores
 from tessera.ops.linear import linear
-from tessera.ops.moe import Router
+from tessera.ops.moe import Router, Rules
 from tessera.ops.precision import wide
 from tessera.ops.triton_common import chained, follow, num_processors
 from tessera.ops.triton_linear import Tile, add_products, weights_at
@@ -153,37 +151,21 @@ def _score_and_route(
         )  # fmt: skip
 
 
-def route(
-    logits: Tensor,
-    top_k: int,
-    *,
-    scoring: Literal["softmax", "sigmoid"] = "softmax",
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_score: Literal["max", "top2"] = "max",
-    normalize: bool = True,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """See `moe.route`; up to float32. Experts that score alike are chosen in the order of their numbers."""
-    options = scoring, bias, num_groups, top_groups, group_score, normalize, scale
-    return _routed(logits[None], top_k, *options)
+def route(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """See `moe.route`; up to float32."""
+    return _routed(logits[None], rules)
 
 
-def _routed(
-    parts: Tensor, top_k: int, scoring: str = "softmax", bias: Tensor | None = None, num_groups: int = 1,
-    top_groups: int = 1, group_score: str = "max", normalize: bool = True, scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _routed(parts: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """`route` of the sum of parts [P, T, E]; of more than one: in fp32."""
     num_parts, num_tokens, num_experts = parts.shape
     assert parts.dtype != torch.float64, "up to float32"
     assert parts.stride(2) == 1, "neighbouring columns"
-    rules = _rules(num_experts, top_k, scoring, bias, num_groups, top_groups, group_score, normalize)
-    ids, weights = _results(parts[0], top_k)
+    ids, weights = _results(parts[0], rules.top_k)
     if num_tokens:
         _route[num_tokens,](
-            parts, bias, ids, weights, parts.stride(1), parts.stride(0), scale, PARTS=num_parts, **rules, num_warps=1,
-            **chained(parts.device),
+            parts, rules.bias, ids, weights, parts.stride(1), parts.stride(0), rules.scale, PARTS=num_parts,
+            **_sizes(num_experts, rules), num_warps=1, **chained(parts.device),
         )  # fmt: skip
     return ids, weights
 
@@ -194,23 +176,14 @@ def _results(like: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, torch.empty(len(like), top_k, dtype=torch.float32, device=like.device)
 
 
-def _rules(
-    num_experts: int,
-    top_k: int,
-    scoring: str = "softmax",
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_score: str = "max",
-    normalize: bool = True,
-) -> dict[str, object]:
-    """The rules of `moe.route` as a kernel takes them."""
-    size = num_experts // num_groups
+def _sizes(num_experts: int, rules: Rules) -> dict[str, object]:
+    """The rules as a kernel takes them."""
+    size = num_experts // rules.num_groups
     return {
-        "TOP_K": top_k, "NUM_GROUPS": num_groups, "SIZE": size, "TOP_GROUPS": top_groups,
-        "SOFTMAX": scoring == "softmax", "BIASED": bias is not None, "TOP2": group_score == "top2",
-        "NORMALIZE": normalize, "GROUPS_PADDED": triton.next_power_of_2(num_groups),
-        "SIZE_PADDED": triton.next_power_of_2(size), "K_PADDED": triton.next_power_of_2(top_k),
+        "TOP_K": rules.top_k, "NUM_GROUPS": rules.num_groups, "SIZE": size, "TOP_GROUPS": rules.top_groups,
+        "SOFTMAX": rules.scoring == "softmax", "BIASED": rules.bias is not None, "TOP2": rules.group_score == "top2",
+        "NORMALIZE": rules.normalize, "GROUPS_PADDED": triton.next_power_of_2(rules.num_groups),
+        "SIZE_PADDED": triton.next_power_of_2(size), "K_PADDED": triton.next_power_of_2(rules.top_k),
     }  # fmt: skip
 
 
@@ -226,22 +199,21 @@ def choose_apart(x: Tensor, router: Router, tile: triton_scores.ScoreTile | None
     """`choose` as a product and a choice, for any number of tokens."""
     weight = router.weight.weight
     if router.wide and router.weight.bias is None and triton_scores.fits(x, weight):
-        return _routed(triton_scores.scores(x, weight, tile), **router.rules)
-    return route(linear(x.to(wide(x.dtype)) if router.wide else x, router.weight), **router.rules)
+        return _routed(triton_scores.scores(x, weight, tile), router.rules)
+    return route(linear(x.to(wide(x.dtype)) if router.wide else x, router.weight), router.rules)
 
 
 def score_and_route(x: Tensor, router: Router, tile: Tile = SCORING) -> tuple[Tensor, Tensor]:
     """`choose` in one launch, for up to as many tokens as `router.arrived` counts; weights without gaps, no bias."""
-    weight, rules = router.weight.weight, dict(router.rules)
+    weight, rules = router.weight.weight, router.rules
     num_experts, depth = weight.shape
-    scale, bias = rules.pop("scale", 1.0), rules.get("bias")
     x = x if x.stride(1) == 1 else x.contiguous()
     logits = torch.empty(len(x), num_experts, dtype=torch.float32, device=x.device)
-    ids, weights = _results(x, rules["top_k"])
+    ids, weights = _results(x, rules.top_k)
     n, k = tile.of(num_experts, depth, num_processors(x.device))
     _score_and_route[triton.cdiv(num_experts, n), len(x)](
-        x, weight, logits, router.arrived, bias, ids, weights, x.stride(0), scale,
-        DEPTH=depth, N=n, K=k, WIDE=router.wide, **_rules(num_experts, **rules), num_warps=tile.warps,
+        x, weight, logits, router.arrived, rules.bias, ids, weights, x.stride(0), rules.scale,
+        DEPTH=depth, N=n, K=k, WIDE=router.wide, **_sizes(num_experts, rules), num_warps=tile.warps,
         **chained(x.device),
     )  # fmt: skip
     return ids, weights
