@@ -129,6 +129,8 @@ class HttpClient:
             raise DeadlineError(f"{self.url} was silent for longer than the limit ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             raise PeerError(f"{self.url}: {_why(error)}") from error
+        except UnicodeEncodeError as error:  # bytes of a command line or of a file that were no text
+            raise RequestError(f"what is asked is no valid Unicode: {error.reason}") from error
         if last.finish is None:
             raise PeerError(f"{self.url} ended the stream before the answer was whole")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -197,6 +198,14 @@ def test_the_packaged_model_solves_its_tasks(capsys: pytest.CaptureFixture[str])
         (["bench", "--extra-request-body", "[1]", "--port", "9"], 2, "Expected a JSON object"),
         (["bench", "--dataset-path", "/no/such/file", "--port", "9"], 2, "No such file"),
         (["eval", "--task", "recall", "--data", "/no/such/file"], 2, "No such file"),
+        (["bench", "--output-file", "/no/such/folder/file", "--port", "9"], 2, "No such file"),
+        (["generate", "x", "--url", "http://127.0.0.1:http"], 2, "--url http://127.0.0.1:http: Invalid port"),
+        (["generate", "x", "--model-path", __file__], 1, "a file, and a folder is needed"),
+        (
+            ["generate", "x", "--model-path", "abacus-mla", "--tokenizer-path", "no"],
+            1,
+            "--tokenizer-path 'no': no such",
+        ),
     ],
     ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else None,
 )
@@ -208,6 +217,19 @@ def test_what_cannot_be_is_said_plainly(
     assert (found, out) == (code, "")
     assert problem in err
     assert "Traceback" not in err
+
+
+def test_bytes_that_are_no_text_are_refused(
+    where: Where, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known fault: they ended in a traceback."""
+    argv = [*where, "--max-tokens", "2"]
+    code, out, err = run(capsys, "generate", os.fsdecode(b"caf\xe9"), *argv)
+    assert (code, out, "no valid Unicode" in err) == (1, "", True)
+    for command, found in (("generate", 2), ("chat", 1)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+        code, out, err = run(capsys, command, *argv)
+        assert (code, out, "can't decode byte 0xe9" in err) == (found, "", True), err
 
 
 def test_a_request_that_a_server_refuses_is_told(url: str, capsys: pytest.CaptureFixture[str]) -> None:

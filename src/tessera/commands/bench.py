@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 from tessera.bench.figures import KINDS, details, figures
 from tessera.bench.serving import Drive, drive
@@ -23,12 +24,12 @@ NUM_PROMPTS = 32
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Sends all requests and prints the figures; 1 when one has failed."""
     _check(options)
-    with session(options, asked, environ) as here:
-        found = here.runner.run(_measure(here, options))
-    told = _setting(options) | figures(found)
-    whole = told | details(found.timings) if options.output_details else told
-    if options.output_file:
-        with options.output_file.open("a", encoding="utf-8") as file:
+    with _appended(options.output_file) as file:
+        with session(options, asked, environ) as here:
+            found = here.runner.run(_measure(here, options))
+        told = _setting(options) | figures(found)
+        whole = told | details(found.timings) if options.output_details else told
+        if file is not None:
             file.write(json.dumps(whole) + "\n")
     if options.json:
         write(json.dumps(whole, indent=2))
@@ -38,6 +39,18 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     for error in dict.fromkeys(errors):
         say(f"tessera: {errors.count(error)} request(s) failed: {error}")
     return 1 if errors else 0
+
+
+@contextmanager
+def _appended(path: Path | None) -> Iterator[TextIO | None]:
+    """A file to append to, opened before anything is measured for it; None where none was asked."""
+    try:
+        file = nullcontext(None) if path is None else path.open("a", encoding="utf-8")
+    except OSError as error:
+        remedy = "Give a file that can be written."
+        raise ConfigError([Conflict((f"--output-file {path}",), error.strerror or str(error), remedy)]) from error
+    with file as opened:
+        yield opened
 
 
 def _check(options: Namespace) -> None:

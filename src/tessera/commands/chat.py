@@ -38,6 +38,8 @@ def _line(prompt: str) -> str | None:
             if prompt:
                 write()
             return None
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is no text: {error}") from error
         except KeyboardInterrupt:
             if not prompt:
                 raise

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
+import httpx
 import uvloop
 
 from tessera.client import Client, HttpClient
@@ -61,7 +62,10 @@ def _remote(url: str, options: Namespace, asked: Mapping[str, object], environ: 
         names = [BY_KEY[name].spellings[0] if name in BY_KEY else name for name in wrong]
         raise ConfigError([Conflict((name, "a running server"), reason, remedy) for name in names])
     name, key = given.get("model_path"), options.key or read_environment(environ).asked.get("api_key")
-    return HttpClient(url, str(name) if name is not None else None, str(key) if key is not None else None)
+    try:
+        return HttpClient(url, str(name) if name is not None else None, str(key) if key is not None else None)
+    except httpx.InvalidURL as error:
+        raise ConfigError([Conflict((f"--url {url}",), str(error), "For instance http://127.0.0.1:30000.")]) from error
 
 
 def _local(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> Client:

@@ -36,11 +36,18 @@ def read_prompts(options: Namespace) -> list[str]:
         raise _wrong(("--file", "a prompt"), "prompts come from one place", "Leave one of them out.")
     if options.prompt:
         return list(options.prompt)
-    prompts = _from_file(options.file) if options.file else [sys.stdin.read()]
+    prompts = _from_file(options.file) if options.file else [_from_stdin()]
     if not any(prompts):
         where = f"--file {options.file}" if options.file else "standard input"
         raise _wrong((where,), "found no prompt", "Give a prompt as an argument, in a --file or on standard input.")
     return prompts
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise _wrong(("standard input",), str(error), "Give text.") from error
 
 
 def _from_file(path: Path) -> list[str]:

@@ -35,10 +35,12 @@ def packaged_models() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
 
 
-def find_model(path: str, revision: str | None = None, cache: str | None = None, weights: bool = True) -> Path:
+def find_model(
+    path: str, revision: str | None = None, cache: str | None = None, weights: bool = True, what: str = "model"
+) -> Path:
     """The local folder of a model: a folder, a model of this package by its bare name, or a download from the hub.
 
-    `weights` False: config and tokeniser are enough. Raises `ModelError` when there is no such model.
+    `weights` False: config and tokeniser are enough. `what` it is, for errors. Raises `ModelError` when there is none.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -46,12 +48,13 @@ def find_model(path: str, revision: str | None = None, cache: str | None = None,
     if path in packaged_models():
         return ASSETS / path
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return _fetch(path, revision, cache, TEXT + WEIGHTS if weights else TEXT)
+        return _fetch(path, revision, cache, TEXT + WEIGHTS if weights else TEXT, what)
     ours = ", ".join(packaged_models()) or "none"
-    raise ModelError(f"model '{path}': no such folder, and no hub name (owner/name); models of this package: {ours}")
+    found = "a file, and a folder is needed" if folder.is_file() else "no such folder, and no hub name (owner/name)"
+    raise ModelError(f"{what} '{path}': {found}; models of this package: {ours}")
 
 
-def _fetch(name: str, revision: str | None, cache: str | None, patterns: Sequence[str]) -> Path:
+def _fetch(name: str, revision: str | None, cache: str | None, patterns: Sequence[str], what: str) -> Path:
     """The folder of a hub model, fetched once into the hub's own cache; from there it works offline.
 
     Raises `ModelError` when there is no such model, no access, or no network and nothing in the cache.
@@ -64,7 +67,7 @@ def _fetch(name: str, revision: str | None, cache: str | None, patterns: Sequenc
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"model '{name}'{where}: no such folder here, and the hub gave nothing ({reason}); "
+            f"{what} '{name}'{where}: no such folder here, and the hub gave nothing ({reason}); "
             "check the name, the network or HF_TOKEN, or give a folder"
         ) from error
     return Path(found)

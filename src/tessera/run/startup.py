@@ -73,6 +73,6 @@ def _prepared(
     if not values.gave("served_model_name"):
         found["served_model_name"] = path
     if (tokenizer := values.text("tokenizer_path")) is not None:
-        found["tokenizer_path"] = str(find_model(tokenizer, None, cache, False))
+        found["tokenizer_path"] = str(find_model(tokenizer, None, cache, False, "--tokenizer-path"))
     resolved = resolve(layered(merged, found), spec, hardware or measure(values.word("device")), NEEDS)
     return Prepared(folder, spec, replace(resolved, decisions=(*resolved.decisions, *environment.ignored)))

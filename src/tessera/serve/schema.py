@@ -358,6 +358,10 @@ class Reader:
         if len(text) > most:
             wrong = f"{field}: found {len(text)} characters, the context holds at most {most}"
             raise RequestError(wrong, field, code=TOO_LONG)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{field}: no valid Unicode: {error.reason} at {error.start}", field) from None
         tokens = self.tokenizer.encode(text, add_special)
         if tokens and max(tokens) >= self.limits.vocab_size:
             wrong = f"{field}: the tokenizer makes token {max(tokens)} of it, the model knows 0 to"
