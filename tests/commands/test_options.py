@@ -108,8 +108,8 @@ def test_a_server_has_its_flags_and_a_client_has_not() -> None:
 
 
 def test_the_model_may_come_first() -> None:
-    for name in ("serve", "plan", "chat"):
-        assert parse(BY_NAME[name], ["abacus-mla", "--dtype", "float32"])[1]["model"] == "abacus-mla"
+    for name, more in (("serve", []), ("plan", []), ("chat", []), ("bench", []), ("eval", ["--task", "recall"])):
+        assert parse(BY_NAME[name], ["abacus-mla", "--dtype", "float32", *more])[1]["model"] == "abacus-mla"
     assert "asked twice" in refused("serve", "one", "--model-path", "two")[0]
     assert "one argument too many" in refused("serve", "one", "two")[0]
     options, asked = parse(BY_NAME["generate"], ["say", "this", "--model-path", "m"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 
 from tessera.commands.clients import session
 from tessera.commands.terminal import pairs, progress, say, write
@@ -13,6 +14,7 @@ from tessera.evals.run import Plan, Result, evaluate
 from tessera.evals.tasks import TASKS, Question, Task, load_data
 
 NUM_QUESTIONS = 200
+FORM = """Give JSON lines such as {"question": "1 + 1?", "answer": "#### 2"}, or with four "choices" as well."""
 
 
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
@@ -24,7 +26,7 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     if options.json:
         write(json.dumps(result.as_data(options.output_details), indent=2, ensure_ascii=False))
     else:
-        _print(result)
+        _print(result, options.data)
     if options.min_score is not None and result.score < options.min_score:
         say(f"tessera: the score {result.score:.3f} is below --min-score {options.min_score:g}")
         return 1
@@ -39,18 +41,16 @@ def _questions(options: Namespace) -> tuple[Task, list[Question]]:
     try:
         task = load_data(options.data)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            [Conflict((flag,), str(error), "See `tessera.evals.tasks.load_data` for its form.")]
-        ) from error
+        raise ConfigError([Conflict((flag,), str(error), FORM)]) from error
     if task.name != options.task:
         reason = f"its questions are of the {task.name} form"
         raise ConfigError([Conflict((f"--task {options.task}", flag), reason, f"Use --task {task.name}.")])
     return task, task.questions("heldout", options.num_questions or len(task.fixed))
 
 
-def _print(result: Result) -> None:
+def _print(result: Result, data: Path | None) -> None:
     rows: dict[str, object] = {
-        "questions": result.num_questions,
+        "questions": f"{result.num_questions} {'made here' if data is None else f'of {data}'}",
         "score": f"{result.score:.3f}",
         "output tokens": result.output_tokens,
         "seconds": f"{result.seconds:.1f}",

@@ -22,6 +22,8 @@ USAGE = {
     "serve": "[MODEL] [FLAGS]",
     "plan": "[MODEL] [FLAGS]",
     "chat": "[MODEL] [FLAGS]",
+    "bench": "[MODEL] [FLAGS]",
+    "eval": "[MODEL] --task TASK [FLAGS]",
     "generate": "[PROMPT ...] [FLAGS]",
     "up": "RECIPE.yaml [FLAGS]",
     "router": "--prefill URL [BOOTSTRAP_PORT] ... --decode URL ... | --worker URL ... [FLAGS]",
@@ -116,11 +118,13 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=TASKS, required=True, help="Which questions.")
+    _model(parser)
+    parser.add_argument("--task", choices=TASKS, required=True, help="Which questions: of GSM8K's or of GPQA's form, "
+        "made here by a seeded generator (their own: --data), or codes to recall.")  # fmt: skip
     parser.add_argument("--num-questions", type=_at_least(1), help="How many; default 200, or all of the file.")
     parser.add_argument("--parallel", type=_at_least(1), default=128, help="Most questions at a time.")
     parser.add_argument("--repeat", type=_at_least(1), default=1, help="Times that the whole set is asked.")
-    parser.add_argument("--data", type=Path, help="JSON lines with question and answer, instead of the own ones.")
+    parser.add_argument("--data", type=Path, help="Ask these instead: JSON lines with question and answer.")
     parser.add_argument("--max-tokens", type=_at_least(1), help="Most tokens of an answer; default: the task's.")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always.")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="Seed of the questions and of the drawn tokens.")
@@ -131,6 +135,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
     add = parser.add_argument
     add("--num-prompts", type=_at_least(1), help="How many requests; default 32, or all of the file.")
     add("--random-input-len", "--input-len", type=_at_least(1), default=64, help="Most tokens of a random prompt.")
