@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands.support import fill, run
+from tessera.commands.plan import told
 from tessera.core.config import resolve
 from tessera.core.config.types import Hardware
 from tessera.run.startup import read_model
@@ -32,21 +33,30 @@ def test_the_resolved_configuration_and_its_bytes(folder: Path, capsys: pytest.C
         "float32",
     ]
     code, out, _ = run(capsys, *argv, "--device-memory", "1G", "--json")
-    told = json.loads(out)
+    data = json.loads(out)
     expected = resolve(
         {"model_path": str(folder), "device": "cpu", "page_size": 8, "max_total_tokens": 800, "dtype": "float32"},
         read_model(folder),
         Hardware("cpu", 1 << 30, name="planned"),
     ).config
     assert code == 0
-    assert told["memory"]["num_pages"] == 101
-    assert told["bytes"]["KV pages"] == expected.memory.kv_bytes == 101 * 2 * 2 * 2 * 8 * 8 * 4
-    assert told["bytes"]["weights"] == expected.memory.weight_bytes
-    assert told["bytes"]["free at start"] == 1 << 30
-    assert {d["what"] for d in told["decisions"]} >= {"KV pool", "mem-fraction-static", "chunked-prefill-size"}
+    assert data["memory"]["num_pages"] == 101
+    assert data["bytes"]["KV pages"] == expected.memory.kv_bytes == 101 * 2 * 2 * 2 * 8 * 8 * 4
+    assert data["bytes"]["weights"] == expected.memory.weight_bytes
+    assert data["bytes"]["free at start"] == 1 << 30
+    assert {d["what"] for d in data["decisions"]} >= {"KV pool", "mem-fraction-static", "chunked-prefill-size"}
     code, text, _ = run(capsys, *argv, "--device-memory", "1G")
-    for line in ("bytes per rank", "decisions", "page_size", f"{expected.memory.weight_bytes}"):
+    for line in ("bytes per rank", "decisions", "page_size", "row tables", f"{expected.memory.weight_bytes}"):
         assert line in text
+    assert "((" not in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), ("", "-"), (0, "0"), (((1, 2), (), (3,)), "1 2; 3"), (((), ()), "-")]
+)
+def test_values_are_told_plainly(value: object, text: str) -> None:
+    assert told(value) == text
 
 
 def test_serve_plan_is_the_same_and_serves_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,8 +68,8 @@ def test_serve_plan_is_the_same_and_serves_nothing(folder: Path, capsys: pytest.
 
 def test_a_gpu_can_be_planned_for_without_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "plan", str(folder), "--device", "cuda", "--device-memory", "80G", "--json")
-    told = json.loads(out)
-    assert (code, told["mesh"]["device"], told["bytes"]["free at start"]) == (0, "cuda", 80 << 30)
+    data = json.loads(out)
+    assert (code, data["mesh"]["device"], data["bytes"]["free at start"]) == (0, "cuda", 80 << 30)
 
 
 def test_what_cannot_be_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ from tessera.core.config.memory import gib
 from tessera.core.errors import ConfigError, Conflict
 from tessera.run.startup import prepare
 
+IN_BYTES = "needs"  # told line by line as bytes of a rank
+
 
 def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Resolves and prints; nothing is started."""
@@ -22,6 +24,14 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     hardware = planned(options, given) if options.device_memory else None
     show(given, environ, hardware, options.json)
     return 0
+
+
+def told(value: object) -> str:
+    """A value of the configuration as people read it; nothing is a dash."""
+    if isinstance(value, tuple):
+        between = "; " if any(isinstance(one, tuple) for one in value) else " "
+        return between.join(told(one) for one in value if one != ()) or "-"
+    return "-" if value is None or value == "" else str(value)
 
 
 def show(
@@ -33,7 +43,7 @@ def show(
         write(json.dumps(as_data(resolved), indent=2))
         return
     for group, values in resolved.config.public().items():
-        pairs(group, values)
+        pairs(group, {name: told(value) for name, value in values.items() if name != IN_BYTES})
     table("bytes per rank", [(name, gib(count), count) for name, count in budget(resolved.config.memory).items()])
     table("decisions", [(d.what, d.value, d.why) for d in resolved.decisions])
 
