@@ -162,7 +162,10 @@ def _setting(options: Namespace) -> dict[str, object]:
 def _print(told: Mapping[str, object]) -> None:
     counts = ("completed", "failed", "duration", "total_input_tokens", "total_output_tokens")
     rates = ("request_throughput", "input_throughput", "output_throughput", "total_throughput", "concurrency")
-    table("requests", [(name.replace("_", " "), _shown(told[name])) for name in (*counts, *rates)])
+    units = {"duration": ", s", **dict.fromkeys(rates[:-1], ", 1/s")}
+    table(
+        "requests", [(name.replace("_", " ") + units.get(name, ""), _shown(told[name])) for name in (*counts, *rates)]
+    )
     columns = ("mean", "median", "p90", "p95", "p99", "max")
     rows = [(what, *(_shown(told[f"{c}_{kind}_ms"]) for c in columns)) for kind, what in KINDS.items()]
     table("latency, ms", rows, ("", *columns))

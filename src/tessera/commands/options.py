@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from tessera.core.config import FLAGS, Flag, Notes, read, suggestion
 from tessera.core.errors import ConfigError, Conflict
 
+WIDTH = 120  # of help, where a terminal is not narrower
 TASKS = ("gsm8k", "gpqa", "recall")
 SERVING = "serving"  # the group of flags that concern a server's own front
 POLICIES = ("round_robin", "least_loaded", "cache_aware")  # those of the router; not imported, to load nothing heavy
@@ -257,7 +259,8 @@ class _Form(argparse.HelpFormatter):
     """Help that says the value of an option once, after its last spelling, and N for a number."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=120)
+        width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
+        super().__init__(prog, max_help_position=min(36, width // 3), width=width)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:

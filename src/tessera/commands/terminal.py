@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import Protocol
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 Row = Sequence[object]
+SHORT = 24  # characters of a cell that is not wrapped
+WIDE = 1 << 16
 
 
 def write(text: str = "", end: str = "\n") -> None:
@@ -30,13 +33,9 @@ def say(text: str) -> None:
 def table(title: str, rows: Sequence[Row], head: Sequence[str] = ()) -> None:
     """A table of texts; numbers are shown as they come."""
     cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        shown = Table(title=title, title_justify="left", show_header=bool(head), header_style="bold")
-        for name in head or [""] * max((len(row) for row in cells), default=1):
-            shown.add_column(name, overflow="fold")
-        for row in cells:
-            shown.add_row(*row)
-        Console(highlight=False, markup=False).print(shown)
+    console = Console(highlight=False, markup=False)
+    if sys.stdout.isatty() and _fits(shown := _drawn(title, cells, head), console):
+        console.print(shown)
         return
     lines = [list(head), *cells] if head else cells
     widths = [max(len(row[i]) for row in lines if i < len(row)) for i in range(max(map(len, lines), default=0))]
@@ -44,6 +43,23 @@ def table(title: str, rows: Sequence[Row], head: Sequence[str] = ()) -> None:
     for row in lines:
         write("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
     write()
+
+
+def _drawn(title: str, cells: Sequence[Sequence[str]], head: Sequence[str]) -> Table:
+    """Columns of short cells keep their width, the others are wrapped."""
+    shown = Table(title=title, title_justify="left", show_header=bool(head), header_style="bold")
+    for i, name in enumerate(head or [""] * max((len(row) for row in cells), default=1)):
+        short = all(len(row[i]) <= SHORT for row in cells if i < len(row))
+        shown.add_column(name, overflow="fold", no_wrap=short)
+    for row in cells:
+        shown.add_row(*row)
+    return shown
+
+
+def _fits(shown: Table, console: Console) -> bool:
+    """Whether a terminal is wide enough for it without breaking words or numbers."""
+    wide = console.options.update(width=WIDE, max_width=WIDE)
+    return Measurement.get(console, wide, shown).minimum <= console.width
 
 
 def pairs(title: str, values: Mapping[str, object]) -> None:

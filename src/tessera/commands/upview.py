@@ -11,7 +11,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tessera.serve.up import Running
@@ -62,7 +62,8 @@ class Screen:
 
     def table(self) -> Table:
         """The states, now."""
-        shown = Table("name", "state", "for", "address", "where", header_style="bold")
+        address = Column("address", no_wrap=True)  # in a narrow terminal the others are cut
+        shown = Table("name", "state", "for", address, "where", header_style="bold")
         for one in self._running:
             age = f"{time.monotonic() - one.since:.0f} s"
             shown.add_row(one.process.name, Text(one.state, STATES[one.state]), age, one.process.url, one.child.where)
