@@ -119,6 +119,28 @@ def test_options_of_the_router() -> None:
     assert after(router.command, "--worker").startswith("http://host0:40")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("worker.port=abc", "worker: --port: found 'abc'. Expected a whole number from 0 to 65535."),
+        ("worker.drain-timeout=soon", "worker: --drain-timeout: found 'soon'."),
+        ("worker.no-such=1", "worker: no_such: there is no such flag."),
+        ("router.port=abc", "argument --port: found 'abc'"),
+        ("router.no-such=1", "--no-such: there is no such flag"),
+    ],
+)
+@pytest.mark.parametrize("where", ["slurm", "plan"])
+def test_what_no_process_could_read_is_told_before_any_is_started(
+    change: str, told: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, job = tmp_path / "r.yaml", tmp_path / "job"
+    recipe.write_text("tessera_config: {aggregated: {model-path: abacus-mla, device: cpu}}")
+    how = ["--plan"] if where == "plan" else ["--on", "slurm", "--job-dir", str(job)]
+    code, out, err = run(capsys, "up", str(recipe), "--set", change, *how)
+    assert (code, job.exists()) == (2, False)
+    assert (out + err).count(told.removeprefix("worker: ") if where == "plan" else told) == 1
+
+
 STUBS = {
     "scontrol": "printf 'a\\nb\\nc\\n'",
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',

@@ -218,9 +218,10 @@ def _up(parser: argparse.ArgumentParser) -> None:
     add("--log-dir", type=Path, help="Folder to keep each process' lines in as well.")
 
 
+ROUTER = Command("router", "Put one address before several servers.", _router, engine=False)
 COMMANDS = (
     Command("serve", "Serve a model over HTTP.", _serve, serves=True),
-    Command("router", "Put one address before several servers.", _router, engine=False),
+    ROUTER,
     Command("up", "Bring up the workers and the router of a recipe.", _up, engine=False),
     Command("generate", "Complete prompts.", _generate),
     Command("chat", "Talk with a model.", _chat),

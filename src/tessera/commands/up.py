@@ -10,11 +10,12 @@ from typing import Any
 
 import uvloop
 
+from tessera.commands.options import ROUTER, parse
 from tessera.commands.terminal import say
 from tessera.commands.upview import Screen, screen
 from tessera.core.errors import ConfigError, Conflict
 from tessera.serve import logs
-from tessera.serve.deployment import DEVICES, Deployment, Site, deploy, numbered
+from tessera.serve.deployment import DEVICES, Deployment, Site, deploy, numbered, words
 from tessera.serve.here import Here, Starter
 from tessera.serve.recipe import changed, load_recipe
 from tessera.serve.recipe_check import checked
@@ -29,6 +30,7 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     _together(options)
     device = [f"*.device={options.device}"] if options.device else []
     recipe = changed(load_recipe(options.recipe), [*device, *options.changes])
+    parse(ROUTER, words(recipe.router))  # what the router would refuse, once all workers are there
     if options.plan:
         shown: int = import_module("tessera.commands.upplan").show(recipe, options.json, options.on == "here")  # torch
         return shown

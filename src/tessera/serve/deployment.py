@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tessera.core.config import BY_KEY, Asked, Notes, read
+from tessera.core.config import BY_KEY, Asked, Notes, read, suggestion
 from tessera.core.config.handover import INSIDE
 from tessera.core.errors import ConfigError, Conflict
 from tessera.core.mesh import divisors, share
@@ -65,7 +65,8 @@ class Site:
 def deploy(recipe: Recipe, site: Site, router: Mapping[str, Any]) -> Deployment:
     """The processes of a recipe. `router`: options of the router beside the recipe's, which they overrule.
 
-    Raises `ConfigError` where a worker does not fit its hosts, or the recipe's hosts are not there.
+    Raises `ConfigError` where a worker does not fit its hosts, the recipe's hosts are not there, or a flag's value
+    cannot be read.
     """
     recipe = recipe if site.packed else across_hosts(recipe)
     plan = _Placing(recipe, site)
@@ -121,7 +122,8 @@ class _Placing:
 
     def role(self, role: Role) -> list[Process]:
         """The workers of one role, spread over its hosts in order."""
-        values = read(role.flags, Notes())
+        values = read(role.flags, Notes())  # what cannot be read has its default here, so that all is told
+        self.wrong += unreadable(role)
         ranks = ranks_of(values)
         cpu = values.word("device") == "cpu" or not self._site.gpus
         nodes = max(role.nodes, 1)
@@ -134,7 +136,7 @@ class _Placing:
         return [
             process
             for index in range(role.workers)
-            for process in self._worker(role, index, ranks, cpu, first + index * each % nodes, each)
+            for process in self._worker(role, values, index, cpu, first + index * each % nodes, each)
         ]
 
     def _nodes_each(self, role: Role, ranks: int) -> int:
@@ -146,13 +148,13 @@ class _Placing:
             self._refuse(role, f"{ranks} ranks cannot be spread over {each} hosts", "Change its nodes or --tp-size.")
         return each
 
-    def _worker(self, role: Role, index: int, ranks: int, cpu: bool, node: int, each: int) -> list[Process]:
-        site, here = self._site, share(ranks, each)
+    def _worker(self, role: Role, values: Asked, index: int, cpu: bool, node: int, each: int) -> list[Process]:
+        site, here = self._site, share(ranks_of(values), each)
         name = f"{role.name}-{index}"
         flags: dict[str, Any] = {"host": site.listen, **role.flags}
         secret = {KEY: str(flags.pop("api_key"))} if "api_key" in flags else {}
         for key in ("port", BOOTSTRAP) if role.name == "prefill" else ("port",):
-            flags[key] = int(flags[key]) + index if key in flags else site.port()
+            flags[key] = values.number(key) + index if key in flags else site.port()
         if each > 1:
             flags |= {"nnodes": each, MEETING: f"{site.host(node)}:{site.port()}"}
         url = f"http://{site.host(node)}:{flags['port']}"
@@ -177,6 +179,22 @@ class _Placing:
 
     def _refuse(self, role: Role, reason: str, remedy: str) -> None:
         self.wrong.append(Conflict((f"{role.name}: {role.workers} worker(s)",), reason, remedy))
+
+
+def unreadable(role: Role) -> list[Conflict]:
+    """Flags that no process knows, and values that none could read."""
+    wrong = []
+    for name, value in role.flags.items():
+        flag = BY_KEY.get(name)
+        if flag is None:
+            wrong.append(Conflict((f"{role.name}: {name}",), "there is no such flag", suggestion(name, BY_KEY)))
+            continue
+        try:
+            flag.parse(value)
+        except ValueError as error:
+            remedy = f"{str(error)[:1].upper()}{str(error)[1:]}."
+            wrong.append(Conflict((f"{role.name}: {flag.spellings[0]}",), f"found {value!r}", remedy))
+    return wrong
 
 
 def ranks_of(values: Asked) -> int:

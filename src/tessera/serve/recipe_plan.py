@@ -13,7 +13,7 @@ from tessera.core.spec import ModelSpec
 from tessera.run.handover import manifest_of
 from tessera.run.hardware import measure
 from tessera.run.startup import prepare
-from tessera.serve.deployment import Site, deploy, hosts_each, numbered
+from tessera.serve.deployment import Site, deploy, hosts_each, numbered, unreadable
 from tessera.serve.recipe import Recipe, Role
 from tessera.transfer.manifest import Manifest, Member, differences
 
@@ -148,7 +148,8 @@ def misplaced(recipe: Recipe, hardware: Hardware | None, packed: bool = False) -
     try:
         deploy(recipe, site, {})
     except ConfigError as error:
-        return error.conflicts
+        told = [conflict for role in recipe.roles for conflict in unreadable(role)]  # by their plans
+        return tuple(conflict for conflict in error.conflicts if conflict not in told)
     return ()
 
 
