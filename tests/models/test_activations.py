@@ -29,7 +29,14 @@ from tessera.models.experts import MoE
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
 from tessera.models.parts import Batch
-from tessera.ops import triton_attention, triton_latent, triton_moe
+from tessera.ops import (
+    flashinfer_attention,
+    triton_attention,
+    triton_delta_chunk,
+    triton_latent,
+    triton_mla,
+    triton_moe,
+)
 from tessera.ops.backend import backend
 from tessera.ops.segments import make_segments
 
@@ -95,6 +102,13 @@ def test_a_step_holds_no_more(family: str, lengths: list[int], monkeypatch: pyte
     found = step_bytes(sketch_of(family, sum(lengths), len(lengths)))
     most = 3 if starts == [0] else 20  # with earlier tokens latents might all be expanded
     assert held.peak <= found <= most * held.peak, f"{found / held.peak:.2f} times what is held"
+
+
+def test_the_kernels_sizes_are_those_that_are_counted_with() -> None:
+    """They are counted where triton need not be there."""
+    assert activations.SHORT == triton_latent.SHORT
+    assert activations.EXPANDED == triton_mla.MOST_BYTES == flashinfer_attention.MOST_BYTES
+    assert activations.CHUNK == triton_delta_chunk.CHUNK
 
 
 SKETCHES = st.builds(

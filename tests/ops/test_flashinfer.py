@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.test_config import HYBRID, spec_of
-from ops.cases import assert_close, case, ends, for_a_graph, paged
+from ops.cases import BATCHES, assert_close, case, ends, for_a_graph, paged
 from ops.fake_flashinfer import Paged, library
 from tessera.core.spec import MLASpec, RopeSpec
 from tessera.ops.attention import paged_attention_reference
@@ -202,12 +202,6 @@ def test_the_fake_has_teeth():
 
 
 REAL = [(32, 8, 128), (16, 2, 256), (16, 16, 64), (4, 2, 64)]
-BATCHES = {
-    "decode": [(n, 1) for n in (0, 1, 63, 64, 1000, 1023, 4095, 9000)] * 4,
-    "verify": [(n, 4) for n in (0, 62, 1000, 3000)] + [(500, 8), (77, 2)],
-    "chunks": [(0, 1000), (700, 513), (0, 9), (2048, 64)],
-    "mixed": [(0, 700), (900, 130), (12, 5), (1024, 1), (3, 1), (0, 1)],
-}
 needs_library = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed")
 
 

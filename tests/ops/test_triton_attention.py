@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.cases import assert_close, case, ends, for_a_graph, paged
+from ops.cases import BATCHES, assert_close, case, ends, for_a_graph, paged
 from tessera.ops.attention import paged_attention_reference
 from tessera.ops.segments import Segments
 from tessera.ops.triton_attention import SHORT, paged_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MIXED = [(0, 30), (33, 20), (7, SHORT), (7, SHORT + 1), (0, 1), (40, 1), (15, 1), (16, 1), (61, 3)]
+MIXED = [(0, 18), (33, 10), (7, SHORT), (7, SHORT + 1), (0, 1), (40, 1), (15, 1), (16, 1), (61, 3)]
 RANGES = {"mixed": MIXED, "decodes": [(n, 1) for n in (0, 15, 16, 100)], "verify": [(0, 4), (61, 3), (20, 1)]}
 HEADS = [(4, 2, 16), (3, 1, 24), (2, 2, 64), (2, 1, 8)]
 SCALE = 0.3
@@ -102,12 +102,6 @@ def test_a_range_is_computed_alike_in_any_company(length):
 
 
 REAL = [(32, 8, 128), (16, 2, 256), (16, 16, 64), (64, 4, 128)]
-BATCHES = {
-    "decode": [(n, 1) for n in (0, 1, 63, 64, 1000, 1023, 4095, 9000)] * 4,
-    "verify": [(n, 4) for n in (0, 62, 1000, 3000)] + [(500, 8), (77, 2)],
-    "chunks": [(0, 1000), (700, 513), (0, 9), (2048, 64)],
-    "mixed": [(0, 700), (900, 130), (12, 5), (1024, 1), (3, 1), (0, 1)],
-}
 
 
 KINDS = [(heads, page_size, torch.bfloat16) for heads in REAL for page_size in (16, 64)]

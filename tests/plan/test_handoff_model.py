@@ -58,35 +58,8 @@ def test_a_hand_over_replays_from_the_event_logs() -> None:
 
 # A prompt arrives at the end of its last page, takes a row, and is preempted before a step has told ranks of that row.
 NEVER_TOLD = [
-    0,
-    1,
-    0,
-    0,
-    0,
-    15918,
-    0,
-    618,
-    0,
-    0,
-    13031,
-    0,
-    0,
-    26369,
-    198,
-    0,
-    126,
-    18,
-    *[0] * 8,
-    117,
-    0,
-    0,
-    1,
-    258,
-    0,
-    0,
-    0,
-    8,
-]
+    0, 1, 0, 0, 0, 15918, 0, 618, 0, 0, 13031, 0, 0, 26369, 198, 0, 126, 18, *[0] * 8, 117, 0, 0, 1, 258, 0, 0, 0, 8,
+]  # fmt: skip
 TIGHT = {"num_slots": 3}, {"num_pages": 10, "num_slots": 4, "max_running": 3, "mixed": True, "max_in_flight": 3}
 
 

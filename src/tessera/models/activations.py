@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from tessera.core.config.needs import Sketch
 from tessera.core.spec import AttentionSpec, DeltaSpec, DenseSpec, MLASpec, MoESpec
+from tessera.ops.delta_forms import CHUNK
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 CARRIED = 5  # [T, H]: sum and addend that came in, the layer's own sum, its norm, what the mixer made
 PIECES = 64 << 20  # partial results of keys in splits: as many as fill the chip
 EXPANDED = 1 << 30  # most bytes of latents gathered and the keys and values made of them (`triton_mla.py`)
-SHORT = 8  # tokens of a range up to which its keys are attended in splits
-CHUNK = 64  # tokens of a chunk of the delta rule
+SHORT = 8  # tokens of a range up to which its keys are attended in splits (`triton_latent.py`)
 FRAGMENTS = 1.1  # what the allocator holds for what is asked
 
 
