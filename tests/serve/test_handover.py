@@ -65,6 +65,11 @@ class Deployment:
     def ask(self, body: dict[str, Any]) -> httpx.Response:
         return calls.post(f"{self.router}/generate", json=body)
 
+    def abort(self, body: dict[str, Any]) -> dict[str, int]:
+        """How many requests of each server were ended."""
+        answer = calls.post(f"{self.router}/abort_request", json=body).json()
+        return {url: told["aborted"] for url, told in answer.items()}
+
     def held(self, role: str) -> float:
         """Tokens that a server's caches hold for requests, and its share of states."""
         text = calls.get(f"{self.url[role]}/metrics").text
@@ -102,6 +107,7 @@ def test_a_deployment_answers_as_one_engine_and_survives_its_clients_and_a_prefi
         times_are_told(deployment, answers)
         deployment.all_free()
         clients_that_leave_hold_nothing(deployment)
+        a_batch_is_aborted_on_both_sides(deployment)
         a_new_prefill_server_is_used(deployment)
         check([deployment.ask(body) for body in asked[:6]], wanted[:6])
 
@@ -130,6 +136,23 @@ def clients_that_leave_hold_nothing(deployment: Deployment) -> None:
                 next(answer.iter_lines())
     deployment.all_free()
     assert deployment.ask({"text": "1 + 1 =", "sampling_params": {"max_new_tokens": 2}}).status_code == 200
+
+
+def a_batch_is_aborted_on_both_sides(deployment: Deployment) -> None:
+    """By the name of the batch, while others go on; then all of them, wherever they are."""
+    params = {"max_new_tokens": 2000, "ignore_eos": True}
+    bodies = {rid: {"text": ["1 + 1 =", "2 + 2 ="], "sampling_params": params, "rid": rid} for rid in ("b", "bc")}
+    with ThreadPoolExecutor(2) as pool:
+        asking = {rid: pool.submit(deployment.ask, body) for rid, body in bodies.items()}
+        wait_until(lambda: deployment.held("decode") > 0)
+        wait_until(lambda: sum(deployment.abort({"rid": "b"}).values()) > 0)
+        wait_until(lambda: sum(deployment.abort({"rid": "b"}).values()) == 0)
+        ends = [answer["meta_info"]["finish_reason"]["type"] for answer in asking["b"].result().json()]
+        assert ends == ["abort", "abort"]
+        assert not asking["bc"].done()
+        assert sum(deployment.abort({"abort_all": True}).values()) >= 2
+        assert asking["bc"].result().status_code == 200
+    deployment.all_free()
 
 
 def a_new_prefill_server_is_used(deployment: Deployment) -> None:

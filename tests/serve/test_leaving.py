@@ -99,6 +99,37 @@ async def test_a_request_is_aborted_by_its_id() -> None:
         assert refusal(await http.post("/abort_request", json={}))["param"] == "rid"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@in_loop
+async def test_a_batch_is_aborted_by_its_id_and_nobody_else_is(stream: bool) -> None:
+    """SGLang ends whatever id begins with the one that is named, so "1" there ends a foreign "10", "1_0" and "1x"."""
+    async with world(delay=0.002) as (made, http):
+        one = {**BODIES["/generate"], "text": "a"}
+        bodies = {rid: {**one, "rid": rid} for rid in ("10", "1x", "2_0", "11_0")}
+        bodies["1"] = {**BODIES["/generate"], "rid": "1", "stream": stream}
+        bodies["named"] = {**BODIES["/generate"], "rid": ["1_7", "other"]}
+        calls = {name: asyncio.create_task(http.post("/generate", json=body)) for name, body in bodies.items()}
+        await until(lambda: len(made.server.running) == 8 and made.engine.steps >= 3)
+        for rid in ("1", ["8", "1_1"], "1_0"):  # neither the batch nor one of it may be somebody else meanwhile
+            text = ["a", "b"] if isinstance(rid, list) else "a"
+            assert refusal(await http.post("/generate", json={**one, "text": text, "rid": rid}))["param"] == "rid"
+        assert refusal(await http.post("/generate", json={**BODIES["/generate"], "rid": "2"}))["param"] == "rid"
+        assert (await http.post("/abort_request", json={"rid": ""})).json() == {"aborted": 0}
+        assert (await http.post("/abort_request", json={"rid": "1_0"})).json() == {"aborted": 1}, "one of the batch"
+        assert (await http.post("/abort_request", json={"rid": "1"})).json() == {"aborted": 1}, "the rest of it"
+        answer = await calls.pop("1")
+        if not stream:
+            assert [a["meta_info"]["id"] for a in answer.json()] == ["1_0", "1_1"]
+            assert [a["meta_info"]["finish_reason"]["type"] for a in answer.json()] == ["abort", "abort"]
+        assert not any(call.done() for call in calls.values())
+        assert (await http.post("/abort_request", json={"rid": "1"})).json() == {"aborted": 0}
+        assert (await http.post("/abort_request", json={"abort_all": True})).json() == {"aborted": 6}
+        await asyncio.gather(*calls.values())
+        assert not made.server.running
+        assert not made.server.batches
+        assert not made.engine.rows
+
+
 @in_loop
 async def test_many_clients_that_come_and_go_leave_nothing() -> None:
     rng = random.Random(0)

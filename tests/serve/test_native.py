@@ -48,7 +48,7 @@ async def test_a_batch_is_answered_in_order_each_with_its_own_parameters() -> No
         assert [a["meta_info"]["id"] for a in answers] == ["a", "b"]
         assert [m.params.temperature for m in made.engine.seen if isinstance(m, Submit)] == [0.5, 1.0]
         answers = (await http.post(PATH, json={"text": ["x"], "sampling_params": TWO, "rid": "c"})).json()
-        assert [a["meta_info"]["id"] for a in answers] == ["c-0"], "a list of one is a batch"
+        assert [a["meta_info"]["id"] for a in answers] == ["c_0"], "a list of one is a batch"
         assert refusal(await http.post(PATH, json={**body, "rid": ["a"]}))["param"] == "rid"
 
 

@@ -101,7 +101,7 @@ async def detokenize(server: Server, call: Call) -> Json:
 
 
 async def abort_request(server: Server, call: Call) -> Json:
-    """Ends a request by its id, or all of them."""
+    """Ends a request by its id, a batch of `/generate` by its own, or all that runs."""
     values = ABORT.read(await read_json(call, server.reader.limits.max_body))
     if not values.get("abort_all") and "rid" not in values:
         raise RequestError("rid is missing (or abort_all: true)", "rid")

@@ -121,6 +121,7 @@ class Answering:
         self._scored: set[tuple[int, int]] = set()
         self._prompts: dict[int, list[TokenLogprobs]] = {}  # by item, for all of its choices
         self._ended: set[tuple[int, int]] = set()
+        self._aborted = False
 
     def __enter__(self) -> Answering:
         return self
@@ -128,9 +129,12 @@ class Answering:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def abort(self) -> None:
-        """Ends the request; its choices finish with "abort"."""
+    def abort(self) -> bool:
+        """Ends the request; its choices finish with "abort". False where it has ended, or is about to."""
+        running = self._stream.open and not self._aborted
+        self._aborted = True
         self._stream.abort()
+        return running
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """What is new, choice by choice: the first token at once, later ones every `interval` tokens.

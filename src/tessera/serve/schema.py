@@ -96,7 +96,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request: its prompts, the client's own id, and what the answer shows."""
+    """A whole request: its prompts, the client's own id, that of the batch it is part of, and what the answer shows."""
 
     items: list[Item]
     model: str | None = None
@@ -107,6 +107,7 @@ class Request:
     echo: bool = False
     logprobs: int = -1  # -1: not shown; k: with the k likeliest
     token_ids: bool = False
+    batch: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +210,8 @@ class Reader:
         requests = []
         for i, (tokens, text) in enumerate(prompts):
             own = {k: pick(v, i, len(prompts), k) for k, v in values.items() if k not in ("text", "input_ids")}
-            rid = own.get("rid")
-            own["rid"] = f"{rid}-{i}" if batch and rid is not None and rid == values["rid"] else rid
+            if batch and isinstance(name_of_all := values.get("rid"), str):  # as SGLang names them
+                own |= {"rid": f"{name_of_all}_{i}", "batch": name_of_all}
             own |= {"bootstrap_room": room + i} if isinstance(room := values.get("bootstrap_room"), int) else {}
             requests.append(self._native(own, tokens, text))
         return requests if batch else requests[0]
@@ -255,6 +256,7 @@ class Reader:
             echo,
             logprobs,
             values.get("return_token_ids", False),
+            values.get("batch"),
         )
 
     def _item(

@@ -51,6 +51,7 @@ class Server:
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[Answering]] = field(default_factory=dict)
+    batches: dict[str, set[str]] = field(default_factory=dict)  # ids that run, by that of their batch
     quiet: asyncio.Event = field(default_factory=asyncio.Event)  # nothing runs
 
     def __post_init__(self) -> None:
@@ -85,15 +86,16 @@ class Server:
         """Submits a request and keeps account of it: metrics, log, phases in `span`, `/abort_request`, drain."""
         self.require_ready()
         self.require_model(request.model)
-        if rid in self.running and request.rid is not None:
-            raise RequestError(f"rid {rid[:100]!r} is in flight already", "rid")
+        taken = [rid] if rid in self.running or rid in self.batches else []
+        taken += [request.batch] if request.batch in self.running else []
+        if taken and request.rid is not None:
+            raise RequestError(f"rid {taken[0][:100]!r} is in flight already", "rid")
         track = Track(self.metrics)
         outcome = "error"
         answering = Answering(
             self.client, self.reader.tokenizer, request.items, self.options.stream_interval, track.observe
         )
-        self.running.setdefault(rid, []).append(answering)
-        self.quiet.clear()
+        self._enter(rid, request.batch, answering)
         if self.options.log_requests:
             log.info("Receive: rid=%s, #prompt: %d, params=%s", rid, len(request.items), request.items[0].params)
         try:
@@ -107,23 +109,34 @@ class Server:
             outcome = "refused"
             raise
         finally:
-            self.running[rid].remove(answering)
-            if not self.running[rid]:
-                del self.running[rid]
-            if not self.running:
-                self.quiet.set()
+            self._leave(rid, request.batch, answering)
             track.end(outcome, answering.usage)
             record(span, answering.usage, track.first)
             if self.options.log_requests:
                 log.info("Finish: rid=%s, outcome=%s, usage=%s", rid, outcome, answering.usage)
 
+    def _enter(self, rid: str, batch: str | None, answering: Answering) -> None:
+        self.running.setdefault(rid, []).append(answering)
+        if batch is not None:
+            self.batches.setdefault(batch, set()).add(rid)
+        self.quiet.clear()
+
+    def _leave(self, rid: str, batch: str | None, answering: Answering) -> None:
+        self.running[rid].remove(answering)
+        if not self.running[rid]:
+            del self.running[rid]
+        if batch is not None:
+            self.batches[batch].discard(rid)
+            if not self.batches[batch]:
+                del self.batches[batch]
+        if not self.running:
+            self.quiet.set()
+
     def abort(self, rid: str | None) -> int:
-        """Aborts what runs under an id, or everything; returns how many requests that is."""
-        chosen = list(self.running.items()) if rid is None else [(rid, self.running.get(rid, []))]
-        found = [answering for _, many in chosen for answering in many]
-        for answering in found:
-            answering.abort()
-        return len(found)
+        """Aborts what runs under an id, the whole batch where it is that of a batch, or everything; returns how many
+        requests that is. SGLang takes whatever begins with the id, so that "1" ends somebody's "10" as well."""
+        rids = list(self.running) if rid is None else [rid, *self.batches.get(rid, ())]
+        return sum(answering.abort() for one in rids for answering in self.running.get(one, ()))
 
     async def probe(self, number: int = 0) -> float:
         """One real generation of one token by an engine; returns its seconds. Raises what went wrong."""
