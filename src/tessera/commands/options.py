@@ -188,7 +188,11 @@ def _router(parser: argparse.ArgumentParser) -> None:
     add("--drain-timeout", type=_at_least(0, float), default=30.0, help="Seconds for running requests after SIGTERM.")
     add("--max-body-size", default="32M", help="Largest request body, bytes (or like 64M).")
     add("--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info")
-    add("--log-requests", action="store_true", help="Log every request, with its trace id.")
+    add(
+        "--log-requests",
+        action="store_true",
+        help="Log every request with its trace id, but for polls (/health, /metrics).",
+    )
     _trace(parser)
 
 

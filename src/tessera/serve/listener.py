@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tessera.core.errors import ConfigError, Conflict
+from tessera.serve.trace import POLLS
 
 BACKLOG = 2048
 KEEP_ALIVE = 30  # seconds that an idle connection stays open
@@ -48,8 +50,15 @@ class Connection(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
 
+def _told(record: logging.LogRecord) -> bool:
+    """False for a line of the access log about a poll that was answered; one that was not is news."""
+    assert isinstance(record.args, tuple)
+    _, method, path, _, status = record.args
+    return not (method == "GET" and str(path).partition("?")[0] in POLLS and status == 200)
+
+
 class Listener(uvicorn.Server):
-    """uvicorn serving `app` on one socket, as a task."""
+    """uvicorn serving `app` on one socket, as a task. `access_log`: a line for each request, but for polls."""
 
     def __init__(self, app: Any, listening: socket.socket, access_log: bool) -> None:
         config = uvicorn.Config(
@@ -64,6 +73,7 @@ class Listener(uvicorn.Server):
             server_header=False,
         )
         super().__init__(config)
+        logging.getLogger("uvicorn.access").addFilter(_told)
         self.listening = listening
         self.task: asyncio.Task[None] = asyncio.create_task(self.serve([listening]))
 

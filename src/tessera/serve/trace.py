@@ -20,7 +20,7 @@ from tessera.core.errors import ConfigError, Conflict
 log = logging.getLogger(__name__)
 PARENT, STATE = "traceparent", "tracestate"
 FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-UNTRACED = frozenset({"/health", "/metrics"})
+POLLS = frozenset({"/health", "/health_generate", "/metrics"})  # asked all the time: neither traced nor logged
 
 
 class Span:
@@ -86,7 +86,7 @@ class Traced:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] != "http" or scope["path"] in UNTRACED:
+        if scope["type"] != "http" or scope["path"] in POLLS:
             await self._app(scope, receive, send)
             return
         name, status = f"{scope['method']} {scope['path']}", None

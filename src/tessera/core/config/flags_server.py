@@ -63,7 +63,7 @@ SERVING = (
 LOGGING = (
     Flag("log_level", text, "info", "What is logged.", "logging",
          choices=("debug", "info", "warning", "error", "critical")),
-    Flag("log_requests", switch, False, "Log every request.", "logging"),
+    Flag("log_requests", switch, False, "Log every request, but for polls (/health, /metrics).", "logging"),
     Flag("decode_log_interval", whole(1), 40, "Decode steps between two log lines.", "logging"),
     Flag("debug_checks", switch, False,
          "Check pages, slots, rows and the position of every recurrent state at every step (slow).", "logging"),
