@@ -188,9 +188,17 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         tiles(tmp_path / "none")
 
 
-def test_scales_of_a_quantised_cache_are_one_or_refused_where_pages_are_fp8(tmp_path: Path) -> None:
+SCALES = """
+k_scale v_scale kv_scale attn.k_scale attn.v_scale k_proj.k_scale v_proj.v_scale qkv_proj.k_scale qkv_proj.v_scale
+qkqkv_proj.k_scale k_proj.output_scale v_proj.output_scale k_cache.scale v_cache.scale k_proj.kv_cache_scale
+v_proj.kv_cache_scale kv_cache_scaling_factor key_scale value_scale attn.key_antiquant_scale
+"""
+
+
+@pytest.mark.parametrize("end", SCALES.split())
+def test_scales_of_a_quantised_cache_are_one_or_refused_where_pages_are_fp8(end: str, tmp_path: Path) -> None:
     state, config = made(MOE, tmp_path / "plain")
-    name = "model.layers.1.self_attn.k_scale"
+    name = f"model.layers.1.self_attn.{end}"
     for scale in (1.0, 0.5):
         write(tmp_path / "scaled", {**state, name: torch.tensor(scale)}, config)
         assert_same(tiles(tmp_path / "scaled"), tiles(tmp_path / "plain"))
@@ -198,6 +206,16 @@ def test_scales_of_a_quantised_cache_are_one_or_refused_where_pages_are_fp8(tmp_
             assert_same(tiles(tmp_path / "scaled", kv_dtype="float8_e4m3fn"), tiles(tmp_path / "plain"))
     with pytest.raises(ModelError, match=f"{name}' is 0.5; .* --kv-cache-dtype auto"):
         tiles(tmp_path / "scaled", kv_dtype="float8_e5m2")
+
+
+def test_a_scale_under_a_name_that_is_not_known_is_refused_whatever_pages_are(tmp_path: Path) -> None:
+    state, config = made(MOE, tmp_path / "plain")
+    for end in ("k_zero_point", "k_scale_of_keys", "scaling_factor", "q_proj.output_scale"):
+        name = f"model.layers.1.self_attn.{end}"
+        write(tmp_path / "unknown", {**state, name: torch.tensor(1.0)}, config)
+        for dtype in ("", "float8_e5m2"):
+            with pytest.raises(ModelError, match=f"{name}' .*: nothing here uses it"):
+                tiles(tmp_path / "unknown", kv_dtype=dtype)
 
 
 @pytest.mark.parametrize("block", [None, [128], [128, 0], [1.5, 2], "128"])

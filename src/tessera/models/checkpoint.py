@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tessera.core.errors import ModelError
 from tessera.core.quantization import canonical
+from tessera.models.cache_scales import OF_CACHE
 from tessera.models.safetensors import Entry, read_folder
 from tessera.models.source import Span, blocks
 
 SCALE = "_scale_inv"
-CACHE_SCALES = (".k_scale", ".v_scale")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FUSED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
@@ -110,7 +110,7 @@ class Checkpoint:
     def refuse_cache_scales(self) -> None:
         """Raises `ModelError` where keys or values are to be scaled before they are rounded to fp8 pages."""
         for name, entry in self._entries.items():
-            if name.endswith(CACHE_SCALES):
+            if OF_CACHE.search(name):
                 found = entry.read(0, entry.rows, torch.empty(entry.bytes(entry.rows), dtype=torch.uint8)).float()
                 if (found != 1).any():
                     raise ModelError(

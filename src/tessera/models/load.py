@@ -23,6 +23,7 @@ from tessera.core.errors import ModelError
 from tessera.core.mesh import SINGLE, Mesh
 from tessera.core.scales import tile_blocks
 from tessera.core.tensors import Piece, TensorSpec
+from tessera.models.cache_scales import OF_CACHE
 from tessera.models.parts import Tile
 from tessera.models.source import Source
 from tessera.ops import fp8
@@ -35,9 +36,9 @@ READERS = 8  # threads; each copies once in memory and once to the device
 Progress = Callable[[int, int], None]  # elements loaded, elements in all
 
 # Tensors of a checkpoint that need no place here: computed ones, the vision part, draft layers and their copies of
-# embedding and head, scales of a quantised KV cache.
+# embedding and head. Scales of a quantised KV cache have a table of their own.
 KNOWN = re.compile(
-    r"rotary_emb\.inv_freq$|^(model\.)?visual\.|^mtp\.|\.shared_head\.head\.weight$|\.[kv]_scale$"
+    r"rotary_emb\.inv_freq$|^(model\.)?visual\.|^mtp\.|\.shared_head\.head\.weight$"
     r"|^model\.layers\.\d+\.embed_tokens\.weight$"
 )
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -199,8 +200,8 @@ def check(source: Source, table: Sequence[TensorSpec]) -> None:
 
 
 def _needless(name: str, expected: Mapping[str, object]) -> bool:
-    """True for a tensor that is known and not wanted: see `KNOWN`; a tied head; layers after the last (drafts)."""
-    if KNOWN.search(name) or (name == "lm_head.weight" and name not in expected):
+    """True for a tensor that is known and not wanted: `KNOWN`, `OF_CACHE`; a tied head; layers after the last."""
+    if KNOWN.search(name) or OF_CACHE.search(name) or (name == "lm_head.weight" and name not in expected):
         return True
     layer = LAYER.match(name)
     return layer is not None and not any(other.startswith(layer.group()) for other in expected)
