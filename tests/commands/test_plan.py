@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from commands.support import fill, run
-from tessera.commands.plan import told
+from tessera.commands.shown import FORMS
 from tessera.core.config import resolve
 from tessera.core.config.types import Hardware
 from tessera.run.startup import read_model
@@ -52,11 +53,30 @@ def test_the_resolved_configuration_and_its_bytes(folder: Path, capsys: pytest.C
     assert "None" not in text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), ("", "-"), (0, "0"), (((1, 2), (), (3,)), "1 2; 3"), (((), ()), "-")]
-)
-def test_values_are_told_plainly(value: object, text: str) -> None:
-    assert told(value) == text
+def table_of(text: str, title: str) -> dict[str, str]:
+    """Names and values of one of the tables."""
+    lines = text.split(f"{title}\n", 1)[1].split("\n\n", 1)[0].splitlines()
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines)
+
+
+def test_what_people_read_has_no_raw_data_and_tells_units(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--device", "cpu"], ["--device", "cuda", "--device-memory", "80G", "--quantization", "fp8"]):
+        code, text, _ = run(capsys, "plan", str(folder), *argv)
+        assert code == 0
+        before = text.split("bytes per rank")[0]
+        assert not re.search(r"[(\[{]['(\[{)]|None|True|False|\d{8}", before), before
+    steps = r"other steps of 64, 128, 192 \.\.\. 1024 tokens \(16 sizes\) in 8, .* ranges.*"
+    assert re.fullmatch(
+        rf"decode of 1, 2, 4 \.\.\. \d+ rows \(\d+ sizes\); {steps}", table_of(text, "kernels")["graphs"]
+    )
+    assert table_of(text, "model")["quantization"] == "block 128x128, kept -, loading yes, dequantized no"
+    assert table_of(text, "model")["revision"] == "-"
+    assert table_of(text, "serving")["drain_timeout"] == "30 s"
+    assert table_of(text, "serving")["max_body_size"] == "32.00 MiB"
+    assert table_of(text, "scheduling")["mixed"] == "no"
+    config = resolve({"model_path": str(folder)}, read_model(folder), Hardware("cpu", 1 << 30)).config.public()
+    assert FORMS.keys() <= {name for group in config.values() for name in group}
+    assert table_of(run(capsys, "plan", str(folder), "--device", "cpu")[1], "kernels")["graphs"] == "-"
 
 
 def test_serve_plan_is_the_same_and_serves_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 
 from tessera.commands.settings import flags
+from tessera.commands.shown import shown
 from tessera.commands.terminal import pairs, table, write
 from tessera.core.config import Hardware, MemoryConfig, Notes, Resolved, read
 from tessera.core.config.flag import size
@@ -26,14 +27,6 @@ def run(options: Namespace, asked: Mapping[str, object], environ: Mapping[str, s
     return 0
 
 
-def told(value: object) -> str:
-    """A value of the configuration as people read it; nothing is a dash."""
-    if isinstance(value, tuple):
-        between = "; " if any(isinstance(one, tuple) for one in value) else " "
-        return between.join(told(one) for one in value if one != ()) or "-"
-    return "-" if value is None or value == "" else str(value)
-
-
 def show(
     asked: Mapping[str, object], environ: Mapping[str, str], hardware: Hardware | None = None, as_json: bool = False
 ) -> None:
@@ -43,7 +36,7 @@ def show(
         write(json.dumps(as_data(resolved), indent=2))
         return
     for group, values in resolved.config.public().items():
-        pairs(group, {name: told(value) for name, value in values.items() if name != IN_BYTES})
+        pairs(group, {name: shown(name, value) for name, value in values.items() if name != IN_BYTES})
     table("bytes per rank", [(name, gib(count), count) for name, count in budget(resolved.config.memory).items()])
     table("decisions", [(d.what, d.value, d.why) for d in resolved.decisions])
 
