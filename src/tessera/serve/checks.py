@@ -193,3 +193,8 @@ class Fields:
         near = difflib.get_close_matches(name[:SHOWN], sorted(self.known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return RequestError(f"unknown field {field[: 2 * SHOWN]!r}{hint}", field[: 2 * SHOWN])
+
+
+def is_batch(value: Any) -> bool:
+    """A list of prompts, not one list of token ids."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)

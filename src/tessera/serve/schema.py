@@ -14,7 +14,7 @@ from tessera.core.config.types import Config
 from tessera.core.errors import RequestError
 from tessera.core.messages import Address, SamplingParams, Submit, choice_seed
 from tessera.serve.chat import ChatTemplate, read_messages, template_values
-from tessera.serve.checks import bad, pick, shown
+from tessera.serve.checks import bad, is_batch, pick, shown
 from tessera.serve.fields import CHAT, COMPLETION, GENERATE, MAX_BATCH
 from tessera.serve.places import met_at, place_of
 from tessera.serve.text import Tokenizer
@@ -205,7 +205,7 @@ class Reader:
         name = "input_ids" if "input_ids" in values else "text"
         if ("input_ids" in values) == ("text" in values):
             raise RequestError("exactly one of text and input_ids must be given", name)
-        batch = _is_batch(values[name])
+        batch = is_batch(values[name])
         prompts = self._prompts(values[name], name, True, name == "text")
         requests = []
         for i, (tokens, text) in enumerate(prompts):
@@ -374,7 +374,7 @@ class Reader:
         self, value: Any, field: str, add_special: bool, text_only: bool | None = None
     ) -> list[tuple[list[int], str | None]]:
         """Prompts of a field: a string, strings, token ids, or lists of token ids."""
-        many = value if _is_batch(value) else [value]
+        many = value if is_batch(value) else [value]
         if len(many) > MAX_BATCH:
             raise RequestError(f"{field}: found {len(many)} prompts, allowed are at most {MAX_BATCH}", field)
         prompts: list[tuple[list[int], str | None]] = []
@@ -390,11 +390,6 @@ class Reader:
                 raise RequestError(f"{field}: found {shown(one)}, which is no token; at least one is needed", field)
             prompts.append((tokens, text))
         return prompts
-
-
-def _is_batch(value: Any) -> bool:
-    """A list of prompts, not one list of token ids."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
 
 
 def _namespace(values: Mapping[str, Any]) -> str:
