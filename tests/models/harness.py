@@ -68,11 +68,13 @@ def make_rank(
     sequences: int = 2,
     length: int = 160,
     padded_up_to: int = 6,
+    wide_parts: bool = False,
 ) -> Rank:
     """Loads a rank's weights from `source` and makes its pools. `padded_up_to`: so that steps take either way."""
     table = weight_table(spec, mesh, quantization=spec.quantization)
-    tiles = load_weights(source, table, mesh, rank, dtype, pack_linear=backend.pack, pack_fp8=backend.pack_fp8)
-    decoder = build_model(spec, mesh, rank, tiles, comm or Alone(), backend, length, padded_up_to)
+    packs = {"pack_linear": backend.pack, "pack_fp8": backend.pack_fp8, "wide_parts": wide_parts}
+    tiles = load_weights(source, table, mesh, rank, dtype, **packs)
+    decoder = build_model(spec, mesh, rank, tiles, comm or Alone(), backend, length, padded_up_to, wide_parts)
     pages = -(-length // PAGE)
     dtypes = cache_dtypes(spec, str(dtype).removeprefix("torch."))
     caches = {c.name: _pool(c, mesh, rank, pages, sequences) for c in cache_table(spec, PAGE, dtypes)}

@@ -42,6 +42,7 @@ from tessera.ops.segments import make_segments
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the harness is for a CPU")
 LENGTH = 24
+TRITON = KernelConfig("triton", "triton", "triton", "torch")
 FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v3")
 STEPS = {"one prompt": [24], "prompts and decodes": [12, 9, 1, 1], "decodes": [1] * 8}
 
@@ -80,10 +81,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 def sketch_of(family: str, tokens: int, rows: int, context: int = LENGTH, **changes: Any) -> Sketch:
     spec, _ = layouts.spec_and_noise(family, 0)
-    kernels = KernelConfig("triton", "triton", "triton", "torch")
     ranks = MeshConfig("cuda")
     return Sketch(**{
-        "spec": spec, "ranks": ranks, "dtype": "float32", "kernels": kernels, "tokens": tokens,
+        "spec": spec, "ranks": ranks, "dtype": "float32", "kernels": TRITON, "tokens": tokens,
         "rows": rows, "context": context, "page_size": 4, **changes,
     })  # fmt: skip
 
@@ -134,20 +134,24 @@ def test_ranks_share_what_is_cut_and_see_the_tokens_of_all(
     assert cut > alone / tp
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text", "deepseek_v3"])
-def test_experts_hold_no_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone: in a step of a tiny model other parts hold more. Grouped products of seven rows a token."""
+def test_experts_hold_no_more(family: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone: in a step of a tiny model other parts hold more. Grouped products of seven rows a token. `wide`: in
+    bfloat16, with sums in fp32."""
     chosen = {"num_experts_per_tok": 7, "n_group": 1, "topk_group": 1}
     spec = read_spec({**layouts.random_config(family, 0), **chosen})
     source = Noise(stored_shapes(weight_table(spec, SINGLE)), spec.zero_centred, 0)
-    rank = make_rank(spec, source, backend=backend("triton"))
+    dtype = torch.bfloat16 if wide else torch.float32
+    rank = make_rank(spec, source, dtype, backend=backend("triton"), wide_parts=wide)
     at, moe = next((i, layer.mlp) for i, layer in enumerate(rank.decoder.layers) if isinstance(layer.mlp, MoE))
     monkeypatch.setattr(triton_moe, "pays", lambda *sizes: False)
-    x = torch.randn(64, spec.hidden)
+    x = torch.randn(64, spec.hidden).to(dtype)
     batch = Batch(None, {}, None, (len(x),), len(x))  # type: ignore[arg-type]
     with counted(monkeypatch) as held:
         drain(moe(x, batch))
-    sketch = sketch_of(family, len(x), len(x), spec=spec)
+    changes = {"kernels": replace(TRITON, wide_parts=wide), "dtype": "bfloat16" if wide else "float32"}
+    sketch = sketch_of(family, len(x), len(x), spec=spec, **changes)
     shapes = activations._under(sketch.shapes(), f"layers.{at}.mlp.")
     found = activations._experts(activations._Step(sketch, len(x), len(x), len(x), 0), shapes, spec.layers[at].mlp)
     assert held.peak <= found <= 2 * held.peak, f"{found / held.peak:.2f} times what is held"

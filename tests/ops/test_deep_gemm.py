@@ -75,8 +75,28 @@ def test_what_a_gate_gives_is_quantised_as_it_is_made(products: Any, calls: Call
         assert (num_tokens <= after.above) == (num_tokens == 2)
         apart = version.linear(triton_fused.silu_mul(y), w.values, w.scales, w.block)
         calls.made.clear()
-        assert num_tokens <= after.above or torch.equal(after.product(y), apart)
+        assert num_tokens <= after.above or torch.equal(after.product(y, False), apart)
         assert calls.made == (made if version is products else [])
+        assert num_tokens <= after.above or after.product(y, True).dtype == torch.float32
+        assert calls.made == (made if version is products else []), "its results are rounded"
+
+
+def test_what_is_not_to_be_rounded_is_ours(products: Any, calls: Calls) -> None:
+    """As a part of a sum, and as what an expert makes of many rows."""
+    w = fp8.Fp8Weight(*_weight(64, 192, block=(128, 128)), (128, 128))
+    x = _exact(products.ROWS, 192).bfloat16()
+    ours = triton_fp8.linear(x, w.values, w.scales, unrounded=True)
+    assert ours.dtype == torch.float32
+    assert torch.equal(products.linear(x, w.values, w.scales, unrounded=True), ours)
+    num = products.EXPERT_ROWS * 2
+    x, ids, weights = _exact(num, 192).bfloat16(), _ids("any", num, 4), torch.rand(num, 2, device=DEVICE)
+    found = products.experts(x, *_experts(4, 192, 128, (128, 128)), ids, weights, unrounded=True)
+    assert found.dtype == torch.float32
+    plain = importlib.import_module("tessera.ops.deep_gemm")
+    w13, w2 = torch.randn(2, 64, 64).bfloat16().to(DEVICE), torch.randn(2, 64, 32).bfloat16().to(DEVICE)
+    args = (_exact(num, 64).bfloat16(), w13, w2, ids % 2, weights)
+    assert plain.experts(*args, unrounded=True).dtype == torch.float32
+    assert not calls.made
 
 
 def test_scales_that_lie_row_by_row_are_found(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:

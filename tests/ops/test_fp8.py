@@ -13,7 +13,9 @@ import torch
 
 from ops.cases import TOLERANCE
 from tessera.ops import fp8, triton_fp8, triton_fp8_experts, triton_fp8_rows
-from tessera.ops.fused import silu_mul
+from tessera.ops.backend import backend
+from tessera.ops.fused import Shared, gated_mlp, silu_mul
+from tessera.ops.linear import linear, unrounded
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8 import Tile, Tiles
 from tessera.ops.triton_linear import gated_product
@@ -140,6 +142,80 @@ def test_experts_kernel(blocks: list[tuple[int, int]], num_tokens: int) -> None:
         weight.scales[2] = float("nan")
     found = triton_fp8_experts.experts(x, *experts, ids, weights)
     _close(found, fp8.experts_reference(x, *experts, ids, weights), 0.02 if DEVICE == "cuda" else 0.1)
+
+
+def _wide(found: torch.Tensor, rounded: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    """`found` is the wide form of what `rounded` is in bfloat16."""
+    assert (found.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert found.shape == rounded.shape == expected.shape
+    if len(found):
+        _close(found, expected, limit)
+        assert (found != found.bfloat16()).float().mean() > 0.5, "it is rounded"
+        _close(rounded, found.bfloat16(), 0.02)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+def test_a_product_that_is_not_rounded(num_tokens: int) -> None:
+    """By vectors and by tiles, and of what a gate gives; nothing after the sum is rounded to bfloat16."""
+    block = (32, 64)
+    x = _exact(num_tokens, 192).bfloat16()
+    into, out = (fp8.Fp8Weight(*_weight(*size, block=block), block) for size in ((384, 192), (80, 192)))
+    ours = [fp8.pack(w, triton_fp8.linear, triton_fp8.gated, triton_fp8.after_gate) for w in (into, out)]
+    plain = [fp8.pack(w) for w in (into, out)]
+    _wide(unrounded(x, ours[1]), linear(x, ours[1]), unrounded(x, plain[1]), SUMS)
+    narrow, wide, expected = (
+        gated_mlp(x, *w, gated_product, form) for w, form in ((ours, False), (ours, True), (plain, True))
+    )
+    _wide(wide, narrow, expected, 0.02 if DEVICE == "cuda" else 0.1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 2, 9])
+def test_experts_that_are_not_rounded(num_tokens: int, shared: bool) -> None:
+    """Few rows and many, alone and with a shared expert."""
+    block = (32, 64)
+    x, experts = _exact(num_tokens, 192).bfloat16(), _experts(5, 192, 96, block)
+    ids, weights = torch.rand(num_tokens, 5).topk(3, -1).indices.to(DEVICE), torch.rand(num_tokens, 3, device=DEVICE)
+    ids[ids == 2] = -1
+    versions = []
+    for name in ("triton", "torch"):
+        version, beside = backend(name), None
+        if shared:
+            gate = version.pack(torch.full((1, 192), 0.01, device=DEVICE).bfloat16())
+            sizes = ((192, 192), (192, 96))
+            torch.manual_seed(1)
+            made = (fp8.Fp8Weight(*_weight(*size, block=block), block) for size in sizes)
+            beside = Shared(*map(version.pack_fp8, made), gate)
+        mixture = version.experts_of(experts[0])[1]
+        versions.append([mixture(x, *experts, ids, weights, beside, unrounded=wide) for wide in (True, False)])
+    _wide(*versions[0], versions[1][0], 0.02 if DEVICE == "cuda" else 0.1)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 30])
+def test_an_expert_in_two_halves_is_the_whole_one_but_for_the_order(num_tokens: int) -> None:
+    """The parts of two ranks, which hold half of each expert's width: a sum of parts in bfloat16 is far off that."""
+    x, block = _exact(num_tokens, 128).bfloat16(), (32, 64)
+    whole = _experts(4, 128, 128, block)
+    ids, weights = torch.rand(num_tokens, 4).topk(2, -1).indices.to(DEVICE), torch.rand(num_tokens, 2, device=DEVICE)
+
+    def half(w: fp8.Fp8Weight, nth: int, dim: int) -> fp8.Fp8Weight:
+        """Of each of the two sections of 128 rows, or of the 128 columns."""
+        parts = 2 if dim == 1 else 1
+        values, scales = (
+            t.unflatten(dim, (parts, 2, -1)).select(dim + 1, nth).flatten(dim, dim + 1).contiguous()
+            for t in (w.values.view(torch.uint8), w.scales)
+        )
+        return fp8.Fp8Weight(values.view(torch.float8_e4m3fn), scales, block)
+
+    halves = [[half(whole[0], nth, 1), half(whole[1], nth, 2)] for nth in (0, 1)]
+
+    def apart(**how: bool) -> float:
+        parts = [triton_fp8_experts.experts(x, *half, ids, weights, **how).float() for half in halves]
+        whole_one = triton_fp8_experts.experts(x, *whole, ids, weights, unrounded=True)
+        return float((whole_one - sum(parts)).abs().max() / whole_one.abs().max())
+
+    assert apart(unrounded=True) < 1e-5
+    assert apart() > 1e-3
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 64, 4, 2, group=2), Tile(32, 32, 4, 3, group=3)], ids=str)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from tessera.core.errors import LayoutError
 
+OF_EXPERTS = ("moe", "shared")  # axes along which experts are cut
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -49,6 +51,11 @@ class Mesh:
             return 0
         axis = self.axis(name)
         return rank // axis.stride % axis.size
+
+    def adds_up(self, name: str | None) -> bool:
+        """Whether what ranks make over an axis is a part of a sum, in this layout or, of experts, in every one: what
+        they make of a token is added up on one rank too."""
+        return name in OF_EXPERTS or self.size_of(name) > 1
 
     def group(self, rank: int, name: str) -> tuple[int, ...]:
         """Ranks that differ from `rank` only in their coordinate on an axis, in order of it."""

@@ -67,6 +67,11 @@ class TensorSpec:
             parts.append(replace(self, layout=layout, block=None if plain else self.block, plain=()))
         return tuple(parts)
 
+    def gives_parts(self, mesh: Mesh) -> bool:
+        """Whether products with it are parts of a sum; see `Mesh.adds_up`."""
+        columns = self.layout.dims[-1]
+        return columns.summed and mesh.adds_up(columns.axis)
+
     def pieces(self, mesh: Mesh, rank: int) -> Iterator[Piece]:
         """What fills the tile of `rank`, each stored element once; padding is left to whoever allocates (zeros)."""
         choices: list[list[tuple[str | None, tuple[int, int] | None, tuple[int, int], dict[str, int]]]] = []

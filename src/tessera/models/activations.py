@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tessera.core.config.needs import Sketch
 from tessera.core.spec import AttentionSpec, DeltaSpec, DenseSpec, MLASpec, MoESpec
 from tessera.ops.delta_forms import CHUNK
+from tessera.ops.linear import WIDENED
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -73,16 +74,20 @@ def _narrow(step: _Step, *widest: int) -> int:
     return step.everyone * max(widest) * (2 if step.sketch.kernels.fp8 else 0)
 
 
-def _wide(step: _Step, elements: int) -> int:
-    """Bytes that so many elements of parts of sums take more than those of activations."""
-    return elements * max(4 - step.sketch.element, 0) if step.sketch.kernels.wide_parts else 0
+def _wide(step: _Step, elements: int, inputs: int) -> int:
+    """Bytes that so many elements of parts of sums take more than those of activations, and copies of what goes into
+    their products, where those take wide numbers only (`linear.widened`)."""
+    kernels, more = step.sketch.kernels, max(4 - step.sketch.element, 0)
+    if not kernels.wide_parts or not more:
+        return 0
+    return elements * more + (4 * (inputs + WIDENED) if kernels.attention == "torch" else 0)
 
 
 def _attention(step: _Step, shapes: Shapes, spec: AttentionSpec) -> int:
     """The projection; queries, what was attended, the same gated; their product and its sum over ranks."""
     into, out = shapes["in"][0], shapes["out"][1]
     made = step.own * (into + 3 * out + 2 * step.hidden) * step.sketch.element
-    return made + _wide(step, step.own * step.hidden) + _narrow(step, out, step.hidden)
+    return made + _wide(step, step.own * step.hidden, step.own * out) + _narrow(step, out, step.hidden)
 
 
 def _latent(step: _Step, shapes: Shapes, spec: MLASpec) -> int:
@@ -95,7 +100,7 @@ def _latent(step: _Step, shapes: Shapes, spec: MLASpec) -> int:
     keys = max(step.own * entry, min(EXPANDED // step.sketch.element, (step.own + step.earlier) * entry))
     keys *= step.sketch.element
     elements = step.own * (into + queries + 3 * out + 2 * step.hidden + heads * spec.latent_dim) + pieces
-    parts = _wide(step, step.own * step.hidden)
+    parts = _wide(step, step.own * step.hidden, step.own * out)
     return elements * step.sketch.element + keys + parts + _narrow(step, out, step.hidden)
 
 
@@ -104,7 +109,7 @@ def _delta(step: _Step, shapes: Shapes, spec: DeltaSpec) -> int:
     into, out, channels, heads = shapes["in"][0], shapes["out"][1], shapes["conv"][0], shapes["A_log"][0]
     prepared = heads * (spec.key_dim + spec.value_dim + CHUNK)
     elements = into + channels + prepared + 2 * out + 2 * step.hidden
-    parts = _wide(step, step.own * step.hidden)
+    parts = _wide(step, step.own * step.hidden, step.own * out)
     return step.own * (elements * step.sketch.element + 3 * 4 * heads) + parts + _narrow(step, out, step.hidden)
 
 
@@ -112,7 +117,8 @@ def _dense(step: _Step, shapes: Shapes, spec: DenseSpec) -> int:
     """All tokens come together; gate and up, their product, what goes home."""
     gate_up, inner = shapes["in"][0], shapes["out"][1]
     made = step.everyone * (gate_up + inner + 3 * step.hidden) * step.sketch.element
-    return made + _wide(step, step.everyone * step.hidden) + _narrow(step, inner, step.hidden)
+    wide = _wide(step, step.everyone * step.hidden, step.everyone * inner)
+    return made + wide + _narrow(step, inner, step.hidden)
 
 
 # Of a routed row, copies of H and of I elements: what was gathered, gate and up, their product, the result. And rows
@@ -135,7 +141,7 @@ def _experts(step: _Step, shapes: Shapes, spec: MoESpec) -> int:
         + routed * 24  # numbers of experts, weights, places
         + step.everyone * (router.num_experts * 12 + (shared + 4 * step.hidden) * element)
         + travel
-        + _wide(step, (routed * of_hidden + 3 * step.everyone) * step.hidden)
+        + _wide(step, (routed * of_hidden + 3 * step.everyone) * step.hidden, step.everyone * (inner + shared))
         + _narrow(step, step.hidden, router.top_k * inner)
     )
 

@@ -29,7 +29,7 @@ class MoE:
         self.router = _router(spec.router, weights)
         self.w_in, self.w_out = weights.experts("experts_in"), weights.experts("experts_out")
         self.experts, self.mixture = tools.backend.experts_of(self.w_in)
-        if tools.wide_parts:
+        if tools.widens("moe"):
             self.experts, self.mixture = (partial(op, unrounded=True) for op in (self.experts, self.mixture))
         held = weights.held("experts_in")
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
@@ -64,7 +64,7 @@ class MoE:
         return (
             None
             if mlp is None
-            else gated_mlp(x, mlp.w_in, mlp.w_out, self.tools.backend.gated_product, self.tools.wide_parts)
+            else gated_mlp(x, mlp.w_in, mlp.w_out, self.tools.backend.gated_product, self.tools.widens("shared"))
         )
 
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:

@@ -52,13 +52,15 @@ def load_weights(
     rank: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    pack_linear: Callable[[Tensor], PackedLinear] = pack,
+    pack_linear: Callable[..., PackedLinear] = pack,
     progress: Progress | None = None,
     pack_fp8: Callable[[Fp8Weight], PackedLinear] = fp8.pack,
+    wide_parts: bool = False,
 ) -> dict[str, Tile]:
     """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen.
 
-    `source` None: nothing is read, the tiles hold anything (a device without memory).
+    `source` None: nothing is read, the tiles hold anything (a device without memory). `wide_parts`: products that are
+    parts of sums will be `linear.unrounded`.
     """
     if source is not None:
         check(source, table)
@@ -75,7 +77,9 @@ def load_weights(
         tile = next(loaded)
         if part.role != "linear":
             return tile
-        return pack_linear(tile) if isinstance(tile, Tensor) else pack_fp8(tile)
+        if not isinstance(tile, Tensor):
+            return pack_fp8(tile)
+        return pack_linear(tile, packs=not (wide_parts and part.gives_parts(mesh)))
 
     parts = [part for spec in table for part in spec.parts()]
     with in_order(load, parts, readers(source, device), device) as loaded:

@@ -99,7 +99,7 @@ class Tools:
 
     def widens(self, group: str) -> bool:
         """Whether parts of a sum over `group` are kept in fp32; a sum of one part is rounded by who makes it."""
-        return self.wide_parts and self.comm.mesh.size_of(group) > 1
+        return self.wide_parts and self.comm.mesh.adds_up(group)
 
     def part(self, x: Tensor, packed: PackedLinear, group: str) -> Tensor:
         """`linear`, as this rank's part of a sum over `group`."""

@@ -19,10 +19,10 @@ from tessera.ops.triton_sort import sort_rows
 MANY = 64  # rows an expert on average from which on half-filled blocks cost little
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """See `moe.experts_reference`."""
-    if ids.numel() < MANY * len(w13) or not len(w13):
-        return triton_moe.experts(x, w13, w2, ids, weights)
+def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+    """See `moe.experts_reference`. What is not to be rounded is ours: these products give bfloat16."""
+    if unrounded or ids.numel() < MANY * len(w13) or not len(w13):
+        return triton_moe.experts(x, w13, w2, ids, weights, unrounded)
     return padded_experts(x, w13, w2, ids, weights)
 
 

@@ -1,9 +1,9 @@
 """Products of fp8 weights by DeepGEMM. Imports deep_gemm, so it is imported where it is chosen (`ops/backend.py`).
 
-It multiplies many rows; few, and weights that `deep_gemm_misfit` names, go to our own kernels. Activations come
-quantised in the layout that it fetches them in, their scales group by group (`triton_fp8_rows.py`), so it copies
-nothing. Its grouped product takes rows in blocks of one expert each. T tokens, P rows of all blocks, E experts, N and K
-of a weight.
+It multiplies many rows; few, weights that `deep_gemm_misfit` names, and products that stay wide (those of weights with
+scales by block, and grouped ones, give bfloat16) go to our own kernels. Activations come quantised in the layout that
+it fetches them in, their scales group by group (`triton_fp8_rows.py`), so it copies nothing. Its grouped product takes
+rows in blocks of one expert each. T tokens, P rows of all blocks, E experts, N and K of a weight.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ROWS, EXPERT_ROWS = 64, 64
 deep_gemm.set_pdl(True)  # its products begin as what is before them ends, as our kernels do: 1 us of 8
 
 
-def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP)) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP), unrounded: bool = False) -> Tensor:
     """See `fp8.linear_reference`."""
-    if len(x) < ROWS or deep_gemm_misfit(block, weight.shape):
-        return triton_fp8.linear(x, weight, scales, block)
+    if unrounded or len(x) < ROWS or deep_gemm_misfit(block, weight.shape):
+        return triton_fp8.linear(x, weight, scales, block, unrounded=unrounded)
     return product(quantize(x), weight, scales, x.dtype)
 
 
@@ -45,9 +45,9 @@ def after_gate(w: Fp8Weight) -> AfterGate:
     """The product with w of what a gate gives, which is quantised as it is made."""
     ours, misfit = triton_fp8.after_gate(w), deep_gemm_misfit(w.block, w.values.shape)
 
-    def multiply(y: Tensor) -> Tensor:
-        if len(y) < ROWS or misfit:
-            return ours.product(y)
+    def multiply(y: Tensor, unrounded: bool) -> Tensor:
+        if unrounded or len(y) < ROWS or misfit:
+            return ours.product(y, unrounded)
         return product(quantize(y, gated=True), w.values, w.scales, y.dtype)
 
     return AfterGate(ours.above, multiply)
@@ -60,11 +60,11 @@ def product(x: Quantized, weight: Tensor, scales: Tensor, dtype: torch.dtype) ->
     return y
 
 
-def routed(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor) -> Rows:
+def routed(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, unrounded: bool = False) -> Rows:
     """See `triton_fp8_experts.Routed`."""
-    misfit = any(deep_gemm_misfit(w.block, w.values.shape) for w in (w13, w2))
+    misfit = unrounded or any(deep_gemm_misfit(w.block, w.values.shape) for w in (w13, w2))
     if misfit or ids.numel() < EXPERT_ROWS * len(w2.values):
-        return triton_fp8_experts.routed(x, w13, w2, ids)
+        return triton_fp8_experts.routed(x, w13, w2, ids, unrounded)
     return padded_rows(x, w13, w2, ids)
 
 

@@ -23,7 +23,7 @@ LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST = 1e-10  # amax of a group of zeros
 
 Block = tuple[int, int]
-Product = Callable[[Tensor, Tensor, Tensor, Block], Tensor]  # x, values, scales, block
+Product = Callable[..., Tensor]  # x, values, scales, block; see `linear_reference`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,12 +82,18 @@ def requantized(x: Tensor, group: int = GROUP) -> Tensor:
     return dequantize(*quantize(x, group), (1, group), wide(x.dtype))
 
 
-def linear_reference(x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP)) -> Tensor:
-    """x [T, K] times weight [N, K] in fp8 -> [T, N] in x's dtype; sums in fp32 or wider."""
-    return linear(requantized(x, block[1]), dequantize(weight, scales, block, wide(x.dtype))).to(x.dtype)
+def linear_reference(
+    x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP), unrounded: bool = False
+) -> Tensor:
+    """x [T, K] times weight [N, K] in fp8 -> [T, N] in x's dtype; sums in fp32 or wider, as the result is where it is
+    `unrounded`."""
+    y = linear(requantized(x, block[1]), dequantize(weight, scales, block, wide(x.dtype)))
+    return y if unrounded else y.to(x.dtype)
 
 
-def experts_reference(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
+def experts_reference(
+    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False
+) -> Tensor:
     """`moe.experts_reference` with fp8 weights w13 [E, 2I, H], w2 [E, H, I]; what lies between the two products is
     rounded to x's dtype, then quantised."""
     dtype = wide(x.dtype)
@@ -99,9 +105,9 @@ def experts_reference(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, wei
         tokens, nth = (ids == e).nonzero(as_tuple=True)
         gate, up = linear(x_seen[tokens], w13.plain(e, dtype)).chunk(2, -1)
         h = requantized((silu(gate) * up).to(x.dtype), w2.block[1])
-        y = linear(h, w2.plain(e, dtype)).to(x.dtype)
+        y = linear(h, w2.plain(e, dtype)).to(dtype if unrounded else x.dtype)
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
-    return out.to(x.dtype)
+    return out if unrounded else out.to(x.dtype)
 
 
 def pack(
@@ -114,10 +120,10 @@ def pack(
     """
     values, scales, block = weight.values, weight.scales, weight.block
 
-    def multiply(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(x: Tensor, values: Tensor, bias: Tensor | None, unrounded: bool = False) -> Tensor:
         assert bias is None, "no model here has fp8 weights with a bias"
-        return product(x, values, scales, block)
+        return product(x, values, scales, block, unrounded=unrounded)
 
     once = None if gated is None else partial(gated, weight=values, scales=scales, block=block)
     after = None if after_gate is None else after_gate(weight)
-    return PackedLinear(values, None, multiply, once, after_gate=after)
+    return PackedLinear(values, None, multiply, once, None, after, partial(multiply, unrounded=True))

@@ -162,12 +162,10 @@ def gated_mlp(
 
     `wide`: not rounded, see `linear.unrounded`.
     """
-    if wide:
-        return unrounded(gated_product(x, w_in), w_out)
     after = w_out.after_gate
     if after is None or len(x) <= after.above:
-        return linear(gated_product(x, w_in), w_out)
-    return after.product(linear(x, w_in))
+        return (unrounded if wide else linear)(gated_product(x, w_in), w_out)
+    return after.product(linear(x, w_in), wide)
 
 
 def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 def experts_of(silu_mul: Callable[[Tensor], Tensor], combine: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The op `experts` with these versions of what is between and after its products; see `moe.experts_reference`."""
 
-    def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """See `moe.experts_reference`."""
+    def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+        """See `moe.experts_reference`; always rounded, for these products give the dtype of what they are given."""
+        assert not unrounded, "refused with wide parts"
         if not ids.numel() or not len(w13):
             return torch.zeros_like(x)
         order, ends = by_expert(ids, len(w13))

@@ -16,21 +16,28 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 SWAPPED_UP_TO = 128  # rows; from about 200 on turning the result costs more than the weight's repacking
 SWAPPED_FROM = 1 << 20  # bytes of a weight; repacking a smaller one costs less than turning the result
 TURNED = 8192  # columns turned at a time: their cache lines stay until they are full
+WIDENED = 1 << 19  # numbers of a weight that are widened at a time: 2 MB in fp32, which stay in cache
 
 
 @dataclass(frozen=True, slots=True)
 class AfterGate:
-    """`product(y)`: of silu(gate) * up with a weight, from y [T, gate | up], where T is more than `above`."""
+    """`product(y, unrounded)`: of silu(gate) * up with a weight, from y [T, gate | up] of more than `above` rows."""
 
     above: int
-    product: Callable[[Tensor], Tensor]
+    product: Callable[[Tensor, bool], Tensor]
 
 
 def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] -> [..., out] in fp32 or wider, by wide copies of both: PyTorch has no product of narrow numbers on a
-    CPU whose result stays wide."""
-    plain, dtype = weight.to_dense() if weight.is_mkldnn else weight, wide(x.dtype)
-    return torch.nn.functional.linear(x.to(dtype), plain.to(dtype), None if bias is None else bias.to(dtype))
+    """x [..., in] -> [..., out] in fp32 or wider, by wide copies of x and, some rows at a time, of the weight, which
+    lies as it was loaded: PyTorch has no product of narrow numbers on a CPU whose result stays wide. (Two products, of
+    which the second one takes what the first was rounded to from its own sum, keep 16 bits: not enough, see
+    `bench/results/rounding.md`.)"""
+    rows = x.flatten(0, -2).to(wide(x.dtype))
+    out, size = rows.new_empty(len(rows), len(weight)), max(WIDENED // weight.shape[1], 1)
+    held = rows.new_empty(min(size, len(weight)), weight.shape[1])
+    for part, y in zip(weight.split(size), out.split(size, 1), strict=True):
+        torch.mm(rows, held[: len(part)].copy_(part).T, out=y)
+    return (out if bias is None else out.add_(bias)).unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +80,16 @@ def stacked(parts: Sequence[PackedLinear]) -> PackedLinear:
     return replace(first, below=stacked(rest)) if rest else first
 
 
-def pack_reference(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`."""
+def pack_reference(weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> PackedLinear:
+    """Prepares weight [out, in] for `linear`. The caller drops its own reference to `weight`.
+
+    `packs` False: the weight stays as it is, for others who read it, or since its products are to be `unrounded`.
+    """
     return PackedLinear(weight, bias, torch.nn.functional.linear)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> PackedLinear:
-    """See `pack_reference`. bfloat16 on a CPU gets the product that reads its weight once and at full speed.
-
-    `packs` False: the weight stays as it is, for others who read it.
-    """
+    """See `pack_reference`. bfloat16 on a CPU gets the product that reads its weight once and at full speed."""
     if swaps_pay(weight):
         return PackedLinear(weight, bias, swapped)
     if packs and prepacks(weight):

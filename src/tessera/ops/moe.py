@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -107,25 +106,27 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, un
     chosen, order = ids.flatten().sort(stable=True)
     tokens, weights = order // ids.shape[1], weights.flatten()[order][:, None].to(out.dtype)
     touched, counts = (column.tolist() for column in chosen.unique_consecutive(return_counts=True))
-    swaps = not unrounded and len(w13) > 0 and swaps_pay(w13[0])
+    swaps = len(w13) > 0 and swaps_pay(w13[0])
     for e, own, w in zip(touched, tokens.split(counts), weights.split(counts), strict=True):
         if e >= 0:
-            few = swaps and len(own) <= SWAPPED_UP_TO
-            mlp = _mlp_swapped if few else partial(_mlp, down=widened if unrounded else linear)
-            out.index_add_(0, own, mlp(x[own], w13[e], w2[e]) * w)
+            mlp = _mlp_swapped if swaps and len(own) <= SWAPPED_UP_TO else _mlp
+            out.index_add_(0, own, mlp(x[own], w13[e], w2[e], unrounded) * w)
     return out if unrounded else out.to(x.dtype)
 
 
-def _mlp(x: Tensor, w13: Tensor, w2: Tensor, down: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _mlp(x: Tensor, w13: Tensor, w2: Tensor, unrounded: bool) -> Tensor:
     gate, up = linear(x, w13).chunk(2, -1)
-    return down(silu(gate) * up, w2)
+    return (widened if unrounded else linear)(silu(gate) * up, w2)
 
 
-def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """The same with the weights as left factors (see `linear.swapped`), turned once at the end."""
+def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor, unrounded: bool) -> Tensor:
+    """The same with the weights as left factors (see `linear.swapped`), turned once: at the end, or where the second
+    product has another form."""
     gate, up = (w13 @ as_columns(x)).chunk(2, 0)
-    y = w2 @ (silu(gate) * up)
-    return turned(y[:, :1] if len(x) == 1 else y)
+    h = silu(gate) * up
+    y = h if unrounded else w2 @ h
+    y = turned(y[:, :1] if len(x) == 1 else y)
+    return widened(y, w2) if unrounded else y
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +172,7 @@ def mixture_of(
 
         `made` gives what it makes, where that is under way already: asked for once all else is.
         """
-        part = experts(x, w13, w2, ids, weights, *([True] if unrounded else []))
+        part = experts(x, w13, w2, ids, weights, unrounded)
         if shared is None:
             return part
         rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()

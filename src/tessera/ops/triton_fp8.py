@@ -18,6 +18,7 @@ from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.linear import AfterGate
 from tessera.ops.triton_common import chained, dot, follow, num_processors
+from tessera.ops.triton_fp8_few import dtype_of
 from tessera.ops.triton_fp8_rows import Quantized, quantize
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_moe import work_of
@@ -215,12 +216,14 @@ def _sizes(tile: Tile, block: Block, columns: int, out: int, device: torch.devic
 
 
 def linear(
-    x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP), tile: Tile | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, scales: Tensor, block: Block = (GROUP, GROUP), tile: Tile | None = None,
+    unrounded: bool = False,
+) -> Tensor:  # fmt: skip
     """See `fp8.linear_reference`. `block`: powers of two. `tile` overrides what the tables say."""
+    dtype = dtype_of(x, unrounded)
     if tile is None and 0 < len(x) <= few.ROWS:
-        return few.linear(x, weight, scales, block)
-    return product(quantize(x, block[1]), Fp8Weight(weight, scales, block), x.dtype, tile)
+        return few.linear(x, weight, scales, block, dtype=dtype)
+    return product(quantize(x, block[1]), Fp8Weight(weight, scales, block), dtype, tile)
 
 
 def product(x: Quantized, w: Fp8Weight, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
@@ -247,10 +250,16 @@ def gated(x: Tensor, weight: Tensor, scales: Tensor, block: Block) -> Tensor:
 
 def after_gate(w: Fp8Weight) -> AfterGate:
     """The product with w of what a gate gives, which is quantised as it is made."""
-    return AfterGate(few.ROWS, lambda y: product(quantize(y, w.block[1], gated=True), w, y.dtype))
+
+    def multiply(y: Tensor, unrounded: bool) -> Tensor:
+        return product(quantize(y, w.block[1], gated=True), w, dtype_of(y, unrounded))
+
+    return AfterGate(few.ROWS, multiply)
 
 
-def rows_of_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles: Tiles | None = None) -> Tensor:
+def rows_of_experts(
+    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles: Tiles | None = None, unrounded: bool = False
+) -> Tensor:
     """[T * k, H]: what each of its experts makes of a token; the rows of id -1 are not written. Of each weight [E, ..]
     the blocks are powers of two, the rows of w13's divide I. `tiles` override what the tables say."""
     inner, tiles = w2.values.shape[2], tiles or tiles_of(ids.numel() / len(w2.values))
@@ -264,7 +273,7 @@ def rows_of_experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, tiles
         FOLD=ids.shape[1], **_sizes(tiles.up, w13.block, x.shape[1], inner, x.device),
     )  # fmt: skip
     (values, scales), out = quantize(h, w2.block[1]), w2.values.shape[1]
-    y, num_columns = x.new_empty(ids.numel(), out), triton.cdiv(out, tiles.down.n)
+    y, num_columns = x.new_empty(ids.numel(), out, dtype=dtype_of(x, unrounded)), triton.cdiv(out, tiles.down.n)
     _down[num_blocks * num_columns,](
         values, scales, w2.values, w2.scales, y, rows, blocks, num_blocks, num_columns, scales.stride(1),
         **_sizes(tiles.down, w2.block, inner, out, x.device),

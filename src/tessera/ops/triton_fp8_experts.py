@@ -18,9 +18,9 @@ from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import gated_product
 
-Experts = Callable[[Tensor, Fp8Weight, Fp8Weight, Tensor, Tensor], Tensor]
+Experts = Callable[..., Tensor]
 Rows = tuple[Tensor, Tensor | None]  # what each expert makes of its tokens [.., H]; which is each routed row [T * k]
-Routed = Callable[[Tensor, Fp8Weight, Fp8Weight, Tensor], Rows]  # x, w13, w2, ids
+Routed = Callable[[Tensor, Fp8Weight, Fp8Weight, Tensor, bool], Rows]  # x, w13, w2, ids, unrounded
 
 
 def is_few(w2: Fp8Weight, ids: Tensor) -> bool:
@@ -31,14 +31,16 @@ def is_few(w2: Fp8Weight, ids: Tensor) -> bool:
 def experts_of(routed: Routed) -> Experts:
     """The experts whose many rows `routed` gives."""
 
-    def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
+    def experts(
+        x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False
+    ) -> Tensor:
         """See `fp8.experts_reference`. Blocks are powers of two; the rows of w13's divide I."""
         if not ids.numel() or not len(w2.values):
-            return torch.zeros_like(x)
+            return torch.zeros_like(x, dtype=few.dtype_of(x, unrounded))
         x, ids, weights = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous(), weights.contiguous()
         if is_few(w2, ids):
-            return few.experts(x, w13, w2, ids, weights)
-        y, places = routed(x, w13, w2, ids)
+            return few.experts(x, w13, w2, ids, weights, unrounded)
+        y, places = routed(x, w13, w2, ids, unrounded)
         return combine(y, ids, weights, places)
 
     return experts
@@ -50,22 +52,22 @@ def mixture_of(routed: Routed) -> Mixture:
 
     def mixture(
         x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, shared: Shared | None,
-        made: Made | None = None,
+        made: Made | None = None, unrounded: bool = False,
     ) -> Tensor:  # fmt: skip
         """See `moe.mixture_of`."""
         if shared is None or is_few(w2, ids):
-            return apart(x, w13, w2, ids, weights, shared, made)
+            return apart(x, w13, w2, ids, weights, shared, made, unrounded)
         x, ids = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous()
-        y, places = routed(x, w13, w2, ids)
-        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product) if made is None else made()
+        y, places = routed(x, w13, w2, ids, unrounded)
+        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()
         return combine(y, ids, weights.contiguous(), places, Beside(rows, x, shared.gate))
 
     return mixture
 
 
-def routed(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor) -> Rows:
+def routed(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, unrounded: bool = False) -> Rows:
     """By our tiles."""
-    return triton_fp8.rows_of_experts(x, w13, w2, ids), None
+    return triton_fp8.rows_of_experts(x, w13, w2, ids, unrounded=unrounded), None
 
 
 experts, mixture = experts_of(routed), mixture_of(routed)

@@ -167,17 +167,24 @@ def _down(
             part = _weights(w + one * (HIDDEN * INNER), column, live, k, G, GROUP, INNER)
             values, scales = _rounded(h + row * INNER, held, k, G, GROUP, INNER)
             y += _products(part, ws + one * of_one, column, live, k, values, scales, G, INNER, BLOCK_N, GROUP)
-        narrow = y.to(h.dtype.element_ty).to(tl.float32)  # as where there are more rows
-        total += tl.where(held, narrow * tl.load(weights + row).to(tl.float32), 0.0)
+        kept = y.to(out.dtype.element_ty).to(tl.float32)  # rounded as where there are more rows
+        total += tl.where(held, kept * tl.load(weights + row).to(tl.float32), 0.0)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
 
 
-def linear(x: Tensor, weight: Tensor, scales: Tensor, block: Block, gated: bool = False) -> Tensor:
+def dtype_of(x: Tensor, unrounded: bool) -> torch.dtype:
+    """Of what is made of x, up to float32."""
+    return torch.float32 if unrounded else x.dtype
+
+
+def linear(
+    x: Tensor, weight: Tensor, scales: Tensor, block: Block, gated: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
     """See `fp8.linear_reference`: x of up to `ROWS` rows. `block`: powers of two. `gated`: silu(gate) * up of a weight
-    [gate | up, K] -> [M, out / 2]."""
+    [gate | up, K] -> [M, out / 2]. `dtype`: of the result (x's)."""
     (rows, depth), parts = x.shape, 2 if gated else 1
     out, sizes = len(weight) // parts, LINEAR.of(depth, block[1], parts)
-    x, y = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(rows, out)
+    x, y = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(rows, out, dtype=dtype)
     _linear[triton.cdiv(out, sizes["N"]),](
         x, weight, scales, y, x.stride(0), out, COLUMNS=depth, M=rows, MP=triton.next_power_of_2(rows),
         GATED=gated, BLOCK_N=block[0], GROUP=block[1], **sizes, **chained(x.device),
@@ -190,10 +197,10 @@ def pays(num_rows: int, num_experts: int) -> bool:
     return num_rows <= max(FEW, num_experts // SHARED)
 
 
-def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor) -> Tensor:
+def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
     """See `fp8.experts_reference`: two launches."""
     (num_tokens, hidden), inner, top_k = x.shape, w2.values.shape[2], ids.shape[1]
-    h, out = x.new_empty(ids.numel(), inner), torch.empty_like(x, memory_format=torch.contiguous_format)
+    h, out = x.new_empty(ids.numel(), inner), x.new_empty(x.shape, dtype=dtype_of(x, unrounded))
     shape = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
     shape |= chained(x.device)
     (step, group), sizes = w13.block, UP.of(hidden, w13.block[1])

@@ -198,7 +198,7 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+def pack(weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> PackedLinear:
     """See `linear.pack_reference`: the weight stays as it is."""
     return PackedLinear(weight, bias, product, unrounded=unrounded)
 

@@ -41,7 +41,7 @@ def deep_gemm_phase(
         why = f"compute capability {major}.{minor} wants scales that are powers of two, those of these weights are not"
         notes.refuse((flag, "the weights in fp8"), why, "Use triton.")
     elif mesh is not None:
-        served, left = _tiles(spec, quantization, mesh, asked)
+        served, left = _tiles(spec, quantization, mesh, asked, kernels.wide_parts)
         reasons = "; ".join(dict.fromkeys(left.values()))
         if left and not served:
             notes.refuse((flag, "the weights in fp8"), reasons, "Use triton.")
@@ -62,7 +62,7 @@ def _plain_experts(spec: ModelSpec, mesh: Mesh, notes: Notes) -> None:
 
 
 def _tiles(
-    spec: ModelSpec, quantization: Quantization, mesh: Mesh, roles: set[str]
+    spec: ModelSpec, quantization: Quantization, mesh: Mesh, roles: set[str], wide_parts: bool
 ) -> tuple[list[str], dict[str, str]]:
     """Names of the weights of these roles that it multiplies, and of the others, with the reason. A layer's experts
     have it for both their products or for none."""
@@ -72,7 +72,8 @@ def _tiles(
             if part.block is not None and part.role in roles:
                 name = part.name.removesuffix("_in").removesuffix("_out") if part.role == "experts" else part.name
                 misfits = filter(None, map(partial(_misfit, part, mesh), range(mesh.size)))
-                found[name] = found.get(name) or next(misfits, "")
+                rounds = "its products give bfloat16" if wide_parts and part.gives_parts(mesh) else ""
+                found[name] = found.get(name) or rounds or next(misfits, "")
     return [name for name, why in found.items() if not why], {name: why for name, why in found.items() if why}
 
 

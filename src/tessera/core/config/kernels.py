@@ -42,6 +42,10 @@ NEEDS = {
 }
 QUANTIZED = ("--quantization", "--fp8-gemm-backend")  # what decides about products of fp8 weights
 NARROW = ("bfloat16", "float16")
+ROUNDS = {  # experts' products that do not stay wide
+    "grouped_mm": "torch._grouped_mm gives the dtype of what it is given",
+    "deep_gemm": "its grouped products give bfloat16",
+}
 WITH_TRITON = {"triton", "flashinfer"}  # backends whose kernels are Triton's, all or what the library has none for
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
 FP8 = ("fp8_e4m3", "fp8_e5m2")
@@ -82,7 +86,9 @@ def kernels_phase(
         asked = values.word(name)
         follows, why = ALONE.get(name, {}).get(attention, attention), f"with --attention-backend {attention}"
         if name == "moe_runner_backend" and fp8 == "deep_gemm":
-            follows, why = fp8, f"with --fp8-gemm-backend {fp8}"
+            stay = values.word("parts_dtype") == "float32"
+            follows = "triton" if stay else fp8
+            why = "its products stay wide (--parts-dtype float32)" if stay else f"with --fp8-gemm-backend {fp8}"
         if asked == "auto" and used[name]:
             notes.decide(name.replace("_", "-"), follows, why)
         chosen.append(follows if asked == "auto" else NAMES.get(asked, asked))
@@ -99,11 +105,11 @@ def kernels_phase(
     if attention == "flashinfer":
         _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
     ahead = _ahead(values, run | {fp8}, device, notes)
-    wide = _wide_parts(values, dtype, fp8, moe if used["moe_runner_backend"] else "", notes)
+    wide = _wide_parts(values, dtype, moe if used["moe_runner_backend"] else "", notes)
     return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8, ahead, wide)
 
 
-def _wide_parts(values: Asked, dtype: str, fp8: str, moe: str, notes: Notes) -> bool:
+def _wide_parts(values: Asked, dtype: str, moe: str, notes: Notes) -> bool:
     """Whether parts of sums across ranks are kept in fp32, and what each expert makes of a token, in every layout."""
     asked = values.word("parts_dtype")
     if dtype not in NARROW:
@@ -113,12 +119,11 @@ def _wide_parts(values: Asked, dtype: str, fp8: str, moe: str, notes: Notes) -> 
     if asked == "auto" and (values.number("tp_size") > 1 or moe):
         why = "each rank rounds its part of a sum; --parts-dtype float32 ends that, for twice the bytes on the wire"
         notes.decide("parts-dtype", dtype, why)
-    narrow = "weights in fp8" if fp8 else f"--moe-runner-backend {moe}" if moe in ("grouped_mm", "deep_gemm") else ""
-    if asked == "float32" and narrow:
+    if asked == "float32" and moe in ROUNDS:
         remedy = "Leave --parts-dtype out, or choose kernels whose products stay wide (--moe-runner-backend triton)."
-        why = "these products are rounded to the model's dtype"
-        notes.refuse(("--parts-dtype float32", narrow), why, remedy, ("--dtype", *QUANTIZED))
-    return asked == "float32"
+        flags = ("--parts-dtype float32", f"--moe-runner-backend {moe}")
+        notes.refuse(flags, ROUNDS[moe], remedy, ("--dtype", *QUANTIZED))
+    return asked == "float32" and moe not in ROUNDS
 
 
 def _ahead(values: Asked, run: set[str], device: str, notes: Notes) -> float:
