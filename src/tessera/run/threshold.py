@@ -19,9 +19,9 @@ from tessera.plan.step import Step
 from tessera.run.recording import Act, each_performs
 
 PAYS = 1.02  # times as long takes the whole step: less is noise, and halves take more launches
-ROUNDS, LEAST_ROUNDS = 3, 2
+ROUNDS, LEAST_ROUNDS = 5, 2
 WARM: tuple[Act, ...] = ("rehearse", "meet")
-BUDGET_S = 3.0  # after which only the pairs begin that are needed
+BUDGET_S = 3.0  # of timed steps, after which only the pairs begin that are needed (what is compiled first is no part)
 
 Everywhere = Callable[[Act, Step], Mapping[int, str]]
 
@@ -37,12 +37,25 @@ class Trial:
     @property
     def pays(self) -> bool:
         """Halves are faster by more than noise: the shortest of either form say so, and most turns."""
-        won = sum(whole > halves for whole, halves in zip(self.whole, self.halves, strict=True))
-        return min(self.whole) >= PAYS * min(self.halves) and 2 * won > len(self.whole)
+        return self._shorter and 2 * self._won > len(self.whole)
+
+    @property
+    def seconds(self) -> float:
+        """What all turns took."""
+        return sum(self.whole) + sum(self.halves)
+
+    @property
+    def _shorter(self) -> bool:
+        return min(self.whole) >= PAYS * min(self.halves)
+
+    @property
+    def _won(self) -> int:
+        return sum(whole > halves for whole, halves in zip(self.whole, self.halves, strict=True))
 
     def __str__(self) -> str:
         whole, halves = min(self.whole) * 1e3, min(self.halves) * 1e3
-        return f"{self.num_tokens} tokens take {whole:.1f} ms whole and {halves:.1f} as halves"
+        noisy = f", which won {self._won} of {len(self.whole)} turns" if self._shorter and not self.pays else ""
+        return f"{self.num_tokens} tokens take {whole:.1f} ms whole and {halves:.1f} as halves{noisy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +73,15 @@ def measure(
     of a step, and waits for them; what memory each lacked, by rank.
 
     Each size costs two rehearsals, two steps that warm up, and `LEAST_ROUNDS` to `ROUNDS` pairs that are timed: no more
-    than needed once `BUDGET_S` are spent, and then no smaller size either. A rank without memory ends it: what was
-    found for larger sizes holds.
+    than needed once those have taken `BUDGET_S`, and then no smaller size either. A rank without memory ends it: what
+    was found for larger sizes holds.
     """
     trials: list[Trial] = []
-    size, began, end = largest(config), clock(), ""
-    while size >= smallest and (not trials or (trials[-1].pays and clock() - began < BUDGET_S)):
+    size, left, end = largest(config), BUDGET_S, ""
+    while size >= smallest and (not trials or (trials[-1].pays and left > 0)):
         try:
-            trials.append(_trial(config, size, everywhere, clock, began + BUDGET_S))
+            trials.append(_trial(config, size, everywhere, clock, left))
+            left -= trials[-1].seconds
         except CapacityError as error:
             end = f"{size} tokens cannot be tried: {error}"
             break
@@ -79,7 +93,9 @@ def measure(
     return Threshold(split_from, Decision("two-batch overlap", value, f"measured: {'; '.join(told)}"))
 
 
-def _trial(config: PlannerConfig, size: int, everywhere: Everywhere, clock: Callable[[], float], until: float) -> Trial:
+def _trial(
+    config: PlannerConfig, size: int, everywhere: Everywhere, clock: Callable[[], float], budget: float
+) -> Trial:
     """Raises `CapacityError` when a rank has no memory for the size."""
     steps = [dry_step(config, size, halves) for halves in (False, True)]
     for act in WARM:
@@ -87,7 +103,7 @@ def _trial(config: PlannerConfig, size: int, everywhere: Everywhere, clock: Call
             each_performs(everywhere(act, step))
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(ROUNDS):
-        if turn >= LEAST_ROUNDS and clock() >= until:
+        if turn >= LEAST_ROUNDS and sum(map(sum, times)) >= budget:
             break
         for step, taken in zip(steps, times, strict=True):
             began = clock()
