@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tessera.core.errors import RequestError
 from tessera.serve.router.rooms import ROOM_BITS, Meeting, batch_size, legs, prompt_of
-from tessera.serve.router.servers import bootstrap_port_of
+from tessera.serve.router.servers import bootstrap_port_of, ranks_of
 
 AT = Meeting("10.0.0.1", 8998)
 
@@ -97,3 +97,17 @@ def test_what_counts_as_a_batch() -> None:
 def test_the_bootstrap_port_is_the_one_that_was_bound(info: dict[str, Any], port: int | None) -> None:
     """`--disaggregation-bootstrap-port 0` asks for any free one, which only the server knows."""
     assert bootstrap_port_of(info) == port
+
+
+@pytest.mark.parametrize(
+    ("info", "ranks"),
+    [
+        ({"config": {"mesh": {"dp": 2, "replicas": 3}}, "dp_size": 9}, 6),
+        ({"dp_size": 4}, 4),
+        ({"config": {"mesh": {"dp": None, "replicas": 2}}}, 1),
+        ({"config": {"mesh": {"dp": "2", "replicas": "2"}}}, 1),
+        ({"config": "SGLang's", "dp_size": 0}, 1),
+    ],
+)
+def test_what_a_server_tells_of_its_ranks_never_ends_the_router(info: dict[str, Any], ranks: int) -> None:
+    assert ranks_of(info) == ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -182,10 +183,9 @@ class Fleet:
 
 def ranks_of(info: Mapping[str, Any]) -> int:
     """Data-parallel ranks, as our `/server_info` and SGLang's tell them; 1 where they do not."""
-    config = info.get("config")
-    mesh = config.get("mesh") if isinstance(config, dict) else None
-    found = mesh.get("dp", 1) * mesh.get("replicas", 1) if isinstance(mesh, dict) else info.get("dp_size", 1)
-    return found if isinstance(found, int) and found > 0 else 1
+    mesh = _group(info, "mesh")
+    sizes = (mesh.get("dp", 1), mesh.get("replicas", 1)) if mesh else (info.get("dp_size", 1),)
+    return prod(sizes) if all(type(size) is int and size > 0 for size in sizes) else 1
 
 
 def bootstrap_port_of(info: Mapping[str, Any]) -> int | None:
@@ -194,18 +194,18 @@ def bootstrap_port_of(info: Mapping[str, Any]) -> int | None:
     bound = str(engine.get("bootstrap")).rpartition(":")[2] if isinstance(engine, dict) else ""
     if bound.isdecimal():
         return int(bound)
-    found = _handover(info).get("bootstrap_port", info.get("disaggregation_bootstrap_port"))
+    found = _group(info, "handover").get("bootstrap_port", info.get("disaggregation_bootstrap_port"))
     return found if isinstance(found, int) else None
 
 
 def mode_of(info: Mapping[str, Any]) -> str | None:
     """The part that a server plays (prefill, decode or null); None where it does not tell."""
-    found = _handover(info).get("role", info.get("disaggregation_mode"))
+    found = _group(info, "handover").get("role", info.get("disaggregation_mode"))
     return found if isinstance(found, str) else None
 
 
-def _handover(info: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group of our configuration that speaks of the hand-over; empty where there is none."""
+def _group(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A group of our configuration; empty where there is none."""
     config = info.get("config")
-    group = config.get("handover") if isinstance(config, dict) else None
+    group = config.get(name) if isinstance(config, dict) else None
     return group if isinstance(group, dict) else {}
