@@ -17,8 +17,10 @@ from tessera.run import poster
 from tessera.run.mailbox import Mailbox, readable
 from tessera.run.poster import Connect, Connected, News, Poster, Written
 from tessera.transfer.base import Done
+from tessera.transfer.manifest import Member
 
 WAIT_S = 60.0
+MEMBER = Member("local", b"writer", 4, 4, ())
 
 
 class Engine:
@@ -87,7 +89,7 @@ def test_nobody_asks_while_a_batch_is_under_way_and_its_end_is_told(monkeypatch:
     said: queue.SimpleQueue[News] = queue.SimpleQueue()
     slow = Slow()
     engine: Any = slow
-    one = Poster(engine, SINGLE, 0, said.put)
+    one = Poster(engine, SINGLE, 0, MEMBER, said.put)
     destination: Any = SimpleNamespace(members=[SimpleNamespace(endpoint=b"reader")])
     one.order(Connect("peer", destination, destination))
     assert said.get(timeout=WAIT_S) == Connected("peer", 0, None)
@@ -105,7 +107,7 @@ def test_a_send_of_pages_and_a_slot_is_told_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(poster, "CopyPlan", Plan)
     said: queue.SimpleQueue[News] = queue.SimpleQueue()
     engine: Any = Engine()
-    one = Poster(engine, SINGLE, 0, said.put)
+    one = Poster(engine, SINGLE, 0, MEMBER, said.put)
     destination: Any = SimpleNamespace(members=[SimpleNamespace(endpoint=b"reader")])
     one.order(Connect("peer", destination, destination))
     assert said.get(timeout=WAIT_S) == Connected("peer", 0, None)

@@ -35,9 +35,8 @@ from tessera.run.poster import Poster
 from tessera.run.processes import Processes, Tell, unheard
 from tessera.run.profiling import Tracer
 from tessera.run.rowparams import RowParams
-from tessera.run.runner import Post, Runner
+from tessera.run.runner import Runner
 from tessera.run.sampler import Sampler
-from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.table import RowTable
 from tessera.run.trials import Trials
@@ -229,14 +228,14 @@ def _home(mesh: MeshConfig) -> torch.device:
     return torch.device(mesh.device, mesh.devices[0])
 
 
-def make_post(config: Config, caches: Caches, pools: Pools, rank: int, tell: Tell) -> Post | None:
+def make_post(config: Config, caches: Caches, pools: Pools, rank: int, tell: Tell) -> Poster | None:
     """A rank's end of hand-overs: its transfer engine, which knows the pools. None where nothing is handed over."""
     handover, host = config.handover, config.serving.host
     if handover.role == "null":
         return None
     engine = make_engine(handover.engine, host, handover.devices)
     held = member(handover.engine, engine, caches, pools.tensors, pools.num_pages, pools.num_slots)
-    return Post(Poster(engine, config.mesh.mesh, rank, tell), Seat(held, engine.name))
+    return Poster(engine, config.mesh.mesh, rank, held, tell)
 
 
 def default_executor(config: Config) -> Executor:

@@ -14,12 +14,11 @@ from tessera.core.errors import PeerError
 from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
-from tessera.run.poster import Order
+from tessera.run.poster import Order, Seat
 from tessera.run.profiling import ProfileOrder
 from tessera.run.recording import TOGETHER, Act, called, record
 from tessera.run.report import Tally
 from tessera.run.runner import Launched, Runner
-from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.waiter import Watch
 

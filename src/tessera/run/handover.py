@@ -12,9 +12,8 @@ from tessera.core.tensors import cache_table
 from tessera.models.folder import weights_version
 from tessera.plan.handoff import Errand, Wire
 from tessera.run.courier import Courier
-from tessera.run.poster import Connected, News, Order
+from tessera.run.poster import Connected, News, Order, Seat
 from tessera.run.profiling import Traced
-from tessera.run.seat import Seat
 from tessera.transfer.manifest import Manifest, Member, new_instance
 
 log = logging.getLogger(__name__)

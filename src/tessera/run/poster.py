@@ -23,7 +23,7 @@ from tessera.run.mailbox import Mailbox
 from tessera.run.profiling import Traced
 from tessera.transfer.base import Done, Engine, Runs
 from tessera.transfer.copies import CopyPlan
-from tessera.transfer.manifest import Manifest
+from tessera.transfer.manifest import Manifest, Member
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,14 @@ Order = Connect | Part | Shut
 News = Connected | Fenced | Written | Broke | Traced
 
 
+class Seat(msgspec.Struct, frozen=True):
+    """How ranks of other servers reach a rank: its entry in the manifest, and the name of its transfer engine, by which
+    it is fenced."""
+
+    member: Member
+    name: str
+
+
 @dataclass(slots=True)
 class _Route:
     """A peer: what goes where, and the names of the engines of those of its ranks that get something from here."""
@@ -91,10 +99,11 @@ class _Pending:
 
 
 class Poster:
-    """Posts the sends of one rank. Its methods may be called from any thread, and return at once."""
+    """Posts the sends of one rank, whose entry in the manifest is `member`. Its methods may be called from any thread,
+    and return at once."""
 
-    def __init__(self, engine: Engine, mesh: Mesh, rank: int, tell: Callable[[News], None]) -> None:
-        self.name = engine.name
+    def __init__(self, engine: Engine, mesh: Mesh, rank: int, member: Member, tell: Callable[[News], None]) -> None:
+        self.seat = Seat(member, engine.name)
         self._engine, self._rank, self._dp_rank, self._tell = engine, rank, mesh.coordinate(rank, "dp"), tell
         self._work: Mailbox[Order | Sequence[Send] | None] = Mailbox()
         self._routes: dict[str, _Route] = {}

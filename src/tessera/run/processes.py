@@ -21,11 +21,10 @@ from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.hosts import identity, placed
 from tessera.run.hub import Hub
-from tessera.run.poster import News, Order
+from tessera.run.poster import News, Order, Seat
 from tessera.run.profiling import ProfileOrder
 from tessera.run.recording import TOGETHER, Act, called, record
 from tessera.run.report import Tally
-from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told, Trace, Try
 

@@ -23,14 +23,13 @@ from tessera.run.batch import Batch, Model, Wanted, drawn_of, make_batch
 from tessera.run.graphs import Graphs, Size, columns_of, places_of
 from tessera.run.host import Download, Executor, Inline
 from tessera.run.pools import Pools, SlotWatch
-from tessera.run.poster import Order, Poster
+from tessera.run.poster import Order, Poster, Seat
 from tessera.run.profiling import ProfileOrder, Tracer
 from tessera.run.recording import ALONE, Act, perform, record
 from tessera.run.report import Tally, tally
 from tessera.run.results import finish, logprobs_at, no_part, note_prompt_scores, scored_only
 from tessera.run.rowparams import RowParams
 from tessera.run.sampler import GREEDY, DrawPlan, Sampler, Scores, plan_draws, plan_prompt_scores
-from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 from tessera.run.table import Known, RowTable, Sequence
 from tessera.run.trials import Trials
@@ -73,14 +72,6 @@ class Launched:
     sends: tuple[Send, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Post:
-    """A rank's end of hand-overs."""
-
-    poster: Poster
-    seat: Seat
-
-
 class Runner:
     """One rank: the row table's mirror, the pools, the model. `debug` checks the position of every slot read."""
 
@@ -96,7 +87,7 @@ class Runner:
         dp_rank: int = 0,
         debug: bool = False,
         graphs: Graphs | None = None,
-        post: Post | None = None,
+        post: Poster | None = None,
         stages: Stages | None = None,
         tracer: Tracer | None = None,
         trials: Trials | None = None,
@@ -209,7 +200,7 @@ class Runner:
         """Waits for a step; its tokens, which sequences ended, and the outputs. Raises what the step raised."""
         arrays = launched.result.result().wait()
         if launched.sends and self.post is not None:
-            self.post.poster.post(launched.sends)
+            self.post.post(launched.sends)
         work, batch = launched.work, launched.work.batch
         done, outputs = no_part(), []
         if isinstance(batch, Replay) and work.draw_plan is GREEDY:
@@ -236,7 +227,7 @@ class Runner:
     def order(self, order: Order) -> None:
         """See `Runs.order`."""
         assert self.post is not None
-        self.post.poster.order(order)
+        self.post.order(order)
 
     def trace(self, order: ProfileOrder) -> int:
         """See `Runs.trace`."""
@@ -268,4 +259,4 @@ class Runner:
         self._executor.close()
         self._steps.close()
         if self.post is not None:
-            self.post.poster.close()
+            self.post.close()

@@ -20,11 +20,10 @@ from tessera.core.messages import Output
 from tessera.plan.step import Step, StepDone
 from tessera.run.graphs import Size
 from tessera.run.hosts import Identity, Placed
-from tessera.run.poster import News, Order
+from tessera.run.poster import News, Order, Seat
 from tessera.run.profiling import ProfileOrder
 from tessera.run.recording import Act
 from tessera.run.report import Tally
-from tessera.run.seat import Seat
 from tessera.run.stages import Stages
 
 HEARTBEAT_MS, SILENCE_MS = 1000, 4000
