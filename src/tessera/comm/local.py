@@ -6,8 +6,9 @@ Ranks meet at a numbered rendezvous per group. Sums run in the order of ranks on
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
 Key = tuple[tuple[int, ...], int]
+Brought = list[tuple[Tensor, ...]]  # of the ranks of a group, in their order
+Combine = Callable[[Brought], Tensor]
 
 
 @dataclass
@@ -72,7 +75,7 @@ class LocalGroup:
             meeting.brought[rank] = parts
             self._changed.notify_all()
 
-    def take(self, key: Key, rank: int) -> list[tuple[Tensor, ...]]:
+    def take(self, key: Key, rank: int) -> Brought:
         """The parts of all ranks of the group, in order of rank; waits for them."""
         ranks = key[0]
         with self._changed:
@@ -89,55 +92,35 @@ class LocalGroup:
 
 
 @dataclass
-class _Sum:
-    """A sum that is taken when waited for; coordinate `at` keeps `keep` along `dim`, or everything."""
+class _Collective:
+    """One under way: `combine` makes the result of what all brought, in order of rank, when it is waited for."""
 
     group: LocalGroup
     key: Key
     rank: int
-    keep: tuple[int, int, int] | None = None
-    dtype: Dtype = None
+    combine: Combine
 
     def wait(self) -> Tensor:
         """The result."""
-        parts = [part for brought in self.group.take(self.key, self.rank) for part in brought]
-        if self.keep is not None:
-            parts = [part.narrow(*self.keep) for part in parts]
-        return (
-            ordered_sum(parts, self.dtype) if len(parts) > 1 else parts[0].to(self.dtype or parts[0].dtype, copy=True)
-        )
+        return self.combine(self.group.take(self.key, self.rank))
 
 
-@dataclass
-class _Gather:
-    """A gather along `dim` that is taken when waited for."""
-
-    group: LocalGroup
-    key: Key
-    rank: int
-    dim: int
-
-    def wait(self) -> Tensor:
-        """The result."""
-        return torch.cat([part for (part,) in self.group.take(self.key, self.rank)], self.dim)
+def _sum(brought: Brought, keep: tuple[int, int, int] | None = None, dtype: Dtype = None) -> Tensor:
+    """Of all, or of what to `keep`; a new tensor."""
+    parts = [part if keep is None else part.narrow(*keep) for own in brought for part in own]
+    return ordered_sum(parts, dtype) if len(parts) > 1 else parts[0].to(dtype or parts[0].dtype, copy=True)
 
 
-@dataclass
-class _Exchange:
-    """An exchange that is taken, by coordinate `at`, when waited for."""
+def _cat(brought: Brought, dim: int) -> Tensor:
+    return torch.cat([part for (part,) in brought], dim)
 
-    group: LocalGroup
-    key: Key
-    rank: int
-    at: int
-    received: Sequence[int] | None
 
-    def wait(self) -> Tensor:
-        """The result."""
-        came = [pieces[self.at] for pieces in self.group.take(self.key, self.rank)]
-        lengths = [len(piece) for piece in came]
-        assert self.received is None or lengths == list(self.received), f"{lengths} rows came, not {self.received}"
-        return torch.cat(came)
+def _pick(brought: Brought, at: int, received: Sequence[int] | None) -> Tensor:
+    """The pieces for coordinate `at`."""
+    came = [pieces[at] for pieces in brought]
+    lengths = [len(piece) for piece in came]
+    assert received is None or lengths == list(received), f"{lengths} rows came, not {received}"
+    return torch.cat(came)
 
 
 class LocalComm:
@@ -154,13 +137,13 @@ class LocalComm:
         brought = tuple(part.clone() for part in parts)
         for part in parts:
             part.fill_(torch.nan)
-        return _Sum(self.group, self._bring(axis, "sum", brought), self.rank, None, dtype)
+        return self._start(axis, "sum", brought, partial(_sum, dtype=dtype))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
         at = self.mesh.coordinate(self.rank, axis)
         assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
-        return _Gather(self.group, self._bring(axis, "gather", (part,)), self.rank, dim)
+        return self._start(axis, "gather", (part,), partial(_cat, dim=dim))
 
     def scatter_sum(
         self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
@@ -168,12 +151,12 @@ class LocalComm:
         """See `Comm.scatter_sum`."""
         at = self.mesh.coordinate(self.rank, axis)
         keep = (dim, sum(lengths[:at]), lengths[at])
-        return _Sum(self.group, self._bring(axis, "scatter_sum", tuple(parts)), self.rank, keep, dtype)
+        return self._start(axis, "scatter_sum", tuple(parts), partial(_sum, keep=keep, dtype=dtype))
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """See `Comm.exchange`."""
-        key = self._bring(axis, "exchange", part.split(list(sent)))
-        return _Exchange(self.group, key, self.rank, self.mesh.coordinate(self.rank, axis), received)
+        mine = partial(_pick, at=self.mesh.coordinate(self.rank, axis), received=received)
+        return self._start(axis, "exchange", part.split(list(sent)), mine)
 
     def forget(self) -> None:
         """See `Comm.forget`. Nothing is recorded here."""
@@ -184,6 +167,9 @@ class LocalComm:
     def close(self) -> None:
         """See `Comm.close`."""
         self.group.fail(self.rank, None)
+
+    def _start(self, axis: str, kind: str, parts: tuple[Tensor, ...], combine: Combine) -> Handle:
+        return _Collective(self.group, self._bring(axis, kind, parts), self.rank, combine)
 
     def _bring(self, axis: str, kind: str, parts: tuple[Tensor, ...]) -> Key:
         ranks = self.mesh.group(self.rank, axis)
