@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,13 +15,15 @@ import pytest
 
 from commands.support import COMMAND, run
 from tessera import __version__
-from tessera.commands.options import COMMANDS, PREFIX, Command, _parser, parse
-from tessera.core.config import FLAGS
+from tessera.commands.options import COMMANDS, PREFIX, THEIRS, Command, _Form, _parser, parse
+from tessera.core.config import BY_KEY, FLAGS
 from tessera.core.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "tokenizers", "numpy", "starlette", "uvicorn", "httpx", "zmq", "rich")
 BY_NAME = {command.name: command for command in COMMANDS}
 OF_ENGINE = [command for command in COMMANDS if command.engine]
+# Left out, they ask for nothing: no default could be told.
+NOTHING = {"model_path", "quantization", "revision", "api_key", "log_events", "dist_init_addr", "speculative_algorithm"}
 WORDS = {"eval": ["--task", "gsm8k"]}
 
 
@@ -159,11 +164,46 @@ def test_help_is_short_to_appear(argv: list[str]) -> None:
         f"try: main({argv!r})\nexcept SystemExit: pass\n"
         f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    wide = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=wide
+    )
+    out = done.stdout
     assert "usage: tessera" in out
     assert json.loads(out.splitlines()[-1]) == []
     assert len(out.splitlines()) < 250
     assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_help_tells_every_default_and_says_something_of_every_option(command: Command) -> None:
+    form = _Form("")
+    for action in _parser(command)._actions:
+        text = form._expand_help(action) if action.help not in (None, argparse.SUPPRESS) else ""
+        hidden = action.dest.startswith(PREFIX) and action.help == argparse.SUPPRESS
+        assert text or hidden, f"{action.option_strings} says nothing"
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert f"Default: {action.default}." in text, action.option_strings
+
+
+def test_flags_tell_their_defaults_as_people_read_them() -> None:
+    for flag in FLAGS:
+        if flag.group != THEIRS and flag.state is None and flag.default is not False:
+            told = re.search(r"[Dd]efault:? (.+)|left out", flag.describe())
+            assert told or (flag.default is None and flag.name in NOTHING), flag.name
+            assert not re.search(r"[^.]\d\.0\.$|\(\)|\d{8}", flag.describe()), flag.name
+    assert "Default: 0." in BY_KEY["random_seed"].describe()
+    assert "Default: 32M." in BY_KEY["max_body_size"].describe()
+
+
+def test_flags_of_sglang_that_set_nothing_are_not_in_the_help_but_it_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, out, _ = run(capsys, "serve", "--help")
+    assert "--enable-eplb" not in out
+    assert "Other flags of SGLang's" in out
+    (text,) = refused("serve", "--model-path", "m", "--enable-eplb")
+    assert text == "--enable-eplb: not built yet. Leave it out; experts lie on the ranks in order."
 
 
 def test_help_takes_less_than_half_a_second() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tessera.core.config import BY_KEY, FLAGS, VARIABLES, Flag, Ignored, Notes, 
 from tessera.core.config.flag import real, size, switch, whole
 
 GOLDEN = Path(__file__).with_name("flags.txt")
+SGLANG = Path(__file__).with_name("sglang.txt")
 
 # The keys of the two seed recipes and the flags that their text names.
 RECIPE = (
@@ -108,6 +110,19 @@ def test_neutral_values_ask_for_nothing(flag: Flag) -> None:
 
 def test_the_seeds_flags_are_all_known() -> None:
     assert [key for key in RECIPE.split() if key.replace("-", "_") not in BY_KEY] == []
+
+
+def test_every_flag_of_sglangs_server_is_known() -> None:
+    """Those of its page "Server Arguments", but for other hardware, diffusion, images and offloading by others."""
+    assert [key for key in SGLANG.read_text().split() if key.replace("-", "_") not in BY_KEY] == []
+
+
+@pytest.mark.parametrize("name", ["api_key", "admin_api_key"])
+def test_a_secret_is_in_no_refusal(name: str) -> None:
+    notes = Notes()
+    read({name: "s3cret", f"--{name.replace('_', '-')}": "oth3r"}, notes)
+    assert notes.conflicts
+    assert not re.search("s3cret|oth3r", "".join(map(str, notes.conflicts)))
 
 
 def test_the_seeds_prefill_line_is_refused_for_what_is_not_built_and_for_nothing_else() -> None:

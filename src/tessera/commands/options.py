@@ -19,6 +19,11 @@ POLICIES = ("round_robin", "least_loaded", "cache_aware")  # those of the router
 PLACES = ("here", "ray", "slurm")
 ENDINGS = ("exit", "restart", "continue")
 OTLP = "localhost:4317"  # as SGLang's
+THEIRS = "sglang"  # the group of flags that are known by name only
+OTHERS = (
+    "Other flags of SGLang's server are known by name: each is refused with what to do instead, or does nothing and is "
+    "listed at the start with the reason."
+)
 PREFIX = "engine_"  # of the engine's flags among the options of a command
 USAGE = {
     "serve": "[MODEL] [FLAGS]",
@@ -187,7 +192,8 @@ def _router(parser: argparse.ArgumentParser) -> None:
     add("--api-key", help="Key that clients must send, and that servers are sent; without it the clients' own go on.")
     add("--drain-timeout", type=_at_least(0, float), default=30.0, help="Seconds for running requests after SIGTERM.")
     add("--max-body-size", default="32M", help="Largest request body, bytes (or like 64M).")
-    add("--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info")
+    add("--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info",
+        help="What is logged.")  # fmt: skip
     add(
         "--log-requests",
         action="store_true",
@@ -273,6 +279,13 @@ class _Form(argparse.HelpFormatter):
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{', '.join(action.option_strings)} {value}"
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Tells the default, where the help does not."""
+        text = action.help
+        if text in (None, argparse.SUPPRESS) or action.default in (None, False, [], argparse.SUPPRESS):
+            return text
+        return text if f"Default: {action.default}." in str(text) else f"{text} Default: {action.default}."
+
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "FILE" if action.type is Path else "N" if action.type else "X"
 
@@ -294,6 +307,7 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         usage=f"tessera {command.name} {USAGE.get(command.name, '[FLAGS]')}",
         description=command.help,
         allow_abbrev=False,
+        epilog=OTHERS if command.engine else None,
         formatter_class=_Form,
     )
     command.add(parser)
@@ -302,13 +316,14 @@ def _parser(command: Command) -> argparse.ArgumentParser:
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in command.flags:
         if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(flag.group)
+            groups[flag.group] = parser.add_argument_group(None if flag.group == THEIRS else flag.group)
         _add(groups[flag.group], flag)
     return parser
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    text, dest = flag.describe().replace("%", "%%"), PREFIX + flag.name
+    dest = PREFIX + flag.name
+    text = argparse.SUPPRESS if flag.group == THEIRS else flag.describe().replace("%", "%%")
     if flag.is_switch:
         group.add_argument(*flag.spellings, dest=dest, action="store_const", const=True, help=text)
     else:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from tessera.core.config.flag import Flag, Ignored, Unbuilt
 from tessera.core.config.flags_engine import KERNELS, MEMORY, MESH, MODEL, SCHEDULING
 from tessera.core.config.flags_server import HANDOVER, LOGGING, SERVING, SPECULATION
+from tessera.core.config.flags_sglang import SGLANG
 from tessera.core.config.types import Notes
 from tessera.core.errors import Conflict
 
@@ -27,6 +28,7 @@ FLAGS: tuple[Flag, ...] = (
     *HANDOVER,
     *SERVING,
     *LOGGING,
+    *SGLANG,
 )
 BY_KEY: Mapping[str, Flag] = {key: flag for flag in FLAGS for key in flag.keys}
 
@@ -109,7 +111,8 @@ def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> No
         notes.unread(Conflict((name,), f"found {raw!r}", f"{_sentence(str(error))}."), (flag,))
         return
     if flag.name in given and given[flag.name] != value:
-        notes.refuse((name,), f"asked twice, as {given[flag.name]!r} and as {value!r}", "Give it once.")
+        both = "" if flag.is_secret else f", as {given[flag.name]!r} and as {value!r}"
+        notes.refuse((name,), f"asked twice{both}", "Give it once.")
     elif flag.choices and str(value) not in (*flag.choices, *flag.unbuilt) and not flag.neutral_value(value):
         _refuse_unknown(flag, str(value), notes)
     elif str(value) in flag.unbuilt:
@@ -118,7 +121,7 @@ def _take(flag: Flag, raw: object, given: dict[str, object], notes: Notes) -> No
     else:
         given[flag.name] = value
         if isinstance(flag.state, Unbuilt) and flag.refused(value):
-            shown = "" if flag.is_switch else f" {_shown(value)}"
+            shown = "" if flag.is_switch or flag.is_secret else f" {_shown(value)}"
             notes.refuse((name + shown,), "not built yet", f"{_sentence(flag.state.instead)}.")
         if isinstance(flag.state, Ignored) and value not in (False, ()):
             notes.decide(f"{name} {_shown(value)}".removesuffix(" True"), "ignored", flag.state.reason)

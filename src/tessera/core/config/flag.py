@@ -59,6 +59,11 @@ class Flag:
         return tuple(s.removeprefix("--").replace("-", "_") for s in self.spellings)
 
     @property
+    def is_secret(self) -> bool:
+        """True when its value is shown to nobody."""
+        return self.name.endswith("api_key")
+
+    @property
     def is_switch(self) -> bool:
         """True when the flag takes no value on the command line."""
         return self.parse is switch
@@ -85,7 +90,13 @@ class Flag:
             return f"{text} (not built yet)"
         if isinstance(self.state, Ignored):
             return f"{text} (ignored: {self.state.reason})"
-        return text if self.default in (None, False) else f"{text} Default: {self.default}."
+        return text if self.default in (None, ()) or self.default is False else f"{text} Default: {self._default()}."
+
+    def _default(self) -> str:
+        """The default as it would be written."""
+        if self.parse is size and isinstance(self.default, int):
+            return f"{self.default >> 20}M"
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
 
 def switch(value: object) -> bool:

@@ -17,17 +17,19 @@ AUTO = "use 'auto', the fastest that this device has"
 MODEL = (
     Flag("model_path", text, None, "Folder, hub name, or a model of this package (abacus-hybrid, abacus-mla).", "model",
          ("--model",)),
-    Flag("tokenizer_path", text, None, "Folder or hub name of the tokeniser, if not the model's.", "model"),
+    Flag("tokenizer_path", text, None, "Folder or hub name of the tokeniser; default: the model's.", "model"),
     Flag("tokenizer_mode", text, "auto", "Which tokeniser implementation.", "model", choices=("auto",),
          unbuilt=("slow",), instead="use 'auto' (the fast tokeniser)"),
     Flag("skip_tokenizer_init", switch, False, "Serve token ids only; no tokeniser is loaded.", "model"),
-    Flag("chat_template", text, None, "File with a Jinja chat template, instead of the model's.", "model"),
+    Flag("chat_template", text, None, "File with a Jinja chat template; default: the model's.", "model"),
     Flag("trust_remote_code", switch, False, "Allow code from the checkpoint.", "model",
          state=Ignored("no code from a checkpoint is ever run")),
-    Flag("revision", text, None, "Branch, tag or commit of a hub model.", "model"),
-    Flag("download_dir", text, None, "Folder that hub models are kept in.", "model"),
+    Flag("revision", text, None, "Branch, tag or commit of a hub model, if not its newest.", "model"),
+    Flag("download_dir", text, None,
+         "Folder that hub models are kept in; default: the hub's own cache (HF_HOME).", "model"),
     Flag("served_model_name", text, None, "Name of the model in the API; default: the model path as given.", "model"),
-    Flag("context_length", whole(2), None, "Most tokens of one sequence, prompt and answer together.", "model"),
+    Flag("context_length", whole(2), None, "Most tokens of one sequence, prompt and answer together; default: "
+         "what the model knows and the KV pool holds.", "model"),
     Flag("dtype", text, "auto", "Type of weights and activations.", "model",
          choices=("auto", "bfloat16", "float16", "float32", "float64", "half", "float")),
     Flag("quantization", text, None,
@@ -108,10 +110,13 @@ MEMORY = (
 )  # fmt: skip
 
 SCHEDULING = (
-    Flag("max_running_requests", whole(1), None, "Most sequences in a step (rows of the row table).", "scheduling"),
-    Flag("max_queued_requests", whole(1), None, "Most requests that wait; more are refused with 503.", "scheduling"),
+    Flag("max_running_requests", whole(1), None, "Most sequences in a step (rows of the row table); default: 64 on a "
+         "CPU, 256 on CUDA, fewer where recurrent states leave no room.", "scheduling"),
+    Flag("max_queued_requests", whole(1), None, "Most requests that wait; more are refused with 503. Default: 64 for "
+         "each running one.", "scheduling"),
     Flag("chunked_prefill_size", whole(1, also=(-1,)), None,
-         "Most tokens of a step that holds prompts; -1: prompts are not cut.", "scheduling"),
+         "Most tokens of a step that holds prompts; -1: prompts are not cut. Default: 512 on a CPU; on CUDA 8192, "
+         "twice that where experts see few tokens, less where memory is short.", "scheduling"),
     Flag("max_prefill_tokens", whole(1), 16384,
          "Most prompt tokens of a step (a prompt that is not cut may exceed it, alone).", "scheduling"),
     Flag("enable_mixed_chunk", switch, False, "Running decodes ride along with a prefill chunk.", "scheduling"),
@@ -156,7 +161,8 @@ KERNELS = (
          "kernels", choices=("none", "all_to_all"), unbuilt=("deepep", "mooncake", "nixl", "flashinfer"),
          instead="use 'none' or 'all_to_all'"),
     Flag("moe_a2a_padded_tokens", whole(0), None,
-         "Most tokens of a step, all DP ranks together, that travel without being counted, in exchanges of one size.",
+         "Most tokens of a step, all DP ranks together, that travel without being counted, in exchanges of one size; "
+         "default: from the model, 0 on a CPU.",
          "kernels"),
     Flag("parts_dtype", text, "auto",
          "What a rank's part of a sum across ranks, and what experts make, is kept in until all of it is added up; "
@@ -170,8 +176,10 @@ KERNELS = (
          state=Unbuilt("leave it out; tokens are equal up to the rounding of reordered sums")),
     Flag("enable_torch_compile", switch, False, "Compile the model.", "kernels", state=Unbuilt("leave it out")),
     Flag("disable_cuda_graph", switch, False, "No CUDA graphs.", "kernels"),
-    Flag("cuda_graph_max_bs", whole(1), None, "Largest batch with a CUDA graph.", "kernels"),
-    Flag("cuda_graph_bs", wholes, (), "Batch sizes with a CUDA graph.", "kernels"),
+    Flag("cuda_graph_max_bs", whole(1), None, "Largest batch with a CUDA graph; default: --max-running-requests.",
+         "kernels"),
+    Flag("cuda_graph_bs", wholes, (), "Batch sizes with a CUDA graph; default: 1, 2, 4, then steps of 8 and of 16.",
+         "kernels"),
     Flag("compile_ahead", real(0), 10.0,
          "Seconds that a start on a GPU may take for kernels that are not in the cache; several processes compile them "
          "and go on behind it. 0: each is compiled when it is met.", "kernels"),

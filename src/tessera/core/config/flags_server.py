@@ -14,7 +14,8 @@ SPECULATION = (
     Flag("speculative_num_steps", whole(0), None, "Drafting steps.", "speculation", state=NO_DRAFTS),
     Flag("speculative_num_draft_tokens", whole(1), None, "Drafted tokens a step.", "speculation", state=NO_DRAFTS),
     Flag("speculative_eagle_topk", whole(1), None, "Branches of a draft.", "speculation", state=NO_DRAFTS),
-    Flag("speculative_draft_model_path", text, None, "Model that drafts.", "speculation", state=NO_DRAFTS),
+    Flag("speculative_draft_model_path", text, None, "Model that drafts.", "speculation",
+         ("--speculative-draft-model",), state=NO_DRAFTS),
 )  # fmt: skip
 
 HANDOVER = (
@@ -26,7 +27,8 @@ HANDOVER = (
          instead="use 'local' or 'cuda_ipc' inside one host, mooncake or nixl across hosts"),
     Flag("disaggregation_bootstrap_port", whole(0, 65535), 8998, "Port of the prefill server at which the two meet; 0: "
          "any free one.", "hand-over"),
-    Flag("disaggregation_ib_device", text, None, "Network devices for the bytes.", "hand-over"),
+    Flag("disaggregation_ib_device", text, None,
+         "Network devices for the bytes, for mooncake and nixl; default: theirs.", "hand-over"),
     Flag("disaggregation_bootstrap_timeout", positive(), 300.0,
          "Seconds that a request waits at prefill for the decode server that shall have it.", "hand-over"),
     Flag("disaggregation_waiting_timeout", positive(), 300.0,
