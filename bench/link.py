@@ -96,6 +96,7 @@ class Link:
         took = [self._once(runs) for _ in range(rounds)]
         found = []
         for (began, posted, over), (heard, launched, copied) in zip(took, self._stamps(), strict=True):
+            assert began <= heard <= launched <= copied <= over, "stamps of another round"
             times = (began, posted, heard, launched, copied, over)
             found.append([b - a for a, b in pairwise(times)])
         return {leg: statistics.median(column) for leg, column in zip(LEGS, zip(*found, strict=True), strict=True)}

