@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import threading
@@ -20,7 +21,7 @@ import zmq
 
 from assets.abacus import model, prompt, questions
 from run.test_loop import LONG, Engine
-from tessera.core.errors import CapacityError, ConfigError, DeadlineError, ModelError, PeerError
+from tessera.core.errors import CapacityError, ConfigError, DeadlineError, ModelError, PeerError, TesseraError
 from tessera.core.messages import Abort, Output, Outputs, SamplingParams, Submit
 from tessera.models.folder import find_model
 from tessera.plan.handoff import Written
@@ -171,6 +172,22 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed() -> None:
     assert not ranks()
 
 
+def test_a_rank_that_hangs_is_named_by_who_waits_for_it_and_is_not_left_behind() -> None:
+    """Known fault: only ranks that answer were named, and those were not the ones that hang."""
+    engine = Multi(watchdog_timeout=2)
+    engine.core.post(Submit("r", [5, 6, 7], LONG))
+    with engine:
+        wait_until(lambda: len(outputs(engine)) > 3)
+        (victim,) = [r for r in ranks() if '"rank":1' in r.cmdline()[-1]]
+        victim.suspend()
+        last = engine.ended()
+        assert last["r", 0].finish == "error"
+        fatal = engine.fatal()
+        assert fatal is not None
+        assert re.search(r"rank 0: DeadlineError: rank 0 waited 2.0 s in sum .* for ranks \[1\]", fatal.error)
+    assert not ranks()
+
+
 def test_a_rank_that_fails_says_why_and_the_others_wait_for_nobody() -> None:
     engine = Multi(**DP)
     launch, calls = engine.core.runner.launch, iter(range(1000))
@@ -253,6 +270,10 @@ class Scripted:
 
     def start(self, *arguments: Any) -> None:
         """They are here."""
+
+    def why(self, first: TesseraError) -> TesseraError:
+        """Nobody knows better."""
+        return first
 
     def met(self) -> None:
         """Nothing to clear away."""

@@ -157,7 +157,8 @@ class FakeEngine:
         self.sink(Ready(self.info()))
         try:
             while not (self.stopping and not self.rows):
-                self.turn()
+                if not self.hung:  # what hangs says nothing, whatever is aborted
+                    self.turn()
                 if not self.rows:
                     self.sink(Tick(time.monotonic()))
                 time.sleep(self.delay or 0.001)

@@ -304,6 +304,18 @@ def test_an_engine_that_hangs_is_started_anew_too(folder: Path) -> None:
         assert "it is started anew: 1 of 3 times" in server.text
 
 
+@in_loop
+async def test_a_replica_that_hangs_is_named_once() -> None:
+    several = Several("round_robin")
+    stream, hung = several.ask(), several.client.replicas[0]
+    hung.give_up()
+    for error in (hung.failure, several.client.replicas[0].silent()):
+        assert str(error).startswith("replica 0: the engine has not stepped")
+    with pytest.raises(DeadlineError, match=r"^replica 0: the engine"):
+        await stream.read()
+    stream.close()
+
+
 def test_a_start_that_is_slower_than_the_watchdog_is_no_failure_and_an_idle_engine_neither(folder: Path) -> None:
     """Known fault: both used up all restarts."""
     with fake_server(folder, {"FAULT": "late"}, on_failure="restart", watchdog_timeout=2) as server:

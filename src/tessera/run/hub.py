@@ -100,7 +100,7 @@ class Hub:
             try:
                 self._socket.send_multipart([self._name(rank), data])
             except zmq.ZMQError as error:
-                raise self._why(f"rank {rank} cannot be reached") from error
+                raise self.why(PeerError(f"rank {rank} cannot be reached")) from error
 
     def receive(self, seconds: float, also: int | None = None) -> tuple[int, Up] | None:
         """The next message and whose it is; None when none comes in time, or before the file `also` is readable.
@@ -118,7 +118,7 @@ class Hub:
             if found is not None and not isinstance(found[1], Failed):
                 return found
             if found is not None or self._nearest & ready.keys() or self._lost_by_now():
-                raise self._why("a rank has gone")
+                raise self.why(PeerError("a rank has gone"))
             if also in ready or time.monotonic() >= until:
                 return None
 
@@ -182,9 +182,9 @@ class Hub:
             self._told.setdefault(rank, message)
         return rank, message
 
-    def _why(self, first: str) -> TesseraError:
+    def why(self, first: TesseraError) -> TesseraError:
         """What is wrong: what a rank said of itself; else how one ended; else which have gone elsewhere; else what one
-        says of others."""
+        says of others; else what was noticed `first`."""
         until = time.monotonic() + GATHER_S
         while (left := until - time.monotonic()) > 0 and not self._causes():
             if self._socket.poll(int(left * 1000) + 1):
@@ -196,7 +196,7 @@ class Hub:
             return PeerError(f"ranks {lost} on other hosts have gone, or cannot be reached")
         told = self._causes() or self._told
         if not told:
-            return PeerError(first)
+            return first
         rank, failed = min(told.items())
         if failed.conflicts:
             return ConfigError(list(failed.conflicts))

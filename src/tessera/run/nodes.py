@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
+import zmq
 
 from tessera.core.config.types import Config
 from tessera.core.errors import PeerError
@@ -18,7 +19,7 @@ from tessera.core.mesh import ranks_of
 from tessera.run import ahead
 from tessera.run.children import Children
 from tessera.run.startup import Prepared
-from tessera.run.wire import Spawn
+from tessera.run.wire import Spawn, watched
 
 COMMAND = (sys.executable, "-P", "-m", "tessera.run.rank")
 END_S = 5.0
@@ -46,6 +47,21 @@ def start(
     return Children(commands, [[] if spawn.listening is None else [spawn.listening] for spawn in spawns])
 
 
+@contextlib.contextmanager
+def engine_at(address: str) -> Iterator[zmq.Socket[bytes]]:
+    """A socket that becomes readable when the engine there has gone; nothing is said to it. A rank that hangs does not
+    notice that, and its host would wait for it for ever."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as link:
+        link.linger = 0
+        gone = watched(link)
+        try:
+            link.connect(address)
+            yield gone
+        finally:
+            link.disable_monitor()
+            gone.close(0)
+
+
 def follow(prepared: Prepared) -> None:
     """Runs the ranks of this host until their engine, on the first host, ends them, or a signal does.
 
@@ -63,15 +79,21 @@ def follow(prepared: Prepared) -> None:
     log.info("ranks %d to %d wait for the engine at %s", ranks[0], ranks[-1], config.mesh.meeting)
     log.info("scheduling, sizes of pools and serving are as the first host says")
     try:
-        waiting = select.poll()
-        for end in (told, *children.ends):
-            waiting.register(end, select.POLLIN)
-        if any(end == told for end, _ in waiting.poll()):
+        with engine_at(f"tcp://{mesh.meeting}") as gone:
+            waiting = zmq.Poller()
+            for end in (told, gone, *children.ends):
+                waiting.register(end, zmq.POLLIN)
+            ready = dict(waiting.poll())
+        if told in ready:
             log.info("a signal ends the ranks of this host")
             return
         children.wait(END_S)
         if failed := children.ended(badly=True):
             raise PeerError("; ".join(f"rank {ranks[i]} {how}" for i, how in failed.items()))
+        if len(children.ended()) < len(ranks):
+            raise PeerError(
+                f"the engine has gone, and a rank of this host has not ended within {END_S:g} s; it is killed"
+            )
     finally:
         children.close()
         if compiling is not None:

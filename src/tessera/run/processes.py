@@ -30,6 +30,7 @@ from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading
 
 START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
+GIVE_UP_S = 1.0  # after a start that failed: a rank that imports or loads hears nothing anyway
 HOST = "127.0.0.1"
 Tell = Callable[[News], None]
 UpT = TypeVar("UpT", Hello, Loaded)
@@ -75,7 +76,7 @@ class Processes:
         try:
             self._start(config, progress)
         except BaseException:
-            self.close()
+            self._hub.close(GIVE_UP_S)
             raise
 
     def _start(self, config: Config, progress: Progress | None) -> None:
@@ -184,7 +185,8 @@ class Processes:
             if self._take(min(until, launched.due) - now, news):
                 continue
             if time.monotonic() >= launched.due:
-                raise DeadlineError(f"ranks {missing} have not finished step {launched.index} in {self._silence:g} s")
+                late = f"ranks {missing} have not finished step {launched.index} in {self._silence:g} s"
+                raise self._hub.why(DeadlineError(late))  # who waits for another one may say for whom
             return False
         return True
 

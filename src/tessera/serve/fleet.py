@@ -20,6 +20,7 @@ Advance = Callable[[int, int], None]
 Probe = Callable[[int], Awaitable[float]]
 
 WATCH_SECONDS = 0.5
+SAY_SECONDS = 2.0  # an engine whose ranks hang notices it as soon as we do, and knows more about it
 
 
 class Fleet:
@@ -84,8 +85,8 @@ class Fleet:
         while self._known.resolved.config.serving.on_failure != "exit":
             await asyncio.sleep(WATCH_SECONDS)
             for engine, replica in zip(self._engines, client.replicas, strict=True):
-                if replica.stale and replica.failure is None:
-                    replica.fail(replica.silent())
+                if replica.age > replica.allowed + SAY_SECONDS and replica.failure is None:
+                    replica.give_up()
                     engine.kill()
 
     async def _live(self, number: int, client: EngineClient, probe: Probe) -> None:
@@ -133,9 +134,9 @@ class Fleet:
         """How the first engine has ended, for people."""
         return self._engines[0].end()
 
-    async def ended(self, seconds: float) -> None:
-        """Waits up to `seconds` for all to end."""
-        await asyncio.gather(*(engine.ended(seconds) for engine in self._engines))
+    async def ended(self, seconds: float) -> bool:
+        """Waits up to `seconds` for all to end; whether they have."""
+        return all(await asyncio.gather(*(engine.ended(seconds) for engine in self._engines)))
 
     def kill(self) -> None:
         """Ends all at once."""

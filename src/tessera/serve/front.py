@@ -34,6 +34,7 @@ T = TypeVar("T")
 Progress = Callable[[str, bool], AbstractContextManager[Advance]]
 
 PREPARE_SECONDS = 6 * 3600.0  # the model may have to be downloaded first
+SAY_SECONDS = 5.0  # an engine that waits in vain while it starts has a deadline of its own, and says for whom
 ABORT_SECONDS = 2.0  # for the answers of requests that the end aborts
 STOP_SECONDS = 5.0  # for the engine to end by itself
 
@@ -91,7 +92,8 @@ class Front:
             await asyncio.gather(*tasks, return_exceptions=True)
             if client.failure is None and any(replica.ready.is_set() for replica in client.replicas):
                 client.send(Stop())
-                await self._fleet.ended(STOP_SECONDS)
+                if not await self._fleet.ended(STOP_SECONDS):
+                    log.warning("an engine has not ended within %g s and is killed", STOP_SECONDS)
 
     async def _loaded(self, client: EngineClient) -> None:
         """Until a real generation went through every engine."""
@@ -107,14 +109,16 @@ class Front:
     async def _drain(self, server: Server, seconds: float) -> None:
         """Takes nothing new, lets what runs finish within `seconds`, then aborts it."""
         server.draining = True
+        replicas = [replica for replica in server.client.replicas if replica.failure is None]
         if server.running:
             log.info("%d requests run; they have %g s to finish", len(server.running), seconds)
         await self._idle(server, seconds)
         if server.running:
             log.warning("%d requests are aborted", server.abort(None))
             await self._idle(server, ABORT_SECONDS)
-        if server.client.failure is not None:
-            raise server.client.failure
+        for replica in replicas:
+            if replica.failure is not None or replica.stale:
+                raise replica.failure or replica.silent()
 
     async def _idle(self, server: Server, seconds: float) -> None:
         ends = [asyncio.ensure_future(event.wait()) for event in (server.quiet, server.client.failed)]
@@ -157,8 +161,7 @@ def make_server(starting: Starting, fleet: Fleet) -> Server:
 
     scheduling, mesh = config.scheduling, config.mesh
     most = scheduling.max_running * mesh.num_dp + scheduling.max_queued * mesh.replicas
-    # An engine that waits for other hosts says nothing, and has a deadline of its own.
-    patience = config.serving.start_timeout + (mesh.meet_within if mesh.num_nodes > 1 else 0.0)
+    patience = config.serving.start_timeout + SAY_SECONDS + (mesh.meet_within if mesh.num_nodes > 1 else 0.0)
     client = EngineClient(fleet.sends, most, config.serving.watchdog_timeout, report, mesh.balance, patience)
     options = Options(
         model_path=starting.folder,

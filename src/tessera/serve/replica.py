@@ -149,6 +149,11 @@ class Replica:
             self.failure = type(error)(self._named(str(error)))
         self.fail_all(self.failure)
 
+    def give_up(self) -> None:
+        """It hangs, and counts as ended."""
+        self.failure = self.failure or self.silent()
+        self.fail_all(self.failure)
+
     def fail_all(self, error: TesseraError) -> None:
         """Everybody who waits gets the error."""
         for sink, _ in list(self._sinks.values()):
