@@ -284,7 +284,8 @@ class _Form(argparse.HelpFormatter):
         text = action.help
         if text in (None, argparse.SUPPRESS) or action.default in (None, False, [], argparse.SUPPRESS):
             return text
-        return text if f"Default: {action.default}." in str(text) else f"{text} Default: {action.default}."
+        told = f"Default: {action.default:g}" if isinstance(action.default, float) else f"Default: {action.default}"
+        return text if told in str(text) else f"{text} {told}."
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "FILE" if action.type is Path else "N" if action.type else "X"
