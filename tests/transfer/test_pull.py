@@ -223,6 +223,21 @@ def test_a_writer_that_does_not_listen_is_given_up(engines: Make, monkeypatch: p
     reader.fence("deaf", DEADLINE_S)
 
 
+def test_a_writer_that_says_no_message_is_given_up_with_the_reason(engines: Make) -> None:
+    reader, mover = engines(HostMover()), HostMover()
+    there = msgspec.msgpack.decode(reader.endpoint(), type=Endpoint)
+    hello = Hello(wire.PROTOCOL, "local", "babbler", there.name, {}, mover.export({}))
+    with dial(there.address, DEADLINE_S) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.sendall(pack(hello))
+        heard = Heard(sock)
+        assert heard.next() == Welcome()
+        sock.sendall(b"\xff" * 8)
+        parting = heard.next()
+    assert isinstance(parting, Parting)
+    assert "gives this side up: a message of" in parting.reason
+
+
 class OverTcp(HostMover):
     """The same, met by TCP."""
 

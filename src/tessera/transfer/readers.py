@@ -155,6 +155,8 @@ class Readers:
                 return
             try:
                 reason = writer.serve(heard, self._regions)
+            except PeerError as failure:  # what it said is no message
+                reason = f"gives this side up: {failure}"
             finally:
                 self._forget(writer)
             writer.say(Parting("has left" if self._closed else reason))
