@@ -51,7 +51,7 @@ TILES = (
     Tiles(4, Tile(16, 64, 4, 4), Tile(16, 32, 4, 4), Tile(16, 64, 4, 4)),
     Tiles(16, Tile(32, 64, 4, 4), Tile(32, 32, 4, 4), Tile(32, 64, 4, 4)),
     Tiles(110, Tile(64, 64, 4, 4), Tile(64, 64, 4, 4), Tile(64, 64, 4, 4)),
-    Tiles(float("inf"), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 3)),
+    Tiles(float("inf"), Tile(128, 128, 8, 3, 8), Tile(128, 64, 8, 3, 4), Tile(128, 128, 8, 3, 4)),
 )
 NARROW = 32  # columns
 
