@@ -91,7 +91,7 @@ def test_a_host_that_was_started_wrongly_is_told_why(name: str, met: bool) -> No
     (there, said), hub, context = WRONG[name], Hub(3, None, HERE), zmq.Context()
     try:
         with context.socket(zmq.DEALER) as one, context.socket(zmq.DEALER) as other:
-            for link, routing_id in ((one, b"1/x"), (other, b"1/y")):
+            for link, routing_id in ((one, b"1/00000000000000aa"), (other, b"1/00000000000000bb")):
                 link.routing_id = routing_id
                 link.connect(hub.address)
             one.send(encode(Hello(Placed(3, 3, 1, "b"))))
