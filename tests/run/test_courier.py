@@ -35,7 +35,13 @@ def manifest(page_size: int = 4) -> Manifest:
     regions = tuple(Region(i, counts[c.kind] * c.bytes_per_unit(SINGLE)) for i, c in enumerate(caches))
     members = (Member("local", b"here", counts["page"], counts["slot"], regions),)
     return Manifest(
-        instance=new_instance(), weights="w", mesh=SINGLE, page_size=page_size, caches=caches, members=members
+        instance=new_instance(),
+        weights="w",
+        parts="float32",
+        mesh=SINGLE,
+        page_size=page_size,
+        caches=caches,
+        members=members,
     )
 
 

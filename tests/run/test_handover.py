@@ -302,6 +302,17 @@ def test_a_pair_of_which_one_has_pages_in_fp8_is_refused() -> None:
         pair.prefill.free()
 
 
+def test_a_pair_of_which_one_keeps_parts_of_sums_in_float32_is_refused() -> None:
+    """Answers would depend on which server computed what."""
+    both = {**EXACT, "dtype": "bfloat16"}
+    with Pair(MODELS["qwen3"], {"parts_dtype": "float32"}, {"parts_dtype": "model"}, **both) as pair:
+        pair.post(Submit("r", prompt(0, 20), LONG))
+        for server in (pair.prefill, pair.decode):
+            server.ended([("r", 0)], seconds=20.0)
+            assert "--parts-dtype: prefill has float32, decode has bfloat16" in server.errors["r"]
+            server.free()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_library_that_is_missing_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     """Weights may take minutes to read. Ranks that are processes are not started either."""

@@ -76,8 +76,8 @@ def manifest(
         )
 
     members = tuple(Member("local", b"", num_pages, num_slots, regions(rank)) for rank in range(mesh.size))
-    fields = {"instance": "a", "weights": "w", "mesh": mesh, "page_size": page_size, "caches": table}
-    return Manifest(**{**fields, "members": members, **more})
+    fields = {"instance": "a", "weights": "w", "parts": "bfloat16", "mesh": mesh, "page_size": page_size}
+    return Manifest(**{**fields, "caches": table, "members": members, **more})
 
 
 def wholes(spec: CacheSpec, units: int, seed: int) -> Bytes:

@@ -35,6 +35,10 @@ REFUSED: dict[str, tuple[Manifest, tuple[str, ...]]] = {
     "page size": (manifest(HYBRID, 2, page_size=8), ("layers.1.kv with layers.3.kv", "pages of 4 tokens", "of 8")),
     "dtype of kv": (manifest(HYBRID, 2, 1, FP8), ("layers.1.kv with layers.3.kv", "bfloat16", "float8_e4m3fn")),
     "weights": (manifest(HYBRID, 2, weights="v"), ("weights: prefill has w, decode has v",)),
+    "parts of sums": (
+        manifest(HYBRID, 2, parts="float32"),
+        ("--parts-dtype: prefill has bfloat16, decode has float32", "Give the same --parts-dtype on both sides"),
+    ),
     "protocol": (manifest(HYBRID, 2, protocol=PROTOCOL + 1), (f"has {PROTOCOL}, decode has {PROTOCOL + 1}",)),
     "another shape": (
         manifest(model(delta(4, 8), gqa(8, 2, 4), delta(4, 8), gqa(8, 2)), 2),

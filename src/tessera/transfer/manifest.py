@@ -20,7 +20,7 @@ from tessera.core.reshard import same_tensor
 from tessera.core.tensors import DTYPE_BYTES, CacheSpec
 from tessera.transfer.base import Engine
 
-PROTOCOL = 3  # of the manifest and of what follows it; raised with every change that an older server would misread
+PROTOCOL = 4  # of the manifest and of what follows it; raised with every change that an older server would misread
 SAME_MODEL = "Serve the same model on both sides."
 MOST_NAMED = 8  # tensors that one reason is told of by name
 
@@ -46,7 +46,8 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One server. `instance`: unique to its start; `weights`: tells checkpoints apart; `page_size` in tokens.
+    """One server. `instance`: unique to its start; `weights`: tells checkpoints and the model's dtype apart; `parts`:
+    dtype in which parts of sums are kept until all of them are there; `page_size` in tokens.
 
     `caches`: the cache table (`core/tensors.py`), layouts and dtypes and all; `members`: one for each rank of `mesh`.
     """
@@ -54,6 +55,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     protocol: int = PROTOCOL
     instance: str
     weights: str
+    parts: str
     mesh: Mesh
     page_size: int
     caches: tuple[CacheSpec, ...]
@@ -134,6 +136,8 @@ def _whole(source: Manifest, destination: Manifest) -> Iterator[Conflict]:
         yield _both("protocol", source.protocol, destination.protocol, "Run one release on both sides.")
     if source.weights != destination.weights:
         yield _both("weights", source.weights, destination.weights, "Serve the same checkpoint on both sides.")
+    if source.parts != destination.parts:
+        yield _both("--parts-dtype", source.parts, destination.parts, "Give the same --parts-dtype on both sides.")
     kinds = [sorted({m.engine for m in manifest.members}) for manifest in (source, destination)]
     if len({kind for side in kinds for kind in side}) > 1:
         remedy = "Give one --disaggregation-transfer-backend on both sides."

@@ -166,7 +166,8 @@ KERNELS = (
          "kernels"),
     Flag("parts_dtype", text, "auto",
          "What a rank's part of a sum across ranks, and what experts make, is kept in until all of it is added up; "
-         "float32: the layout rounds nothing.", "kernels", choices=("auto", "model", "float32")),
+         "float32: the layout rounds nothing. The same at prefill and decode.", "kernels",
+         choices=("auto", "model", "float32")),
     Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels",
          choices=("auto", "torch", "pytorch", "reference"),
          unbuilt=("flashinfer",), instead=AUTO),
