@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tessera.bench.commit import commit
+from commit import commit
 from tessera.commands.local import LocalClient
 from tessera.evals.run import Plan, Result, evaluate
 from tessera.evals.tasks import TASKS, Question, Task

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tessera.bench.commit import commit
+from commit import commit
 from tessera.evals.tasks import TASKS, Question
 from tessera.models.folder import find_model, packaged_models
 from tessera.run.hardware import cores

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from link import Link
 
+from link import Link
 from tessera.core.errors import ConfigError
 from tessera.core.families import read_spec
 from tessera.core.mesh import instance_mesh

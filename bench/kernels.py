@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 import triton
-from kernel_case import Case
 
+from kernel_case import Case
 from tessera.core.errors import ConfigError
 
 GROUPS = {name: f"kernels_{name}" for name in ("attention", "delta", "fp8", "linear", "moe", "norm")}

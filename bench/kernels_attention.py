@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernel_case import Case, distance, random
 from torch import Tensor
 
+from kernel_case import Case, distance, random
 from tessera.core.spec import RopeSpec
 from tessera.ops import triton_attention, triton_cache, triton_latent, triton_mla
 from tessera.ops.attention import paged_attention_reference

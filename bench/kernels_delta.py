@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernel_case import Case, distance, random
 from torch import Tensor
 
+from kernel_case import Case, distance, random
 from tessera.ops import delta
 from tessera.ops.fused import DeltaInputs, delta_net_of
 from tessera.ops.segments import make_segments

@@ -12,9 +12,9 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from kernel_case import Case, distance, random
 from torch import Tensor
 
+from kernel_case import Case, distance, random
 from tessera.ops import fp8, triton_fp8, triton_fp8_rows
 from tessera.ops.fused import silu_mul
 from tessera.ops.triton_combine import combine

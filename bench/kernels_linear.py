@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kernel_case import Case, distance, random
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kernel_case import Case, distance, random
 from tessera.ops.fused import silu_mul as plain_silu_mul
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_linear import Tile, few_rows

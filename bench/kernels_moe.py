@@ -12,10 +12,10 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from kernel_case import Case, distance, random
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kernel_case import Case, distance, random
 from tessera.ops import fused, moe
 from tessera.ops.backend import backend, expert_runner
 from tessera.ops.fused import Shared

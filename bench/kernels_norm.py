@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from kernel_case import Case, distance, random
 from torch import Tensor
 
+from kernel_case import Case, distance, random
 from tessera.ops import moe, norm
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fused import add_rmsnorm

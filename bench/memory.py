@@ -28,7 +28,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tessera.bench.cpu import make_model
+from cpu import make_model
 from tessera.models.folder import ASSETS
 
 START_S, ANSWER_S, INTERVAL_S = 300.0, 900.0, 0.1

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tessera.bench.commit import commit
+from commit import commit
 from tessera.client import Ask, Piece
 from tessera.core.layout import Layout, Section
 from tessera.core.mesh import Mesh

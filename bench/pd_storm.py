@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tessera.bench.commit import commit
+from commit import commit
 from tessera.evals.tasks import TASKS
 from tessera.serve.engine import Engine
 from tessera.serve.here import Here

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from tessera.bench.commit import commit
+from commit import commit
 from tessera.evals.tasks import TASKS, recall_question
 from tessera.run.hardware import cores
 

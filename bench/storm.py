@@ -25,8 +25,8 @@ from typing import Any
 import httpx
 import psutil
 
+from commit import commit
 from tessera import Engine
-from tessera.bench.commit import commit
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "recipes" / "abacus-cpu.yaml"

@@ -14,18 +14,16 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tessera.bench.gpu import Workload, prompts
-from tessera.bench.ours import Ours
+from gpu import SHAPES, Workload, prompts
+from ours import Ours
 from tessera.core.messages import StepReport
 from tessera.evals.tasks import TASKS
 from tessera.serve.engine import Engine
 
-SHAPES = Path(__file__).resolve().parent / "shapes"
 MODELS = ("abacus-hybrid", "abacus-mla")
 GREEDY = {"temperature": 0, "max_new_tokens": 96}
 DP = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}

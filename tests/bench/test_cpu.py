@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.bench.scripts import script
 
-from tessera.bench import cpu
-from tessera.bench.ours import Measured
+cpu = script("cpu")
 
 
 def test_rates() -> None:
-    measured = Measured([[1, 2, 3], [4, 5, 6]], [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])
+    measured = cpu.Measured([[1, 2, 3], [4, 5, 6]], [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])
     assert measured.tokens_per_s == pytest.approx(6 / 4)
     assert measured.decode_per_s == pytest.approx(3 / 2), "three tokens came after the moment 2.0, in two seconds"
 

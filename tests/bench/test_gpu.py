@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.bench.scripts import script
 
-from tessera.bench import gpu
-from tessera.bench.commit import commit
+gpu = script("gpu")
 
 
 def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,4 +34,4 @@ def test_a_commit_tells_whether_the_tree_is_it(changed: str, tmp_path: Path, mon
     git.write_text(f'#!/bin/sh\ncase "$*" in *rev-parse*) echo abc123;; *status*) echo "{changed}";; esac\n')
     git.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit() == ("abc123+" if changed else "abc123")
+    assert gpu.commit() == ("abc123+" if changed else "abc123")

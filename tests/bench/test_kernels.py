@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from tests.bench.scripts import script
 
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 OFF = 0.0104  # rounds to what is allowed
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with a case of three variants whose error is the option itself, and launches that take that long."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    import kernel_case
-    import kernels
+    kernels, kernel_case = script("kernels"), script("kernel_case")
 
     def make(name: str) -> Any:
         return kernel_case.Case(

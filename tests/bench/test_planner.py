@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from tests.bench.scripts import script
 
-from tessera.bench.planner import PAGE_SIZE, scarce
-
+planner = script("planner")
+scarce = planner.scarce
 REQUESTS, PROMPT, NEW = 128, 256, 64
-WHOLE = -(-(PROMPT + NEW) // PAGE_SIZE)
+WHOLE = -(-(PROMPT + NEW) // planner.PAGE_SIZE)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

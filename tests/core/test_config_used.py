@@ -27,6 +27,8 @@ EXCUSED = {
     "mesh.dense_tp": "part of mesh.mesh",
     "mesh.dp_lm_head": "part of mesh.mesh",
     "mesh.all_to_all": "part of mesh.mesh",
+    "memory.page_bytes": "part of memory.kv_bytes",
+    "memory.slot_bytes": "part of memory.state_bytes",
     "memory.conv_dtype": "part of memory.dtypes",
     "memory.state_dtype": "part of memory.dtypes",
 }

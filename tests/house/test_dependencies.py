@@ -12,7 +12,7 @@ from importlib.metadata import packages_distributions
 from house.source import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOADED_BY_NAME = {"httptools"}  # by uvicorn
+LOADED_BY_NAME = {"httptools", "transformers"}  # by uvicorn, and by serve/assets.py
 
 
 def plain(names: Iterable[str]) -> set[str]:

@@ -26,9 +26,7 @@ def files() -> str:
 def flags() -> set[str]:
     """Every flag of every command, and of the scripts beside it."""
     own = {word for command in COMMANDS for action in _parser(command)._actions for word in action.option_strings}
-    scripts = [
-        path for name in ("bench", "tools", "tests", "src/tessera/bench") for path in (ROOT / name).rglob("*.py")
-    ]
+    scripts = [path for name in ("bench", "tools", "tests") for path in (ROOT / name).rglob("*.py")]
     return own | {flag for path in scripts for flag in re.findall(f'"{FLAG}"', path.read_text(encoding="utf-8"))}
 
 

@@ -1,4 +1,4 @@
-"""Tessera against `transformers` on this CPU, side by side in one run: `python -m tessera.bench.cpu [--json]`.
+"""Tessera against `transformers` on this CPU, side by side in one run: `python bench/cpu.py [--json]`.
 
 A random model of Qwen3-0.6B's shape in bfloat16, greedy, all requests at once, all engines on the same prompts, turn
 about, the best of several rounds each. `tokens/s`: output tokens over the time from the first request to the last
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tessera.bench.cpu_engines import Continuous, Generate
-from tessera.bench.ours import Measured, Ours
+from cpu_engines import Continuous, Generate
+from ours import Measured, Ours
 
 SHAPE = {
     "vocab_size": 151936,

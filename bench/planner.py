@@ -1,4 +1,4 @@
-"""Microseconds that the planner spends on a step: `python -m tessera.bench.planner [--json]`.
+"""Microseconds that the planner spends on a step: `python bench/planner.py [--json]`.
 
 A step is what the step loop pays on the host: new requests and the results of the step before (`apply`), then the next
 step (`next_step`). `unchanged`: all rows decode. `10 % changing`: in every step a tenth of the rows ends, and as many

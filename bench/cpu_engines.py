@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
-from tessera.bench.ours import Measured
+from ours import Measured
 
 
 def _greedy(new: int, **more: Any) -> GenerationConfig:

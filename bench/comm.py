@@ -1,4 +1,4 @@
-"""Microseconds of a sum among CPU ranks: `python -m tessera.bench.comm [--ranks 2 4] [--kinds shared gloo] [--rows 1]`.
+"""Microseconds of a sum among CPU ranks: `python bench/comm.py [--ranks 2 4] [--kinds shared gloo] [--rows 1]`.
 
 What is summed is a step's hidden states, `[rows, 2048]` in float32. Each round is timed on rank 0 from the
 call to the result; ranks meet anew in each round, so the figure holds what waiting for the slowest costs.

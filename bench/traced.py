@@ -10,7 +10,7 @@ from itertools import takewhile
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tessera.bench.ours import Ours
+from ours import Ours
 from tessera.core.messages import StepReport
 
 

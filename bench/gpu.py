@@ -1,4 +1,4 @@
-"""Tessera on one GPU at the shapes and workloads of well-known measurements: `python -m tessera.bench.gpu [--json]`.
+"""Tessera on one GPU at the shapes and workloads of well-known measurements: `python bench/gpu.py [--json]`.
 
 Dummy weights, random prompts, greedy, the engine without text. Each workload runs once to warm up (kernels are
 compiled, then graphs recorded) and then `--rounds` times; the best counts. Beside tokens/s stands the share of what the
@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from tessera.bench.commit import commit
-from tessera.bench.limits import Card, measure_card, work_of
-from tessera.bench.ours import Ours
-from tessera.bench.touched import experts_touched
-from tessera.bench.trace import traced
+from commit import commit
+from limits import Card, measure_card, work_of
+from ours import Ours
 from tessera.core.messages import StepReport
+from touched import experts_touched
+from traced import traced
 
-SHAPES = Path("bench/shapes")
+SHAPES = Path(__file__).resolve().parent / "shapes"
 PROFILED = 12  # tokens of a profiled run
 WATCHED = 16  # tokens of a watched prompt: those of all requests fit in a step or two, so that all are decoded together
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.bench.ours import Ours
+from ours import Ours
 from tessera.models.experts import MoE
 from tessera.run.batch import Input
 
