@@ -1,6 +1,6 @@
 """`make matrix ARGS="--minutes 60"`: the matrix as far as the time goes; what passed at this commit is not run again.
 
-Each point is a line of `runs/matrix.jsonl`. Exit code 1 when one has failed.
+Each point is a line of `runs/matrix.jsonl`. Exit code 1 when one has failed, or its requests ran out of time ("late").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from matrix.points import ACCEPTED, REFUSED, Point, by_processes, covering, layouts
-from matrix.results import ROOT, Line, Results, commit, counted
+from matrix.results import AGAIN, ROOT, Results, commit, counted
 from matrix.serving import Verdict, Way, judge
 
 MANY = 4  # ranks
@@ -48,6 +48,8 @@ def run(point: Point, way: Way) -> Verdict:
     """The verdict on a point; one that breaks has failed."""
     try:
         return judge(point, way)
+    except TimeoutError as error:
+        return Verdict("late", why=str(error))
     except Exception:
         return Verdict("failed", why=traceback.format_exc())
 
@@ -65,15 +67,15 @@ def work(results: Results, plan: Sequence[Stage], until: float) -> None:
             results.add(point, stage.way, verdict.outcome, time.monotonic() - began, **told)
             if verdict.outcome != "refused" and point.tp > MANY:
                 gc.collect()  # of sixteen ranks that is a gigabyte
-            if verdict.outcome == "failed":
-                sys.stdout.write(f"FAILED {point} ({stage.way})\n  {verdict.why}\n")
+            if verdict.outcome in AGAIN:
+                sys.stdout.write(f"{verdict.outcome.upper()} {point} ({stage.way})\n  {verdict.why}\n")
                 sys.stdout.flush()
 
 
 def table(results: Results, plan: Sequence[Stage]) -> Iterator[str]:
     """A line for each stage."""
-    yield "| stage | points | passed | refused | failed | left | seconds | worst logprob |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| stage | points | passed | refused | failed | late | left | seconds | worst logprob |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for stage in plan:
         lines = results.lines(stage.points, stage.way)
         worst = max((line["worst"] for line in lines), default=0.0)
@@ -91,14 +93,9 @@ def main() -> int:
     torch.set_num_threads(1)  # the ranks are threads already
     results, plan = Results(options.results, commit()), [s for s in stages() if options.only in s.name]
     work(results, plan, time.monotonic() + 60 * options.minutes)
-    failed = [(p, stage.way) for stage in plan for p in stage.points if _failed(results.of(p, stage.way))]
-    report = [f"At commit {results.commit}:", *table(results, plan), *(f"FAILED {p} ({s})" for p, s in failed)]
-    sys.stdout.write("\n".join(report) + "\n")
-    return 1 if failed else 0
-
-
-def _failed(line: Line | None) -> bool:
-    return line is not None and line["outcome"] == "failed"
+    wrong = [line for stage in plan for line in results.wrong(stage.points, stage.way)]
+    sys.stdout.write("\n".join([f"At commit {results.commit}:", *table(results, plan), *wrong]) + "\n")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`make matrix-pd ARGS="--minutes 60"`: each pair of layouts of prefill and decode answers as one rank.
 
 Layouts are (attention TP, DP) of 1, 2, 4 each. One prefill server meets decode servers in turn. Each pair is a line of
-`runs/matrix-pd.jsonl`; what passed at this commit is not run again. Exit code 1 when one has failed.
+`runs/matrix-pd.jsonl`; what passed at this commit is not run again. Exit code 1 when one has failed, or its requests
+ran out of time ("late").
 """
 
 from __future__ import annotations
@@ -144,17 +145,18 @@ def one(prefill: Server, decode: Server, asked: list[Submit], wanted: Any, prefi
     return f"{len(differ)} answers differ, as {differ[0]}" if differ else ""
 
 
-def judge(side: Side, decode: Layout) -> str:
-    """What is wrong with a pair; one that breaks has failed, and its prefill server is not used again."""
+def judge(side: Side, decode: Layout) -> tuple[str, str]:
+    """What came of a pair, and why; one that breaks has failed, and its prefill server is not used again."""
     try:
-        return side.wrong(decode)
-    except Exception:
+        wrong = side.wrong(decode)
+        return "failed" if wrong else "passed", wrong
+    except Exception as error:
         why = traceback.format_exc()
         try:
             side.close()
         except Exception:
             why += traceback.format_exc()
-        return why
+        return "late" if isinstance(error, TimeoutError) else "failed", why
 
 
 def work(results: Results, plan: Sequence[tuple[str, list[Pair]]], until: float) -> None:
@@ -167,10 +169,10 @@ def work(results: Results, plan: Sequence[tuple[str, list[Pair]]], until: float)
                     if time.monotonic() >= until:
                         return
                     began = time.monotonic()
-                    wrong = judge(side, pair.decode)
-                    results.add(pair, WAY, "failed" if wrong else "passed", time.monotonic() - began, why=wrong)
-                    if wrong:
-                        sys.stdout.write(f"FAILED {pair}\n  {wrong}\n")
+                    outcome, why = judge(side, pair.decode)
+                    results.add(pair, WAY, outcome, time.monotonic() - began, why=why)
+                    if why:
+                        sys.stdout.write(f"{outcome.upper()} {pair}\n  {why}\n")
                         sys.stdout.flush()
             finally:
                 side.close()
@@ -178,8 +180,8 @@ def work(results: Results, plan: Sequence[tuple[str, list[Pair]]], until: float)
 
 def table(results: Results, plan: Sequence[tuple[str, list[Pair]]]) -> Iterator[str]:
     """A line for each stage."""
-    yield "| pairs | points | passed | refused | failed | left | seconds |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| pairs | points | passed | refused | failed | late | left | seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, pairs in plan:
         yield f"| {' | '.join(map(str, [name, *counted(results.lines(pairs, WAY), len(pairs))]))} |"
 
@@ -194,10 +196,9 @@ def main() -> int:
     torch.set_num_threads(1)  # the ranks are threads already
     results, plan = Results(options.results, commit()), [s for s in stages() if options.only in s[0]]
     work(results, plan, time.monotonic() + 60 * options.minutes)
-    lines = [line for _, pairs in plan for line in results.lines(pairs, WAY)]
-    failed = [f"FAILED {line['point']}" for line in lines if line["outcome"] == "failed"]
-    sys.stdout.write("\n".join([f"At commit {results.commit}:", *table(results, plan), *failed]) + "\n")
-    return 1 if failed else 0
+    wrong = [line for _, pairs in plan for line in results.wrong(pairs, WAY)]
+    sys.stdout.write("\n".join([f"At commit {results.commit}:", *table(results, plan), *wrong]) + "\n")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 Line = dict[str, Any]
-OUTCOMES = ("passed", "refused", "failed")
+OUTCOMES = ("passed", "refused", "failed", "late")
+AGAIN = ("failed", "late")  # late: requests ran out of time, which says nothing of what they would have answered
 
 
 class Results:
@@ -30,10 +31,10 @@ class Results:
         return self._found.get((str(point), way))
 
     def left(self, points: Sequence[Any], way: str) -> Iterator[Any]:
-        """Points of which nothing is known, or that have failed, each when it is asked for."""
+        """Points of which nothing is known, or that have failed or come late, each when it is asked for."""
         for point in points:
             known = self.of(point, way)
-            if known is None or known["outcome"] == "failed":
+            if known is None or bad(known):
                 yield point
 
     def add(self, point: object, way: str, outcome: str, seconds: float, **more: Any) -> None:
@@ -47,6 +48,15 @@ class Results:
     def lines(self, points: Sequence[object], way: str) -> list[Line]:
         """What is known of these points."""
         return [line for point in points if (line := self.of(point, way)) is not None]
+
+    def wrong(self, points: Sequence[object], way: str) -> list[str]:
+        """Those of them that have failed or come late, as lines for people."""
+        return [f"{line['outcome'].upper()} {line['point']} ({way})" for line in self.lines(points, way) if bad(line)]
+
+
+def bad(line: Line) -> bool:
+    """Whether a point is to be run again."""
+    return line["outcome"] in AGAIN
 
 
 def counted(lines: Sequence[Line], num_points: int) -> list[object]:

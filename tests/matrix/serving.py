@@ -13,6 +13,7 @@ import numpy as np
 
 from assets import abacus
 from matrix.points import Point, refusals
+from matrix.results import AGAIN
 from tessera.core.errors import ConfigError
 from tessera.core.families import read_spec
 from tessera.core.mesh import SINGLE
@@ -21,7 +22,7 @@ from tessera.core.weights import weight_table
 from tessera.models.folder import find_model
 from tessera.models.load import stored_shapes
 from tessera.models.noise import Noise
-from tiny import Run, TinyModel, resolved, serve
+from tiny import Answer, Run, TinyModel, resolved, serve
 
 Way = Literal["threads", "short", "gloo"]  # ranks as threads, with short prompts and answers, or as processes
 TOLERANCE = 1e-4  # of teacher-forced logprobs in float32
@@ -54,6 +55,7 @@ SCORED = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
 # rank 0 and 2 decode when 1 and 0 get long prompts and 3 has nothing to do; short ones come while others prefill.
 WHERE, WHEN = (0, 2, 1, 0, 3, 1, 0), (0, 0, 4, 4, 10, 12, 12)
 LENGTHS = (9, 17, 61, 40, 1, 5, 33)  # of random prompts
+CUT = "abort"  # how a request ends when the time for all is over: nobody aborts one here
 SHORT, FEW = 12, 4  # tokens of a prompt and of an answer, where lengths shall be short
 
 
@@ -61,7 +63,7 @@ SHORT, FEW = 12, 4  # tokens of a prompt and of an answer, where lengths shall b
 class Verdict:
     """What came of a point. `worst`: the largest difference of a logprob. `together`: kinds of parts in one step."""
 
-    outcome: str  # passed, refused, failed
+    outcome: str  # one of `OUTCOMES`
     worst: float = 0.0
     why: str = ""
     together: set[frozenset[str]] = field(default_factory=set)
@@ -99,13 +101,16 @@ def requests(name: str, short: bool, num_dp: int) -> list[Submit]:
 
 @cache
 def alone(name: str, dtype: str, short: bool) -> Run:
-    """What one rank answers, one request after the other."""
+    """What one rank answers, one request after the other. TimeoutError when time ran out."""
     plain = {"disable_overlap_schedule": True, "disable_radix_cache": True}
-    return serve(model_of(name), requests(name, short, 1), together=False, dtype=dtype, **BASE, **plain)
+    run = serve(model_of(name), requests(name, short, 1), together=False, dtype=dtype, **BASE, **plain)
+    if any(answer.finish == CUT for answer in run.answers.values()):
+        raise TimeoutError(f"one rank's answers of {name} in {dtype} took too long")
+    return run
 
 
 def judge(point: Point, way: Way = "threads") -> Verdict:
-    """Resolves a point, and serves it if it is to be served."""
+    """Resolves a point, and serves it if it is to be served. What is wrong counts before what came late."""
     expected = refusals(point)
     try:
         resolved(model_of(point.model).spec, **BASE, **point.flags())
@@ -115,7 +120,7 @@ def judge(point: Point, way: Way = "threads") -> Verdict:
         return Verdict("failed", why=f"it was not refused; expected: {expected}")
     dtypes = ("float64", "float32") if point.model == RANDOM else ("float32",)
     verdicts = [_served(point, dtype, way) for dtype in dtypes]
-    return next((v for v in verdicts if v.outcome == "failed"), verdicts[-1])
+    return next((v for bad in AGAIN for v in verdicts if v.outcome == bad), verdicts[-1])
 
 
 def _refused(found: Sequence[str], expected: Sequence[tuple[str, str]]) -> Verdict:
@@ -133,9 +138,11 @@ def _served(point: Point, dtype: str, way: Way) -> Verdict:
     asked = requests(point.model, short, point.dp)
     run = serve(model_of(point.model), asked, arrivals=WHEN, dtype=dtype, **flags)
     together = kinds(run.reports)
-    if run.ends() != one.ends():
-        wrong = [key for key, end in one.ends().items() if run.ends().get(key) != end]
+    found = {key: run.answers.get(key, Answer()) for key in one.answers}
+    if wrong := [key for key, answer in one.answers.items() if not _alike(found[key], answer)]:
         return Verdict("failed", why=f"in {dtype} other tokens than one rank's: {wrong}", together=together)
+    if late := [key for key, answer in found.items() if answer.finish == CUT]:
+        return Verdict("late", why=f"in {dtype} time ran out for {late}", together=together)
     worst = max(
         _apart(one.answers[key].logprobs, answer.logprobs, one.answers[key].prompt_logprobs, answer.prompt_logprobs)
         for key, answer in run.answers.items()
@@ -143,6 +150,13 @@ def _served(point: Point, dtype: str, way: Way) -> Verdict:
     if not worst <= TOLERANCE:
         return Verdict("failed", worst, f"in {dtype} a logprob is {worst:.2e} off", together)
     return Verdict("passed", worst, together=together)
+
+
+def _alike(found: Answer, one: Answer) -> bool:
+    """The same tokens and the same end; of one for which time ran out the same beginning."""
+    if found.finish == CUT:
+        return found.tokens == one.tokens[: len(found.tokens)]
+    return (found.tokens, found.finish) == (one.tokens, one.finish)
 
 
 def _apart(*entries: list[TokenLogprobs] | None) -> float:

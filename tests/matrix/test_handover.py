@@ -48,7 +48,7 @@ def test_a_wrong_copy_is_seen_and_a_pair_that_failed_is_run_again(
     again = Results(tmp_path / "lines", "here")
     work(again, plan, float("inf"))
     assert [line["outcome"] for line in again.lines(plan[0][1], WAY)] == ["passed", "passed"]
-    monkeypatch.setattr(handover, "judge", lambda *_: "it was run again")
+    monkeypatch.setattr(handover, "judge", lambda *_: ("failed", "it was run again"))
     work(Results(tmp_path / "lines", "here"), plan, float("inf"))
     assert len((tmp_path / "lines").read_text().splitlines()) == 4, "what has passed is not run again"
     work(Results(tmp_path / "lines", "elsewhere"), plan, 0.0)  # no time is left
@@ -58,9 +58,16 @@ def test_a_wrong_copy_is_seen_and_a_pair_that_failed_is_run_again(
 def test_a_pair_that_breaks_has_failed_and_the_next_one_has_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     side = Side("qwen3", (1, 1))
     monkeypatch.setattr(handover, "one", lambda *_: 1 // 0)
-    assert "ZeroDivisionError" in judge(side, (1, 1))
+    outcome, why = judge(side, (1, 1))
+    assert outcome == "failed"
+    assert "ZeroDivisionError" in why
+    monkeypatch.undo()
+    monkeypatch.setattr(handover, "WAIT_S", 0.0)
+    outcome, why = judge(side, (1, 1))
+    assert outcome == "late"
+    assert "it takes longer than 0 s" in why
     monkeypatch.undo()
     try:
-        assert judge(side, (1, 1)) == ""
+        assert judge(side, (1, 1)) == ("passed", "")
     finally:
         side.close()

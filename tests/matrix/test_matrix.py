@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 from matrix import serving
+from matrix.__main__ import Stage, work
 from matrix.points import ACCEPTED, AXES, POINTS, REFUSED, Point, by_processes, cover, covering, features, layouts
-from matrix.serving import RANDOM, judge
+from matrix.results import Results, counted
+from matrix.serving import RANDOM, alone, judge
 from models.test_layout_faults import modulo
 from plan.test_faults import around
 from tessera.core.layout import Section
+from tiny import PATIENCE_S
 
 
 @pytest.mark.parametrize("point", covering(ACCEPTED, 2), ids=str)
@@ -70,6 +74,32 @@ def test_a_wrong_layout_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = judge(HEADS)
     assert verdict.outcome == "failed"
     assert "other tokens than one rank's" in verdict.why
+
+
+def test_time_that_ran_out_is_told_as_such_counted_apart_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known fault: "other tokens than one rank's", of requests that were cut off on a busy machine."""
+    plan, path = [Stage("one", [HEADS])], tmp_path / "lines"
+    alone.cache_clear()
+    monkeypatch.setitem(PATIENCE_S, "cpu", 0.0)
+    work(Results(path, "here"), plan, float("inf"))
+    (line,) = Results(path, "here").lines([HEADS], "threads")
+    assert line["outcome"] == "late"
+    assert "one rank's answers" in line["why"]
+    monkeypatch.undo()
+    assert judge(HEADS).outcome == "passed"
+    monkeypatch.setitem(PATIENCE_S, "cpu", 0.0)
+    results = Results(path, "here")
+    work(results, plan, float("inf"))
+    assert results.wrong([HEADS], "threads") == [f"LATE {HEADS} (threads)"]
+    assert "time ran out for [('r" in results.of(HEADS, "threads")["why"]  # type: ignore[index]
+    assert counted(results.lines([HEADS], "threads"), 1)[:6] == [1, 0, 0, 0, 1, 0]
+    around(monkeypatch, Section, "held", modulo)
+    assert judge(HEADS).outcome == "failed", "what came in time was wrong"
+    monkeypatch.undo()
+    work(Results(path, "here"), plan, float("inf"))
+    assert Results(path, "here").wrong([HEADS], "threads") == []
 
 
 def test_logprobs_are_compared_as_closely_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:

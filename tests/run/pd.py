@@ -83,7 +83,8 @@ class Server:
 
     def until(self, condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: condition() or self.fatal is not None, seconds), "it takes too long"
+            if not self._changed.wait_for(lambda: condition() or self.fatal is not None, seconds):
+                raise TimeoutError(f"it takes longer than {seconds:g} s")
         assert self.fatal is None, self.fatal
 
     def ended(self, names: Iterable[tuple[str, int]], seconds: float = WAIT_S) -> None:
