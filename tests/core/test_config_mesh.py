@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.test_config import CPU, CUDA, DENSE, HYBRID, decided, spec_of
-from tessera.core.config import Resolved, resolve
+from tessera.core.config import Resolved, mesh, resolve
+from tessera.core.config.flags_engine import MOST_RANKS
 from tessera.core.errors import ConfigError
 from tessera.core.mesh import divisors, instance_mesh
 from tessera.core.weights import weight_table
@@ -264,3 +265,27 @@ def test_every_size_that_a_remedy_names_helps(asked: dict[str, object]) -> None:
     assert len(sizes) > 1
     for size in sizes:
         meshed(**{**asked, "tp_size": int(size)})
+
+
+@pytest.mark.parametrize("name", ["tp_size", "dp_size", "ep_size", "moe_dense_tp_size", "nnodes"])
+def test_sizes_of_ranks_that_nobody_has_are_refused_at_once(name: str) -> None:
+    """Known fault: 100,000 ranks resolved for minutes."""
+    flag = "--" + name.replace("_", "-")
+    assert refused(**{name: 100_000}) == [f"{flag}: found 100000. Expected a whole number from 1 to {MOST_RANKS}."]
+    assert not any("Expected a whole number" in text for text in refused(**{name: MOST_RANKS, "device": "cuda"}))
+
+
+@pytest.mark.parametrize("sizes", [{"ep_size": 3}, {"ep_size": 7}, {"dp_size": 70, "enable_dp_attention": True}, {}])
+def test_few_layouts_are_tried_for_a_remedy_however_many_there_are(
+    sizes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """840 has more divisors than any other size up to 1,000: 2,048 pairs of groups, tens of seconds."""
+    tried: list[object] = []
+
+    def counting(*args: object, **more: object) -> object:
+        tried.append(args)
+        return weight_table(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mesh, "weight_table", counting)
+    assert any("--tp-size" in text for text in refused("twelve", tp_size=840, **sizes))
+    assert len(tried) < 1000, len(tried)

@@ -9,6 +9,9 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, swi
 
 FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
 PAGE = {"cpu": 16, "cuda": 64}  # tokens; CUDA: attention of prompts at 383 instead of 370 TFLOP/s on an H100
+MOST_RANKS = (
+    1024  # of an instance, and as many replicas and hosts: more is a slip, and trying all groups of them takes long
+)
 
 FP8_KV = "use 'fp8_e4m3', or keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
@@ -58,13 +61,14 @@ MODEL = (
 MESH = (
     Flag("device", text, "auto", "Where to run.", "mesh", choices=("auto", "cpu", "cuda"),
          unbuilt=("xpu", "hpu", "npu", "mps"), instead="use 'cpu' or 'cuda'"),
-    Flag("tp_size", whole(1), 1, "Ranks of the instance.", "mesh", ("--tp", "--tensor-parallel-size")),
-    Flag("dp_size", whole(1), 1, "Data-parallel groups: of the attention with --enable-dp-attention, else replicas.",
-         "mesh", ("--dp", "--data-parallel-size")),
-    Flag("ep_size", whole(1), 1, "Expert-parallel groups.", "mesh", ("--ep", "--expert-parallel-size")),
+    Flag("tp_size", whole(1, MOST_RANKS), 1, "Ranks of the instance.", "mesh", ("--tp", "--tensor-parallel-size")),
+    Flag("dp_size", whole(1, MOST_RANKS), 1,
+         "Data-parallel groups: of the attention with --enable-dp-attention, else replicas.", "mesh",
+         ("--dp", "--data-parallel-size")),
+    Flag("ep_size", whole(1, MOST_RANKS), 1, "Expert-parallel groups.", "mesh", ("--ep", "--expert-parallel-size")),
     Flag("pp_size", whole(1), 1, "Pipeline stages.", "mesh", ("--pp", "--pipeline-parallel-size"),
          state=Unbuilt("leave it out, or use 1")),
-    Flag("moe_dense_tp_size", whole(1), None, "Ranks that share a dense MLP; default: all.", "mesh"),
+    Flag("moe_dense_tp_size", whole(1, MOST_RANKS), None, "Ranks that share a dense MLP; default: all.", "mesh"),
     Flag("enable_dp_attention", switch, False, "Attention data parallel over --dp-size groups of the ranks.", "mesh"),
     Flag("enable_dp_lm_head", switch, False, "Output head data parallel, as attention is.", "mesh"),
     Flag("load_balance_method", text, "auto", "How requests are spread over data-parallel groups.", "mesh",
@@ -75,8 +79,8 @@ MESH = (
          choices=("auto", "shared", "gloo", "nccl", "threads")),
     Flag("disable_custom_all_reduce", switch, False,
          "All collectives between GPUs through NCCL, none through each other's memory.", "mesh"),
-    Flag("nnodes", whole(1), 1, "Hosts of the instance.", "mesh"),
-    Flag("node_rank", whole(0), 0, "Number of this host.", "mesh"),
+    Flag("nnodes", whole(1, MOST_RANKS), 1, "Hosts of the instance.", "mesh"),
+    Flag("node_rank", whole(0, MOST_RANKS - 1), 0, "Number of this host.", "mesh"),
     Flag("dist_init_addr", text, None, "Address (host:port) at which the hosts meet.", "mesh", ("--nccl-init-addr",)),
     Flag("dist_timeout", positive(), 600.0, "Seconds within which the hosts must have met.", "mesh"),
 )  # fmt: skip

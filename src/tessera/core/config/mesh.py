@@ -21,7 +21,7 @@ from tessera.core.weights import weight_table
 
 BALANCE = {"auto": "round_robin", "shortest_queue": "total_requests", "minimum_tokens": "total_tokens"}
 GROUPED = ("--enable-dp-attention",)  # what makes groups of replicas
-MOST_RANKS = 64  # sizes that are tried for a remedy
+TRIED = 64  # sizes that are tried for a remedy
 
 
 def mesh_phase(
@@ -253,7 +253,7 @@ def _experts(mesh: MeshConfig, spec: ModelSpec, notes: Notes) -> None:
 def _ranks(values: Asked, mesh: MeshConfig, model: Cut) -> str:
     """The numbers of ranks that go with the other sizes."""
     dense = values.whole("moe_dense_tp_size")
-    allowed = [n for n in range(1, MOST_RANKS + 1) if model.fits(replace(mesh, tp=n, dense_tp=dense or n))]
+    allowed = [n for n in range(1, TRIED + 1) if model.fits(replace(mesh, tp=n, dense_tp=dense or n))]
     if allowed != [1]:
         return _use("--tp-size", allowed) if allowed else f"No --tp-size goes with it.{_regrouped(mesh, model)}"
     return f"Use --tp-size 1.{_regrouped(mesh, model)}"
@@ -262,7 +262,11 @@ def _ranks(values: Asked, mesh: MeshConfig, model: Cut) -> str:
 def _regrouped(mesh: MeshConfig, model: Cut) -> str:
     """Other groups of as many ranks that the model can be cut for, by the fewest flags; empty when there are none."""
     flags = {"ep": "--ep-size {}", "dense_tp": "--moe-dense-tp-size {}", "all_to_all": "--moe-a2a-backend all_to_all"}
-    sizes = product(divisors(mesh.tp), divisors(mesh.tp), (mesh.all_to_all, True))
+    if model.misfit(mesh.tp, "attn", {"dp": mesh.dp}):
+        return ""  # no other groups change that
+    eps = [n for n in divisors(mesh.tp) if not any(model.misfit(mesh.tp, a, {"ep": n}) for a in ("expert", "moe"))]
+    denses = [n for n in divisors(mesh.tp) if not model.misfit(mesh.tp, "dense", {"dense_tp": n})]
+    sizes = product(eps, denses, (mesh.all_to_all, True))
     found: list[list[str]] = []
     for ep, dense_tp, all_to_all in sizes:
         changed = replace(mesh, ep=ep, dense_tp=dense_tp, all_to_all=all_to_all and ep > 1)
