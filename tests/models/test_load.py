@@ -208,6 +208,20 @@ def test_scales_of_a_quantised_cache_are_one_or_refused_where_pages_are_fp8(end:
         tiles(tmp_path / "scaled", kv_dtype="float8_e5m2")
 
 
+@pytest.mark.parametrize("layer", ["mtp.layers.0", "model.layers.99", "model.visual.blocks.0"])
+def test_scales_of_the_cache_of_layers_that_are_not_served_are_nobodys(layer: str, tmp_path: Path) -> None:
+    """Known fault: those of draft layers made a checkpoint refused. Where drafts are served they count."""
+    state, config = made(HYBRID, tmp_path / "plain")
+    config["mtp_num_hidden_layers"] = 1
+    name = f"{layer}.self_attn.k_scale"
+    write(tmp_path / "scaled", {**state, **_mtp_of(config, state), name: torch.tensor(0.5)}, config)
+    for dtype in ("", "float8_e4m3fn"):
+        assert_same(tiles(tmp_path / "scaled", kv_dtype=dtype), tiles(tmp_path / "plain"))
+    if layer.startswith("mtp"):
+        with pytest.raises(ModelError, match=f"{name}' is 0.5"):
+            tiles(tmp_path / "scaled", mtp=True, kv_dtype="float8_e4m3fn")
+
+
 def test_a_scale_under_a_name_that_is_not_known_is_refused_whatever_pages_are(tmp_path: Path) -> None:
     state, config = made(MOE, tmp_path / "plain")
     for end in ("k_zero_point", "k_scale_of_keys", "scaling_factor", "q_proj.output_scale"):

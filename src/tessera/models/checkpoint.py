@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,10 +107,13 @@ class Checkpoint:
         known |= {self._parts[name] for name in known if name in self._parts}
         return sorted(name for name in self._found if name.removesuffix(SCALE) not in known)
 
-    def refuse_cache_scales(self) -> None:
-        """Raises `ModelError` where keys or values are to be scaled before they are rounded to fp8 pages."""
+    def refuse_cache_scales(self, unserved: Callable[[str], bool]) -> None:
+        """Raises `ModelError` where keys or values are to be scaled before they are rounded to fp8 pages.
+
+        `unserved`: whether a tensor belongs to a layer that has no pages.
+        """
         for name, entry in self._entries.items():
-            if OF_CACHE.search(name):
+            if OF_CACHE.search(name) and not unserved(name):
                 found = entry.read(0, entry.rows, torch.empty(entry.bytes(entry.rows), dtype=torch.uint8)).float()
                 if (found != 1).any():
                     raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tessera.core.spec import ModelSpec
 from tessera.core.tensors import FP8, TensorSpec
 from tessera.core.weights import weight_table
 from tessera.models.checkpoint import Checkpoint
-from tessera.models.load import stored_shapes
+from tessera.models.load import stored_shapes, unserved
 from tessera.models.noise import Noise
 from tessera.models.quantizing import Quantizing
 from tessera.models.source import Source
@@ -113,7 +114,7 @@ def open_source(
     else:
         found = checkpoint = Checkpoint(folder, spec.quantization.block if spec.quantization is not None else None)
         if kv_dtype in FP8:
-            checkpoint.refuse_cache_scales()
+            checkpoint.refuse_cache_scales(partial(unserved, expected=stored_shapes(table)))
     if quantization is not None and quantization.loading:
         return Quantizing(found, quantization)
     return found

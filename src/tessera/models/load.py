@@ -8,7 +8,7 @@ several threads at once, block by block through pinned memory: one reads slower 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +41,7 @@ KNOWN = re.compile(
     r"rotary_emb\.inv_freq$|^(model\.)?visual\.|^mtp\.|\.shared_head\.head\.weight$"
     r"|^model\.layers\.\d+\.embed_tokens\.weight$"
 )
-LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+LAYER = re.compile(r"^((model|mtp)\.layers\.\d+|(model\.)?visual)\.")
 SHOWN = 8  # of the tensors that an error names
 
 
@@ -203,9 +203,13 @@ def check(source: Source, table: Sequence[TensorSpec]) -> None:
         raise ModelError(f"the checkpoint does not fit its config.json: {'; '.join(wrong[:SHOWN])}{more}")
 
 
-def _needless(name: str, expected: Mapping[str, object]) -> bool:
-    """True for a tensor that is known and not wanted: `KNOWN`, `OF_CACHE`; a tied head; layers after the last."""
-    if KNOWN.search(name) or OF_CACHE.search(name) or (name == "lm_head.weight" and name not in expected):
-        return True
+def unserved(name: str, expected: Iterable[str]) -> bool:
+    """True for a tensor of a layer of which nothing is expected: after the last one, drafting, or seeing."""
     layer = LAYER.match(name)
     return layer is not None and not any(other.startswith(layer.group()) for other in expected)
+
+
+def _needless(name: str, expected: Mapping[str, object]) -> bool:
+    """True for a tensor that is known and not wanted: `KNOWN`, `OF_CACHE`; a tied head; layers that are not served."""
+    tied = name == "lm_head.weight" and name not in expected
+    return bool(KNOWN.search(name) or OF_CACHE.search(name)) or tied or unserved(name, expected)
