@@ -51,7 +51,7 @@ class Fake:
         self.left: list[tuple[str, float]] = []  # rid, when its client left
         self.others: list[tuple[str, str]] = []
         self.status, self.health, self.mode = 200, 200, None
-        self.hang = False  # never answer
+        self.hang = False  # never answer what comes from now on
         self.die = False  # go away at the next request
         self.break_after: int | None = None  # chunks, then the connection breaks
         self.gap = 0.0  # seconds between chunks
@@ -123,7 +123,7 @@ class Fake:
             for connection in list(self.listener.server_state.connections):
                 connection.transport.abort()  # type: ignore[union-attr]
             return Response()
-        work = asyncio.create_task(self._meet(body))
+        work = asyncio.create_task(self._meet(body, self.hang))  # as it is now: the task begins later
         gone = asyncio.create_task(self._gone(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,8 +141,8 @@ class Fake:
             raise ConnectionError("broken on purpose")
         return JSONResponse({"role": self.role, "rooms": self.room_of(body)}, headers={"x-fake": self.role})
 
-    async def _meet(self, body: dict[str, Any]) -> None:
-        if self.hang:
+    async def _meet(self, body: dict[str, Any], hang: bool) -> None:
+        if hang:
             await asyncio.Event().wait()
         mine, other = ("prefill", "decode") if self.role == "prefill" else ("decode", "prefill")
         if self.status != 200:
