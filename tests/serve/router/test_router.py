@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
+import re
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
-from serve.router.fakes import PATHS, World, world
+from serve.router.fakes import PATHS, Fake, Rooms, World, world
 from serve.support import in_loop, refusal
 from tessera.serve.router.connections import Connections
+from tessera.serve.router.router import Options, Router
 from waits import PATIENCE_S, until
 
 PROMPTS = {"/generate": {"text": "hi"}, "/v1/completions": {"prompt": "hi"}, "/v1/chat/completions": {"messages": []}}
@@ -163,6 +166,34 @@ async def test_nothing_is_sent_to_one_half_when_the_other_is_missing() -> None:
         made.of("decode")[0].health = 200
         await made.up()
         assert (await made.http.post("/generate", json={"text": "x"})).status_code == 200
+
+
+@in_loop
+async def test_a_server_that_has_not_answered_yet_is_waited_for_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    """Known fault: a router before a server that never came said nothing at all. Each reason is told once."""
+    caplog.set_level(logging.INFO, "tessera.serve.router.router")
+    fake = Fake("worker", Rooms())
+    await fake.stop()
+    router = Router(Options((fake.address,), interval=0.02))
+    watching = asyncio.create_task(router.watch())
+    try:
+        server = router.fleet.servers[0]
+        await until(lambda: len(caplog.messages) == 1)
+        await asyncio.sleep(0.2)  # many more probes
+        fake.health = 503
+        fake.start()
+        await until(lambda: len(caplog.messages) == 2)
+        fake.health = 200
+        await until(lambda: server.circuit.takes)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await router.close()
+        await fake.stop()
+    first, second, third = caplog.messages
+    for told, why in ((first, "/health: ConnectError"), (second, "/health says 503")):
+        assert re.match(rf"Waiting for worker {fake.url} since \d\d:\d\d:\d\d: {why}", told)
+    assert re.match(rf"worker {fake.url} is up, after \d\.\d s", third)
 
 
 @in_loop

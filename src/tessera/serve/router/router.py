@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tessera.serve.http import Call
+from tessera.serve.router.circuit import Standing
 from tessera.serve.router.connections import Connections
 from tessera.serve.router.exchange import Aborts
 from tessera.serve.router.metrics import Metrics
@@ -85,17 +86,30 @@ class Router:
                 group.create_task(self._watch(server))
 
     async def _watch(self, server: Server) -> None:
+        circuit, told = server.circuit, set[str]()
         while True:
-            was_up = server.circuit.takes
+            was_up, since = circuit.takes, circuit.since
             wrong = await self._probe(server)
-            server.circuit.probed(wrong, time.monotonic())
+            now = time.monotonic()
+            circuit.probed(wrong, now)
             server.show_standing()
-            if was_up != server.circuit.takes:
-                reason = f": {server.circuit.reason}" if server.circuit.reason else ""
-                log.info("%s %s is %s%s", server.address.role, server.url, server.circuit.standing, reason)
-                if was_up:
-                    self.fleet.lost(server)
-            await asyncio.sleep(self.options.interval if server.circuit.takes else min(self.options.interval, 1.0))
+            if was_up != circuit.takes:
+                self._tell_change(server, was_up, now - since)
+            elif circuit.standing is Standing.UNKNOWN and circuit.reason not in told:  # each reason once
+                told.add(circuit.reason)
+                began = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - since)))
+                log.info("Waiting for %s %s since %s: %s", server.address.role, server.url, began, circuit.reason)
+            await asyncio.sleep(self.options.interval if circuit.takes else min(self.options.interval, 1.0))
+
+    def _tell_change(self, server: Server, was_up: bool, seconds: float) -> None:
+        """A server takes requests now, or no longer. `seconds`: for which it was what it was."""
+        circuit = server.circuit
+        if was_up:
+            why = f": {circuit.reason}"
+            self.fleet.lost(server)
+        else:
+            why = f": {circuit.reason}" if circuit.reason else f", after {seconds:.1f} s"
+        log.info("%s %s is %s%s", server.address.role, server.url, circuit.standing, why)
 
     async def _probe(self, server: Server) -> str | None:
         """What is wrong with a server, or None; learns what it tells of itself whenever it was not up before."""
