@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -137,6 +138,26 @@ def test_what_is_asked_wrongly_is_refused_by_name_at_once(
 ) -> None:
     with pytest.raises(RequestError, match=field):
         engine.generate(**asked, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ("x", "messages: found 'x', allowed is a list of 1 to"),
+        (7, "messages: found 7, allowed is a list of 1 to"),
+        ({"role": "user", "content": "x"}, "messages: found an object of 2, allowed is a list of 1 to"),
+        ([], "messages: found a list of 0, allowed is a list of 1 to"),
+        (["x"], r"messages\[0\]: found 'x', allowed is an object"),
+        ([{"role": "user", "content": "x"}, {"content": "y"}], r"messages\[1\].role is missing"),
+        ([{"role": "user", "content": "x", 3: 4}], r"unknown field 'messages\[0\].3'"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused_by_name(engine: tessera.Engine, messages: Any, told: str) -> None:
+    """Known fault: a bare ValueError of `dict`."""
+    with pytest.raises(RequestError, match=told):
+        engine.conversation(messages)
+    good = MappingProxyType({"role": "user", "content": "x"})
+    assert engine.conversation((good,)) == engine.conversation([dict(good)])
 
 
 def test_sync_and_async_calls_work_inside_a_running_loop(engine: tessera.Engine) -> None:

@@ -25,7 +25,10 @@ class Calls:
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation that the assistant is to go on with. Raises RequestError."""
-        return self._reader.conversation({"messages": [dict(message) for message in messages]})[0]
+        given: Any = messages
+        if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+            given = [dict(one) if isinstance(one, Mapping) else one for one in given]
+        return self._reader.conversation({"messages": given})[0]
 
     def answer(self, body: dict[str, Any]) -> Future[Answer]:
         """The finished answer. Cancelling the future ends the request. Raises RequestError at once."""

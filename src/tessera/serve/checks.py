@@ -189,8 +189,8 @@ class Fields:
                 raise self._unknown(name, field)
         return values
 
-    def _unknown(self, name: str, field: str) -> RequestError:
-        near = difflib.get_close_matches(name[:SHOWN], sorted(self.known), n=1)
+    def _unknown(self, name: object, field: str) -> RequestError:
+        near = difflib.get_close_matches(str(name)[:SHOWN], sorted(self.known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return RequestError(f"unknown field {field[: 2 * SHOWN]!r}{hint}", field[: 2 * SHOWN])
 

@@ -90,7 +90,10 @@ class Engine:
         return self._calls.aiterate(body) if stream else await asyncio.wrap_future(self._calls.answer(body))
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of messages with "role" and "content", by the model's chat template: `input_ids` of `generate`."""
+        """Token ids of messages with "role" and "content", by the model's chat template: `input_ids` of `generate`.
+
+        Raises `RequestError` that names what is wrong.
+        """
         return self._calls.conversation(messages)
 
     @property
