@@ -15,7 +15,7 @@ from torch import Tensor
 from tessera.comm import peers
 from tessera.comm.base import ordered_sum
 from tessera.comm.dist import told_late
-from tessera.comm.peers import Memory, Peers, UnderWay, sizes
+from tessera.comm.peers import Memory, PeerCollectives, UnderWay, sizes
 from tessera.core.mesh import instance_mesh
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter works on the host's memory")
@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "BLOCK", 64)
 
 
-def group(world: int) -> list[Peers]:
+def group(world: int) -> list[PeerCollectives]:
     """Ranks whose memory is that of this process, poisoned; their counts are about to wrap."""
     slots, flags = ([torch.full((size,), 255, dtype=torch.uint8) for _ in range(world)] for size in sizes(world))
     for own in flags:
@@ -39,7 +39,10 @@ def group(world: int) -> list[Peers]:
     addresses = torch.tensor([[t.data_ptr() for t in slots], [t.data_ptr() for t in flags]])
     counters = [torch.full((peers.CHANNELS,), 2**31 - 3, dtype=torch.int32) for _ in range(world)]
     late = torch.zeros(world, dtype=torch.int32)
-    return [Peers(Memory(addresses, counters[at], late.clone(), (slots, flags)), at, world, 1.0) for at in range(world)]
+    return [
+        PeerCollectives(Memory(addresses, counters[at], late.clone(), (slots, flags)), at, world, 1.0)
+        for at in range(world)
+    ]
 
 
 def parts_of(number: int, kind: str, world: int) -> list[Tensor]:
@@ -65,7 +68,7 @@ def result(number: int, part: Tensor) -> torch.dtype | None:
     return torch.bfloat16 if number % 3 and part.dtype == torch.float32 else None
 
 
-def begin(rank: Peers, kind: str, part: Tensor, dtype: torch.dtype | None = None) -> UnderWay:
+def begin(rank: PeerCollectives, kind: str, part: Tensor, dtype: torch.dtype | None = None) -> UnderWay:
     if kind == "gather":
         return rank.gather(part)
     return rank.sum(part.flatten(), rank.world, dtype) if kind == "scatter" else rank.sum(part, 1, dtype)

@@ -37,7 +37,7 @@ from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
 if TYPE_CHECKING:
-    from tessera.comm.peers import Peers
+    from tessera.comm.peers import PeerCollectives
 
 NCCL_GROUP = 512 << 20  # bytes of a communicator between GPUs of one host, rounded up
 
@@ -47,7 +47,7 @@ GONE = re.compile(
     re.IGNORECASE,
 )  # in what the backends say when a connection ends
 Ranks = tuple[int, ...]
-Mapped = Callable[[Meeting, Ranks, torch.device], "Peers | None"]
+Mapped = Callable[[Meeting, Ranks, torch.device], "PeerCollectives | None"]
 
 
 @dataclass

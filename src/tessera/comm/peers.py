@@ -49,7 +49,7 @@ def sizes(world: int) -> tuple[int, int]:
     return slot_sizes(world, SLOTS, CHANNELS, REGION)
 
 
-class Peers:
+class PeerCollectives:
     """The collectives of rank `at` of a group of `world`, all of whose ranks bring as much."""
 
     def __init__(self, memory: Memory, at: int, world: int, deadline_s: float) -> None:
@@ -135,7 +135,9 @@ class UnderWay:
         return self.finish()
 
 
-def connect_peers(meeting: Meeting, ranks: tuple[int, ...], device: torch.device, deadline_s: float) -> Peers | None:
+def connect_peers(
+    meeting: Meeting, ranks: tuple[int, ...], device: torch.device, deadline_s: float
+) -> PeerCollectives | None:
     """Maps the memory of all `ranks` of a group; None where they are too many. A rank's memory is ready when it tells.
 
     Raises ConfigError where memory cannot be mapped.
@@ -157,7 +159,7 @@ def connect_peers(meeting: Meeting, ranks: tuple[int, ...], device: torch.device
         remedy = "Give --disable-custom-all-reduce: all collectives go through NCCL then."
         raise ConfigError([Conflict(("collectives", str(device)), reason, remedy)]) from error
     addresses = torch.tensor([[pair[i].data_ptr() for pair in theirs] for i in range(len(mine))], device=device)
-    return Peers(Memory(addresses, counters, late, theirs), at, world, deadline_s)
+    return PeerCollectives(Memory(addresses, counters, late, theirs), at, world, deadline_s)
 
 
 def _mapped(told: str, device: torch.device) -> list[Tensor]:

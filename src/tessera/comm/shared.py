@@ -33,7 +33,7 @@ KINDS = ("sum", "gather", "scatter_sum", "exchange")
 Combine = Callable[[list[Message]], Tensor]
 
 
-class Peers:
+class Liveness:
     """Tells whether the other ranks are there: processes that run, and have not left."""
 
     def __init__(self, segment: Segment, pids: Sequence[int]) -> None:
@@ -74,8 +74,8 @@ class _Collective:
 class _Channel:
     """The messages of one group, as one member sees them."""
 
-    def __init__(self, segment: Segment, peers: Peers, ranks: Ranks, rank: int, deadline_s: float) -> None:
-        self._segment, self._peers, self._ranks, self._deadline_s = segment, peers, ranks, deadline_s
+    def __init__(self, segment: Segment, liveness: Liveness, ranks: Ranks, rank: int, deadline_s: float) -> None:
+        self._segment, self._liveness, self._ranks, self._deadline_s = segment, liveness, ranks, deadline_s
         self._slots = [segment.plan.groups[ranks] + i for i in range(len(ranks))]
         self._me = ranks.index(rank)
         counters = [segment.counters(slot) for slot in self._slots]
@@ -114,7 +114,7 @@ class _Channel:
             if member == self._me or counter.reached(count):
                 continue
             while not counter.wait(count, _LOOK_S):
-                gone = self._peers.gone(self._ranks[member])
+                gone = self._liveness.gone(self._ranks[member])
                 if counter.reached(count):  # it may have come and then gone
                     break
                 if gone:
@@ -133,10 +133,10 @@ class SharedComm:
         self.mesh: Mesh = meeting.mesh
         self.rank: int = meeting.rank
         self._segment = _map(meeting)
-        self._peers = Peers(self._segment, [card.pid for card in meeting.cards])
+        self._liveness = Liveness(self._segment, [card.pid for card in meeting.cards])
         groups = {axis.name: self.mesh.group(self.rank, axis.name) for axis in self.mesh.axes}
         shared = {ranks for ranks in groups.values() if len(ranks) > 1}
-        channels = {r: _Channel(self._segment, self._peers, r, self.rank, deadline_s) for r in shared}
+        channels = {r: _Channel(self._segment, self._liveness, r, self.rank, deadline_s) for r in shared}
         self._channels = {axis: channels.get(ranks) for axis, ranks in groups.items()}
         self._alone = Alone(self.mesh, self.rank)
 
@@ -182,7 +182,7 @@ class SharedComm:
     def close(self) -> None:
         """See `Comm.close`."""
         self._segment.leave(self.rank)
-        self._peers.close()
+        self._liveness.close()
 
 
 def _map(meeting: Meeting) -> Segment:
