@@ -169,6 +169,37 @@ async def test_one_that_does_not_listen_is_killed() -> None:
         assert made.view.told("decode-0 was ended by SIGKILL")
 
 
+@pytest.mark.parametrize("name", ["decode-0", "router"])
+@in_loop
+async def test_one_that_hangs_is_killed_and_told(name: str) -> None:
+    """Known fault: what was stopped, and not killed, was never missed."""
+    async with up([], silence=1.5) as made:
+        await made.ready()
+        os.kill(made.view.pid(name), signal.SIGSTOP)
+        told = rf"{name} did not answer for \d+.\d s and was killed, so everything ends"
+        with pytest.raises(PeerError, match=told):
+            await asyncio.wait_for(made.task, PATIENCE_S)
+
+
+@in_loop
+async def test_one_that_is_slow_is_not_killed() -> None:
+    """Only silence counts: neither a status nor a probe that is missed once in a while."""
+    async with up(["decode.env.SLOW=0.4"], silence=1.5) as made:
+        await made.ready()
+        await asyncio.sleep(6.0)
+        assert not made.task.done()
+
+
+@in_loop
+async def test_one_that_is_stopped_ends_in_order_with_the_others() -> None:
+    """It has nothing to hear a signal with until it goes on."""
+    async with up([], drain=PATIENCE_S) as made:
+        await made.ready()
+        os.kill(made.view.pid("decode-0"), signal.SIGSTOP)
+        await made.stop()
+        assert not made.view.told("killed")
+
+
 @in_loop
 async def test_a_view_that_fails_ends_everything_in_order() -> None:
     class Blind(Seen):
@@ -208,6 +239,33 @@ def test_a_port_that_was_asked_for_and_is_taken_is_refused_before_anything_start
         late.bind(("127.0.0.1", taken))
     bind("127.0.0.1", taken).close()
     asyncio.run(here.close())
+
+
+@pytest.mark.parametrize("flag", ["port", "disaggregation-bootstrap-port"])
+def test_every_port_that_a_recipe_names_is_looked_at(flag: str) -> None:
+    """Known fault: not the one at which decode servers meet prefill; its worker failed minutes later."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"prefill-0: --{flag} {taken}: nobody can listen there"):
+            claimed([f"prefill.{flag}={taken}"])
+    with pytest.raises(ConfigError, match=rf"prefill-0: --{flag} {taken} with router: --port {taken}: both would"):
+        claimed([f"prefill.{flag}={taken}", f"router.port={taken}"])
+    claimed([f"prefill.{flag}={taken}"])
+    claimed([f"prefill.{flag}=0", "prefill.workers=2"])  # 0: any free one, for each
+
+
+def claimed(changes: list[str]) -> None:
+    """The ports of a deployment so changed can be had."""
+    here = Here({})
+    recipe = changed(load_recipe(RECIPES / "abacus-cpu.yaml"), ["router.port=0", *changes])
+    found = deploy(recipe, Site(lambda node: "127.0.0.1", here.port, ()), {})
+    try:
+        here.claim([*found.workers, found.router])
+    finally:
+        asyncio.run(here.close())
+    prefill = [one for one in found.workers if one.role == "prefill"]
+    assert all(one.bootstrap > 0 for one in prefill)
+    assert len({one.url for one in prefill} | {one.bootstrap for one in prefill}) == 2 * len(prefill)
 
 
 def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ KEY = "TESSERA_API_KEY"  # not on a command line, which all of a host's users ca
 @dataclass(frozen=True, slots=True)
 class Process:
     """One process to start. `url`: where it answers; empty for the further hosts of a worker, which hold only ranks.
+    `bootstrap`: port at which decode servers meet it; 0: they do not.
 
     `node`: on which of the deployment's hosts. `environment`: besides that of whoever starts it.
     """
@@ -35,6 +36,7 @@ class Process:
     url: str = ""
     node: int = 0
     gpus: int = 0
+    bootstrap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class _Placing:
         flags: dict[str, Any] = {"host": site.listen, **role.flags}
         secret = {KEY: str(flags.pop("api_key"))} if "api_key" in flags else {}
         for key in ("port", BOOTSTRAP) if role.name == "prefill" else ("port",):
-            flags[key] = values.number(key) + index if key in flags else site.port()
+            flags[key] = values.number(key) + index if flags.get(key) not in (None, 0, "0") else site.port()
         if each > 1:
             flags |= {"nnodes": each, MEETING: f"{site.host(node)}:{site.port()}"}
         url = f"http://{site.host(node)}:{flags['port']}"
@@ -164,8 +166,10 @@ class _Placing:
             own = {**flags, "node_rank": rank} if each > 1 else flags
             command = (*site.python, "serve", *words(own))
             gpus = 0 if cpu else here
-            made.append(Process(name, role.name, command, environment, url, node + rank, gpus))
-        return [made[0], *(replace(one, name=f"{name}.{i}", url="") for i, one in enumerate(made[1:], 1))]
+            meets = flags[BOOTSTRAP] if role.name == "prefill" else 0
+            made.append(Process(name, role.name, command, environment, url, node + rank, gpus, meets))
+        rest = enumerate(made[1:], 1)
+        return [made[0], *(replace(one, name=f"{name}.{i}", url="", bootstrap=0) for i, one in rest)]
 
     def _devices(self, role: Role, node: int, count: int) -> dict[str, str]:
         """The GPUs of one worker on one host, in the order of its hosts' devices."""
@@ -216,9 +220,7 @@ def numbered(count: int) -> tuple[str, ...]:
 def _named(process: Process) -> list[str]:
     """How the router is told of a worker."""
     words = ["--prefill" if process.role == "prefill" else f"--{process.role}", process.url]
-    if process.role == "prefill":
-        flag = f"--{BOOTSTRAP.replace('_', '-')}"
-        words.append(process.command[process.command.index(flag) + 1])
+    words += [str(process.bootstrap)] if process.bootstrap else []
     assert process.role in ("prefill", "decode", WORKER), f"a {process.role} server"
     return words
 

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -60,21 +60,20 @@ class Here(Starter):
         return self._hold("127.0.0.1", 0)
 
     def claim(self, processes: Iterable[Process]) -> None:
-        """Keeps the ports that were asked for, too. Raises `ConfigError` for those at which somebody listens already:
-        who answers there would be taken for the process that is started."""
+        """Keeps the ports that were asked for, too. Raises `ConfigError` for those at which somebody listens already,
+        who would be taken for the process that is started, and for those that two of them ask for."""
         given, wrong = {held.getsockname()[1] for held in self._ports}, []
-        asked = [(one.name, urlsplit(one.url)) for one in processes if one.url]
-        for name, url in asked:
-            host, port = url.hostname or "", url.port or 0
-            if port in given:
-                continue
-            try:
-                self._hold(host, port)
-            except OSError as error:
-                remedy = "Choose another port (0: any free one)." if name == "router" else "Choose another port."
-                wrong.append(
-                    Conflict((f"{name}: --port {port}",), f"nobody can listen there: {error.strerror}", remedy)
-                )
+        asked: dict[int, str] = {}
+        for name, flag, host, port in _ports(processes):
+            what = f"{name}: {flag} {port}"
+            if (other := asked.setdefault(port, what)) != what:
+                wrong.append(Conflict((other, what), "both would listen there", "Choose another port for one."))
+            elif port not in given:
+                try:
+                    self._hold(host, port)
+                except OSError as error:
+                    remedy = "Choose another port (0: any free one)."
+                    wrong.append(Conflict((what,), f"nobody can listen there: {error.strerror}", remedy))
         if wrong:
             raise ConfigError(wrong)
 
@@ -104,6 +103,16 @@ class Here(Starter):
         """Its ports."""
         while self._ports:
             self._ports.pop().close()
+
+
+def _ports(processes: Iterable[Process]) -> Iterator[tuple[str, str, str, int]]:
+    """Ports at which these listen: the process, its flag, the host, the port."""
+    for one in processes:
+        if one.url:
+            url = urlsplit(one.url)
+            yield one.name, "--port", url.hostname or "", url.port or 0
+            if one.bootstrap:
+                yield one.name, "--disaggregation-bootstrap-port", url.hostname or "", one.bootstrap
 
 
 class LocalChild(Child):
@@ -136,3 +145,4 @@ class LocalChild(Child):
                 os.killpg(self._process.pid, number)
             else:
                 self._process.send_signal(number)
+                self._process.send_signal(signal.SIGCONT)  # one that is stopped hears nothing

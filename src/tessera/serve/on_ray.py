@@ -96,6 +96,7 @@ class Keeper:
             os.killpg(self._process.pid, number)
         else:
             self._process.send_signal(number)
+            self._process.send_signal(signal.SIGCONT)  # one that is stopped hears nothing
 
 
 class Cluster(Starter):

@@ -1,7 +1,8 @@
 """`tessera up`: the processes of a deployment from their start to their end. Every wait has a way out.
 
-States of a process: starting, ready (its /health says so), ended. What follows when a worker ends by itself is asked,
-as of `tessera serve`: all end (exit), it is started anew at its old address (restart), or the others go on (continue).
+States of a process: starting, ready (its /health says so), ended. One that was ready and gives no answer any more is
+killed. What follows when a worker ends by itself or so is asked, as of `tessera serve`: all end (exit), it is started
+anew at its old address (restart), or the others go on (continue).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tessera.serve.signals import StopSignals
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3  # between two looks at a process that starts
 PROBE_SECONDS = 5.0
+PROBES = 6  # in a row, without any answer, after which one is killed
 RESTART_SECONDS = 2.0  # before a process is started again
 WINDOW_SECONDS = 600.0  # within which restarts are counted
 KILLED_SECONDS = 10.0
@@ -36,13 +38,14 @@ OnFailure = Literal["exit", "restart", "continue"]
 
 @dataclass(slots=True)
 class Running:
-    """A process and how it does."""
+    """A process and how it does. `silent`: seconds without an answer for which it was killed."""
 
     process: Process
     child: Child
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
     code: int | None = None
+    silent: float = 0.0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
@@ -57,7 +60,8 @@ class View(Protocol):
 
 
 class Supervisor:
-    """Runs one deployment. Seconds: `patience` from the start until all are ready, `drain` for an orderly end.
+    """Runs one deployment. Seconds: `patience` from the start until all are ready, `drain` for an orderly end,
+    `silence` (up to twice that) until one that was ready must answer a probe, well or not.
 
     `restarts`: most within ten minutes.
     """
@@ -71,9 +75,11 @@ class Supervisor:
         patience: float = 1800.0,
         drain: float = 35.0,
         restarts: int = 3,
+        silence: float = 30.0,
     ) -> None:
         self._deployment, self._starter, self._view = deployment, starter, view
         self._on_failure, self._patience, self._drain = on_failure, patience, drain
+        self._probe = min(PROBE_SECONDS, silence / PROBES)
         self._most, self._restarts = restarts, deque[float]()
         self._running: dict[str, Running] = {}
         self._ended: asyncio.Queue[Running | Exception | None] = asyncio.Queue()  # None: the time to start is over
@@ -111,7 +117,8 @@ class Supervisor:
                 raise DeadlineError(f"not ready within {self._patience:g} s (--start-timeout): {late}")
 
     async def _one_ended(self, one: Running) -> None:
-        how = f"{one.process.name} {how_it_ended(one.code or 0)}"
+        killed = f"did not answer for {one.silent:.1f} s and was killed"
+        how = f"{one.process.name} {killed if one.silent else how_it_ended(one.code or 0)}"
         if self._on_failure == "exit" or one.process.role == "router":
             raise PeerError(f"{how}, so everything ends")
         if self._on_failure == "restart":
@@ -126,7 +133,7 @@ class Supervisor:
     async def _start(self, process: Process) -> None:
         child = await self._starter.start(process)
         one = self._running[process.name] = Running(process, child)
-        one.tasks = [asyncio.create_task(self._told(work)) for work in (self._read(one), self._until_ready(one))]
+        one.tasks = [asyncio.create_task(self._told(work)) for work in (self._read(one), self._probed(one))]
         self._change(f"{process.name} starts ({child.where})")
 
     async def _told(self, work: Coroutine[None, None, None]) -> None:
@@ -159,19 +166,25 @@ class Supervisor:
         except Exception as error:
             self._ended.put_nowait(error)
 
-    async def _until_ready(self, one: Running) -> None:
-        """Asks it until it is ready. One without an address is ready when the one that it belongs to is."""
+    async def _probed(self, one: Running) -> None:
+        """Asks it until it is ready, and from then on whether it still answers. One without an address is ready when
+        the one that it belongs to is."""
         key = one.process.environment.get(KEY)
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         began = time.monotonic()
         async with httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False, headers=headers) as http:
             while one.process.url:
-                healthy = await _healthy(http, one.process.url)
+                healthy = await _health(http, one.process.url) == 200
                 if one.state != "starting":
                     return
                 if healthy:
                     break
                 await asyncio.sleep(POLL_SECONDS)
+            self._ready(one, began)
+            if one.process.url:
+                await self._until_silent(one, http)
+
+    def _ready(self, one: Running, began: float) -> None:
         one.state, one.since = "ready", time.monotonic()
         where = f" at {one.process.url}" if one.process.url else ""
         self._change(f"{one.process.name} is ready{where} after {one.since - began:.1f} s")
@@ -179,6 +192,18 @@ class Supervisor:
         if len(self._running) == count and all(r.state == "ready" for r in self._running.values()):
             self._all_ready = True
             self._change(f"all {count} processes are ready: {self._deployment.router.url}")
+
+    async def _until_silent(self, one: Running, http: httpx.AsyncClient) -> None:
+        """Kills it when it gives no answer. Probes are counted, not seconds: this process may have been stopped too."""
+        missed, heard = 0, time.monotonic()
+        while one.state == "ready" and not self._stopping:
+            await asyncio.sleep(self._probe)
+            if await _health(http, one.process.url, self._probe) is not None:
+                missed, heard = 0, time.monotonic()
+            elif (missed := missed + 1) >= PROBES and one.state == "ready" and not self._stopping:
+                one.silent = time.monotonic() - heard
+                await one.child.signal(signal.SIGKILL)
+                return
 
     async def _stop_all(self) -> None:
         """The router first, so that what runs can finish; then the workers; whoever stays is killed."""
@@ -207,7 +232,8 @@ class Supervisor:
                 self._change(f"killed after {seconds:g} s: {names}")
 
 
-async def _healthy(http: httpx.AsyncClient, url: str) -> bool:
+async def _health(http: httpx.AsyncClient, url: str, seconds: float = PROBE_SECONDS) -> int | None:
+    """The status of /health; None when nobody answers."""
     with contextlib.suppress(httpx.HTTPError):
-        return (await http.get(f"{url}/health")).status_code == 200
-    return False
+        return (await http.get(f"{url}/health", timeout=seconds)).status_code
+    return None

@@ -1,7 +1,7 @@
 """Stands for `tessera` in tests of `tessera up`: workers are fake servers, the router is the real one.
 
 The environment says what goes wrong: DIE_AFTER: seconds until it ends with 3; SICK: it never gets ready; DEAF: SIGTERM
-does not end it.
+does not end it; SLOW: every other probe is answered so many seconds late.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ async def serve(options: argparse.Namespace) -> int:
     fake = Fake(role, Open(), listening=bind(options.host, options.port))
     fake.mode = options.disaggregation_mode
     fake.health = 503 if os.environ.get("SICK") else 200
+    fake.health_lag = float(os.environ.get("SLOW", "0"))
     sys.stdout.write(f"a fake {role} with {' '.join(sys.argv[2:])}\n")
     sys.stdout.flush()
     await asyncio.sleep(float(os.environ.get("DIE_AFTER", "1000")))

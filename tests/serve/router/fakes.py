@@ -55,6 +55,7 @@ class Fake:
         self.die = False  # go away at the next request
         self.break_after: int | None = None  # chunks, then the connection breaks
         self.gap = 0.0  # seconds between chunks
+        self.health_lag, self._probes = 0.0, 0  # seconds of every other probe
         self.lag = 0.0  # seconds until it answers, once the other has come
         self.go_on = asyncio.Event()  # and not while this is clear
         self.go_on.set()
@@ -100,6 +101,8 @@ class Fake:
         return rooms if isinstance(rooms, list) else [rooms]
 
     async def _health(self, request: Request) -> Response:
+        self._probes += 1
+        await asyncio.sleep(self.health_lag * (self._probes % 2))
         return JSONResponse({}, self.health)
 
     async def _info(self, request: Request) -> Response:
