@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import signal
 import time
 import traceback
 from pathlib import Path
@@ -302,6 +304,31 @@ def test_an_engine_that_hangs_is_started_anew_too(folder: Path) -> None:
         assert (hung.status_code, "has not stepped" in hung.text) == (503, True)
         wait_until(lambda: ask(url).status_code == 200)
         assert "it is started anew: 1 of 3 times" in server.text
+
+
+def test_an_engine_that_hangs_ends_the_server_as_a_rank_that_hangs_does(folder: Path) -> None:
+    """Known fault: under `--on-failure exit` it stayed, and /health said 503 until somebody looked."""
+    with fake_server(folder, watchdog_timeout=2.0) as server:
+        url, engine = server.ready(), server.engine()
+        engine.suspend()
+        hung = Asking(url)
+        assert server.code() == 1
+        hung.join(PATIENCE_S)
+        assert (hung.status, "has not stepped" in hung.text) == (503, True)
+        assert re.search(r"DeadlineError: the engine has not stepped for \d s \(allowed: 2 s\)", server.text)
+        gone(engine)
+
+
+def test_a_front_that_was_stopped_itself_blames_no_engine(folder: Path) -> None:
+    """As by Ctrl-Z in a terminal: it has heard of none for long, and hears of all of them now."""
+    with fake_server(folder, watchdog_timeout=2.0) as server:
+        url = server.ready()
+        server.signal(signal.SIGSTOP)
+        time.sleep(5.0)
+        server.signal(signal.SIGCONT)
+        time.sleep(1.0)
+        assert ask(url).status_code == 200
+        assert health(url) == 200
 
 
 @in_loop

@@ -21,6 +21,7 @@ Probe = Callable[[int], Awaitable[float]]
 
 WATCH_SECONDS = 0.5
 SAY_SECONDS = 2.0  # an engine whose ranks hang notices it as soon as we do, and knows more about it
+LOOKS = round(SAY_SECONDS / WATCH_SECONDS)
 
 
 class Fleet:
@@ -81,13 +82,16 @@ class Fleet:
             replica.renew(self._engines[number].send)
 
     async def _watch(self, client: EngineClient) -> None:
-        """One that hangs is ended, where something else is to follow than the end of the server; else /health tells."""
-        while self._known.resolved.config.serving.on_failure != "exit":
+        """One that hangs is ended: what follows is what follows any end. It is looked at several times, since whoever
+        was stopped himself finds all engines silent at first."""
+        late = [0] * len(self._engines)
+        while True:
             await asyncio.sleep(WATCH_SECONDS)
-            for engine, replica in zip(self._engines, client.replicas, strict=True):
-                if replica.age > replica.allowed + SAY_SECONDS and replica.failure is None:
+            for number, replica in enumerate(client.replicas):
+                late[number] = late[number] + 1 if replica.stale and replica.failure is None else 0
+                if late[number] > LOOKS:
                     replica.give_up()
-                    engine.kill()
+                    self._engines[number].kill()
 
     async def _live(self, number: int, client: EngineClient, probe: Probe) -> None:
         """Until the engine has ended."""

@@ -48,9 +48,8 @@ SERVING = (
     Flag("stream_interval", whole(1), 1, "Tokens between two chunks of a stream.", "serving"),
     Flag("drain_timeout", real(0), 30.0, "Seconds that running requests get after SIGTERM.", "serving"),
     Flag("max_body_size", size, 32 << 20, "Largest request body, bytes (or like 64M).", "serving"),
-    Flag("watchdog_timeout", real(2), 300.0, "Seconds without a step after which /health says 503, and after which an "
-         "engine is ended where --on-failure says what is to follow. A start may be silent for 300, if that is more.",
-         "serving"),
+    Flag("watchdog_timeout", real(2), 300.0, "Seconds without a step after which /health says 503 and the engine is "
+         "ended; --on-failure says what follows. A start may be silent for 300, if that is more.", "serving"),
     Flag("on_failure", text, "exit", "What follows when an engine or one of its ranks ends by itself: the server ends "
          "too (exit), the engine is started anew (restart), or the other replicas go on without it (continue).",
          "serving", choices=("exit", "restart", "continue")),
