@@ -10,7 +10,7 @@ from starlette.responses import Response
 from tessera.core.errors import RequestError, TesseraError
 from tessera.core.messages import Flush
 from tessera.serve import profile
-from tessera.serve.checks import Fields, Refused, bad, boolean, integer, listed, string
+from tessera.serve.checks import Fields, Refused, anything, bad, boolean, integer, listed, string
 from tessera.serve.fields import CHAT, MAX_TOKENS
 from tessera.serve.http import Call, Json, error_body, read_json, refusal
 from tessera.serve.metrics import CONTENT_TYPE
@@ -21,21 +21,18 @@ PROBE_SECONDS = 20.0
 TOKENIZE = Fields(
     honoured={
         "model": string,
-        "prompt": lambda value, field: value,
-        "text": lambda value, field: value,
+        "prompt": anything,
+        "text": anything,
         "add_special_tokens": boolean,
         **{name: CHAT.honoured[name] for name in ("messages", "add_generation_prompt", "continue_final_message")},
         "chat_template_kwargs": CHAT.honoured["chat_template_kwargs"],
         "reasoning_effort": CHAT.honoured["reasoning_effort"],
         "return_token_strs": boolean,
     },
-    passed={},
     refused={"tools": CHAT.refused["tools"], "chat_template": CHAT.refused["chat_template"]},
 )
 DETOKENIZE = Fields(
     honoured={"model": string, "tokens": listed(integer(0, MAX_TOKENS), 1 << 22), "skip_special_tokens": boolean},
-    passed={},
-    refused={},
 )
 ABORT = Fields(
     honoured={"rid": string, "abort_all": boolean},

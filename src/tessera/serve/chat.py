@@ -94,7 +94,6 @@ def _cut_after(text: str, content: object) -> str:
 PART = Fields(
     honoured={"type": string, "text": string},
     passed={"cache_control": "prefixes are cached anyway"},
-    refused={},
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -36,36 +36,36 @@ def bad(field: str, found: object, allowed: str) -> RequestError:
     return RequestError(f"{field}: found {shown(found)}, allowed is {allowed}", field)
 
 
-def boolean(value: Any, field: str) -> bool:
-    """True or false."""
-    if not isinstance(value, bool):
-        raise bad(field, value, "true or false")
-    return value
+def checked(good: Callable[[Any], bool], allowed: str) -> Check:
+    """A value as it is, where it is `good`."""
+
+    def check(value: Any, field: str) -> Any:
+        if not good(value):
+            raise bad(field, value, allowed)
+        return value
+
+    return check
 
 
-def string(value: Any, field: str) -> str:
-    """Any string."""
-    if not isinstance(value, str):
-        raise bad(field, value, "a string")
-    return value
+boolean = checked(lambda value: isinstance(value, bool), "true or false")
+string = checked(lambda value: isinstance(value, str), "a string")
+mapping = checked(lambda value: isinstance(value, dict), "an object")
+anything = checked(lambda value: True, "")  # for what is read elsewhere
 
 
-def mapping(value: Any, field: str) -> dict[str, Any]:
-    """Any object."""
-    if not isinstance(value, dict):
-        raise bad(field, value, "an object")
-    return value
+def text(low: int, high: int) -> Check:
+    """A string of so many characters."""
+    return checked(
+        lambda value: isinstance(value, str) and low <= len(value) <= high, f"a string of {low} to {high} characters"
+    )
 
 
 def integer(low: int, high: int, also: str = "") -> Check:
     """A whole number in low..high. `also` explains a special value in the error."""
-
-    def check(value: Any, field: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise bad(field, value, f"an integer from {low} to {high}{also}")
-        return value
-
-    return check
+    return checked(
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        f"an integer from {low} to {high}{also}",
+    )
 
 
 def number(low: float, high: float, above: bool = False) -> Check:
@@ -96,13 +96,6 @@ def listed(item: Check, most: int, single: bool = False) -> Check:
     return check
 
 
-def stop_string(value: Any, field: str) -> str:
-    """A stop string: 1 to 1024 characters."""
-    if not isinstance(value, str) or not 1 <= len(value) <= 1024:
-        raise bad(field, value, "a string of 1 to 1024 characters")
-    return value
-
-
 def logit_bias(value: Any, field: str) -> dict[int, float]:
     """Token id (as text or number) -> bias from -100 to 100."""
     bias = number(-100, 100)
@@ -116,13 +109,12 @@ def logit_bias(value: Any, field: str) -> dict[int, float]:
 
 def one_of(*values: object) -> Check:
     """One of some values."""
+    return checked(lambda value: _among(value, values), "one of " + ", ".join(map(repr, values)))
 
-    def check(value: Any, field: str) -> Any:
-        if not any(value is v or (type(value) is type(v) and value == v) for v in values):
-            raise bad(field, value, "one of " + ", ".join(repr(v) for v in values))
-        return value
 
-    return check
+def _among(value: object, values: Sequence[object]) -> bool:
+    """Equal, and of one type: 1 is not True."""
+    return any(type(value) is type(one) and value == one for one in values)
 
 
 def each(item: Check, most: int) -> Check:
@@ -153,7 +145,7 @@ class Refused:
 
     def check(self, value: Any, field: str) -> None:
         """Raises unless the value asks for nothing."""
-        if not any(type(value) is type(v) and value == v for v in self.neutral):
+        if not _among(value, self.neutral):
             accepted = ["null", *(msgspec.json.encode(v).decode() for v in self.neutral)]
             ask = f" (accepted: {', '.join(accepted)})" if self.neutral else ""
             raise RequestError(f"{field} is not supported by this server{ask}: {self.remedy}", field)
@@ -164,8 +156,8 @@ class Fields:
     """Every field that an endpoint knows."""
 
     honoured: Mapping[str, Check]
-    passed: Mapping[str, str]
-    refused: Mapping[str, Refused]
+    passed: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, Refused] = field(default_factory=dict)
 
     @property
     def known(self) -> set[str]:

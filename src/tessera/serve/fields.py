@@ -11,6 +11,7 @@ from typing import Any
 from tessera.serve.checks import (
     Fields,
     Refused,
+    anything,
     boolean,
     each,
     integer,
@@ -19,8 +20,8 @@ from tessera.serve.checks import (
     mapping,
     number,
     one_of,
-    stop_string,
     string,
+    text,
 )
 
 MAX_TOKENS = 1 << 31
@@ -40,7 +41,7 @@ SAMPLING = {
     "repetition_penalty": number(0, 2, above=True),
     "logit_bias": logit_bias,
     "n": integer(1, MAX_CHOICES),
-    "stop": listed(stop_string, MAX_STOPS, single=True),
+    "stop": listed(text(1, 1024), MAX_STOPS, single=True),
     "stop_token_ids": token_ids,
     "ignore_eos": boolean,
     "skip_special_tokens": boolean,
@@ -72,6 +73,7 @@ NO_BEAM = Refused("use n, or best_of on /v1/completions", (False, 1, 1.0))
 ROUTING = "where a request runs cannot change its answer"
 SPECULATION = "speculation cannot change an answer"
 LABEL = "a label of the client's"
+NONE_TO_SEE = "there are no images and no videos"
 
 PASSED = {
     **dict.fromkeys(("user", "metadata", "custom_labels", "safety_identifier", "session_id"), LABEL),
@@ -81,7 +83,7 @@ PASSED = {
     ),
     **dict.fromkeys(("disagg_prefill_dp_rank", "routing_key"), ROUTING),
     **dict.fromkeys(("ngram_corpus_id", "prediction"), SPECULATION),
-    **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "media_io_kwargs"), "there are no images"),
+    **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "media_io_kwargs"), NONE_TO_SEE),
     "routed_experts_start_len": "only read with return_routed_experts, which is refused",
 }
 
@@ -93,7 +95,7 @@ REFUSED = {
     **dict.fromkeys(("lora_path", "lora_id"), NO_LORA),
     **dict.fromkeys(("bootstrap_pair_key", "kv_transfer_params", "ec_transfer_params", "decode_tp_size"), NO_HANDOVER),
     **dict.fromkeys(("custom_logit_processor", "custom_params", "logits_processors", "vllm_xargs"), NO_PROCESSOR),
-    **dict.fromkeys(("session_params",), NO_SESSION),
+    "session_params": NO_SESSION,
     **dict.fromkeys(("return_hidden_states", "return_routed_experts", "return_cached_tokens_details"), NO_STATES),
     **dict.fromkeys(("return_prompt_token_ids", "return_meta_info", "return_tokens_as_token_ids"), NO_STATES),
     **dict.fromkeys(("images_config", "mm_processor_kwargs", "use_audio_in_video"), NO_IMAGES),
@@ -101,17 +103,14 @@ REFUSED = {
     "stop_regex": Refused("use stop with strings", ([], "")),
     "truncate_prompt_tokens": Refused("shorten the prompt before you send it"),
     "prompt_logprobs": Refused("use echo with logprobs on /v1/completions, or /generate with logprob_start_len"),
-    "allowed_token_ids": Refused("use logit_bias", ([],)),
-    "bad_words": Refused("use logit_bias", ([],)),
-    "thinking_token_budget": Refused("use max_tokens"),
-    "max_thinking_tokens": Refused("use max_tokens"),
+    **dict.fromkeys(("allowed_token_ids", "bad_words"), Refused("use logit_bias", ([],))),
+    **dict.fromkeys(("thinking_token_budget", "max_thinking_tokens"), Refused("use max_tokens")),
     "repetition_detection": Refused("use repetition_penalty or frequency_penalty", ({},)),
 }  # fmt: skip
 
 STREAM_OPTIONS = Fields(
     honoured={"include_usage": boolean, "continuous_usage_stats": boolean},
     passed={"include_obfuscation": "chunks carry no padding"},
-    refused={},
 )
 
 
@@ -142,7 +141,7 @@ OPENAI = {
 COMPLETION = Fields(
     honoured={
         **OPENAI,
-        "prompt": lambda value, field: value,  # string, strings, ids or lists of ids: schema.py
+        "prompt": anything,  # string, strings, ids or lists of ids: schema.py
         "best_of": integer(1, MAX_CHOICES),
         "echo": boolean,
         "logprobs": integer(0, 20),
@@ -158,7 +157,7 @@ COMPLETION = Fields(
 CHAT = Fields(
     honoured={
         **OPENAI,
-        "messages": lambda value, field: value,  # chat.py
+        "messages": anything,  # chat.py
         "max_completion_tokens": integer(1, MAX_TOKENS),
         "max_tokens": integer(1, MAX_TOKENS),
         "logprobs": boolean,
@@ -171,16 +170,14 @@ CHAT = Fields(
     passed={
         **PASSED,
         "parallel_tool_calls": "there are no tool calls",
-        "separate_reasoning": "no reasoning parser is loaded",
-        "stream_reasoning": "no reasoning parser is loaded",
-        "include_reasoning": "no reasoning parser is loaded",
+        **dict.fromkeys(
+            ("separate_reasoning", "stream_reasoning", "include_reasoning"), "no reasoning parser is loaded"
+        ),
     },
     refused={
         **REFUSED,
-        "tools": NO_TOOLS,
-        "functions": NO_TOOLS,
-        "tool_choice": Refused(NO_TOOLS.remedy, ("none", "auto")),
-        "function_call": Refused(NO_TOOLS.remedy, ("none", "auto")),
+        **dict.fromkeys(("tools", "functions"), NO_TOOLS),
+        **dict.fromkeys(("tool_choice", "function_call"), Refused(NO_TOOLS.remedy, ("none", "auto"))),
         "best_of": Refused("use n, or best_of on /v1/completions", (1,)),
         "echo": Refused("use /v1/completions", (False,)),
         "modalities": Refused("answers come as text", (["text"],)),
@@ -223,8 +220,8 @@ def sampling_params(value: object, field: str) -> dict[str, object]:
 
 GENERATE = Fields(
     honoured={
-        "text": lambda value, field: value,
-        "input_ids": lambda value, field: value,
+        "text": anything,
+        "input_ids": anything,
         "sampling_params": each(sampling_params, MAX_BATCH),
         "return_logprob": each(boolean, MAX_BATCH),
         "logprob_start_len": each(integer(-1, MAX_TOKENS), MAX_BATCH),
@@ -241,34 +238,22 @@ GENERATE = Fields(
     },
     passed={
         **PASSED,
-        "modalities": "there are no images",
-        "conversation_id": LABEL,
+        **dict.fromkeys(("modalities", "image_max_dynamic_patch", "return_bytes"), NONE_TO_SEE),
+        **dict.fromkeys(("video_config", "video_max_dynamic_patch"), NONE_TO_SEE),
+        **dict.fromkeys(("need_wait_for_mm_inputs", "num_items_assigned", "encoder_urls"), NONE_TO_SEE),
+        **dict.fromkeys(("mm_hashes", "mm_content_hashes"), NONE_TO_SEE),
+        **dict.fromkeys(("conversation_id", "external_trace_header"), LABEL),
+        **dict.fromkeys(("http_worker_ipc", "kv_router_hint"), ROUTING),
         "background": "every request runs alike",
-        "video_config": "there are no videos",
-        "image_max_dynamic_patch": "there are no images",
-        "video_max_dynamic_patch": "there are no videos",
-        "external_trace_header": LABEL,
         "received_time": "the server's own clock counts",
-        "http_worker_ipc": ROUTING,
-        "kv_router_hint": ROUTING,
-        "return_bytes": "there are no images",
-        "need_wait_for_mm_inputs": "there are no images",
-        "num_items_assigned": "there are no images",
-        "encoder_urls": "there are no images",
-        "mm_hashes": "there are no images",
-        "mm_content_hashes": "there are no images",
     },
     refused={
         **REFUSED,
         **dict.fromkeys(("image_data", "video_data", "audio_data"), NO_IMAGES),
-        "input_embeds": Refused("send text or input_ids"),
-        "positional_embed_overrides": Refused("send text or input_ids"),
+        **dict.fromkeys(("input_embeds", "positional_embed_overrides"), Refused("send text or input_ids")),
         "require_reasoning": Refused("ask for it in the prompt", (False,)),
-        "return_sampling_mask": NO_STATES,
-        "return_indexer_topk": NO_STATES,
-        "return_entropy": NO_STATES,
-        "return_flat_raw_top_logprobs": NO_STATES,
-        "return_flat_raw_top_logprobs_b64": NO_STATES,
+        **dict.fromkeys(("return_sampling_mask", "return_indexer_topk", "return_entropy"), NO_STATES),
+        **dict.fromkeys(("return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64"), NO_STATES),
         "multi_item_delimiter_indices": Refused("send the items as a batch"),
     },
 )

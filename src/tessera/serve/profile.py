@@ -46,7 +46,6 @@ FIELDS = Fields(
         "profile_prefix": _plain,
         "profile_id": _plain,
     },
-    passed={},
     refused={
         "profile_by_stage": Refused("a trace has all kinds of steps; use num_steps while only one kind runs", (False,)),
         "profile_stages": Refused("a trace has all kinds of steps; leave it out"),
