@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections import Counter
@@ -250,9 +251,29 @@ def test_the_event_log_replays_to_the_same_steps(tmp_path: Path) -> None:
     assert len(again) > 10
 
 
-def test_an_event_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["", "/dev/full"])
+def test_an_event_log_that_cannot_be_written_is_refused(path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--log-events"):
-        Engine(log_events=str(tmp_path))
+        Engine(log_events=str(tmp_path / path))
+
+
+def test_a_full_disk_ends_the_event_log_and_not_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Known fault: every request failed. What was written ends with a whole line, so it replays."""
+    path, (soft, hard) = tmp_path / "events", resource.getrlimit(resource.RLIMIT_FSIZE)
+    engine = Engine(log_events=str(path))
+    engine.core.post(Submit("r", prompt(1), SHORT))
+    engine.core.post(Submit("again", prompt(2), LONG))
+    engine.core.post(Stop(30.0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a file that grows beyond it is told so, as by a full disk
+    try:
+        engine.core.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ends = [o for message in engine.said if isinstance(message, Outputs) for o in message.items if o.finish is not None]
+    assert {(o.request_id, o.finish) for o in ends} == {("r", "length"), ("again", "length")}
+    assert [m.split(": ")[0] for m in caplog.messages if "it ends here" in m] == [f"--log-events {path}"]
+    assert 1000 < path.stat().st_size <= 2000
+    assert len([step for step in replay(path.read_bytes().splitlines()) if step is not None]) > 1
 
 
 def test_many_threads_may_post() -> None:

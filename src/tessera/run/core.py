@@ -6,14 +6,11 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import torch
 
-from tessera.core.config.types import Config, Resolved
-from tessera.core.errors import ConfigError, Conflict
+from tessera.core.config.types import Resolved
 from tessera.core.mesh import share
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.core.spec import ModelSpec
@@ -24,6 +21,7 @@ from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner, PlannerConfig
 from tessera.run import ahead
 from tessera.run.build import build_instance, planner_config
+from tessera.run.eventlog import open_events
 from tessera.run.graphs import Sizes
 from tessera.run.handover import Handover
 from tessera.run.hardware import cores
@@ -159,21 +157,6 @@ class EngineCore:
             "start": msgspec.to_builtins(self.stages),
             "bootstrap": str(at) if at is not None else None,
         }
-
-
-def open_events(config: Config) -> BinaryIO | None:
-    """The file of the event log, without a buffer: it is wanted most after a crash. Each of several replicas has its
-    own, with its number at the end. Raises `ConfigError`."""
-    path = config.logging.events
-    if path is None:
-        return None
-    if config.mesh.replicas > 1:
-        path = f"{path}.{config.mesh.replica}"
-    try:
-        return Path(path).open("wb", buffering=0)
-    except OSError as error:
-        flag = f"--log-events {path}"
-        raise ConfigError([Conflict((flag,), str(error), "Name a file that can be written.")]) from error
 
 
 def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress: Progress | None = None) -> EngineCore:
