@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from core.test_config import CUDA, DENSE, HYBRID, config_of, decided, refusals, resolved, spec_of
+from core.test_config import CPU, CUDA, DENSE, HYBRID, config_of, decided, refusals, resolved, spec_of
 from tessera.core.config.kernels import GRAPH_TOKENS, LIBRARIES
+from tessera.core.config.types import Hardware
+from tessera.core.parts import NOTHING, Wide
 
 
 def graphs(**asked: object) -> tuple[tuple[int, ...], ...]:
@@ -155,13 +157,28 @@ def test_auto_says_what_it_took_and_why() -> None:
     assert "triton" in told["moe-runner-backend"]
 
 
-@pytest.mark.parametrize(("asked", "wide"), [("auto", False), ("model", False), ("float32", True)])
-def test_parts_are_wide_where_asked_and_it_is_told_where_nobody_asked(asked: str, wide: bool) -> None:
-    found = resolved(spec_of(HYBRID), tp_size=2, dtype="bfloat16", parts_dtype=asked)
-    assert found.config.kernels.wide_parts == wide
+PAIR = replace(CUDA, count=2)
+WHOLE, CUT = {"ep_size": 2}, {"ep_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "hardware", "layout", "parts", "wide"),
+    [
+        ("auto", CPU, WHOLE, "model", NOTHING),
+        ("auto", PAIR, WHOLE, "sums", Wide(sums=True)),
+        ("auto", PAIR, CUT, "sums", NOTHING),  # the name is the same, so that servers of unequal layouts fit
+        ("sums", CPU, WHOLE, "sums", Wide(sums=True)),
+        ("model", PAIR, WHOLE, "model", NOTHING),
+        ("float32", PAIR, CUT, "float32", Wide(sums=True, rows=True)),
+    ],
+)
+def test_what_is_kept_wide(asked: str, hardware: Hardware, layout: dict[str, int], parts: str, wide: Wide) -> None:
+    """And it is told where nobody asked."""
+    found = resolved(spec_of(HYBRID), hardware, tp_size=2, dtype="bfloat16", parts_dtype=asked, **layout)
+    assert (found.config.kernels.parts, found.config.kernels.wide) == (parts, wide)
     assert ("parts-dtype" in {d.what for d in found.decisions}) == (asked == "auto")
     known = resolved(spec_of(HYBRID), tp_size=2, dtype="float32", parts_dtype=asked)
-    assert not known.config.kernels.wide_parts
+    assert known.config.kernels.wide == NOTHING
     assert {d.what: d.value for d in known.decisions}.get("--parts-dtype", "ignored") == "ignored"
 
 

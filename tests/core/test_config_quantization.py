@@ -129,15 +129,15 @@ def test_deep_gemm_multiplies_experts_too_unless_others_are_asked_for() -> None:
 
 def test_parts_of_sums_stay_wide_with_weights_in_fp8() -> None:
     wide = {"parts_dtype": "float32"}
-    assert config_of(fp8(**MOE), CUDA, **wide).kernels.wide_parts
+    assert config_of(fp8(**MOE), CUDA, **wide).kernels.wide.rows
     found = resolved(
         fp8(**MOE), replace(EQUIPPED, count=2), tp=2, moe_dense_tp_size=1, fp8_gemm_backend="deep_gemm", **wide
     )
-    assert (found.config.kernels.wide_parts, found.config.kernels.moe) == (True, "triton")
+    assert (found.config.kernels.wide.rows, found.config.kernels.moe) == (True, "triton")
     ours = decided(found, "triton's products instead of DeepGEMM's")
     assert (ours.value, ours.why) == ("layers.*.mixer.out (2)", "its products give bfloat16")
     (text,) = refusals(fp8(**MOE), EQUIPPED, moe_runner_backend="deep_gemm", **wide)
-    assert text.startswith("--parts-dtype float32 with --moe-runner-backend deep_gemm: its grouped products give bfloa")
+    assert text.startswith("--parts-dtype float32 with --moe-runner-backend deep_gemm: its products give bfloat16")
 
 
 def test_experts_in_bf16_that_deep_gemm_does_not_multiply_are_refused() -> None:

@@ -12,6 +12,7 @@ from tessera.comm.alone import Alone
 from tessera.comm.base import Comm
 from tessera.comm.waits import drain
 from tessera.core.mesh import SINGLE, Mesh
+from tessera.core.parts import NOTHING, Wide
 from tessera.core.spec import ModelSpec
 from tessera.core.tensors import CacheSpec, cache_dtypes, cache_table
 from tessera.core.weights import weight_table
@@ -68,13 +69,13 @@ def make_rank(
     sequences: int = 2,
     length: int = 160,
     padded_up_to: int = 6,
-    wide_parts: bool = False,
+    wide: Wide = NOTHING,
 ) -> Rank:
     """Loads a rank's weights from `source` and makes its pools. `padded_up_to`: so that steps take either way."""
     table = weight_table(spec, mesh, quantization=spec.quantization)
-    packs = {"pack_linear": backend.pack, "pack_fp8": backend.pack_fp8, "wide_parts": wide_parts}
+    packs = {"pack_linear": backend.pack, "pack_fp8": backend.pack_fp8, "wide_sums": wide.sums}
     tiles = load_weights(source, table, mesh, rank, dtype, **packs)
-    decoder = build_model(spec, mesh, rank, tiles, comm or Alone(), backend, length, padded_up_to, wide_parts)
+    decoder = build_model(spec, mesh, rank, tiles, comm or Alone(), backend, length, padded_up_to, wide)
     pages = -(-length // PAGE)
     dtypes = cache_dtypes(spec, str(dtype).removeprefix("torch."))
     caches = {c.name: _pool(c, mesh, rank, pages, sequences) for c in cache_table(spec, PAGE, dtypes)}

@@ -22,6 +22,7 @@ from tessera.core.config.needs import Sketch
 from tessera.core.config.types import KernelConfig, MeshConfig
 from tessera.core.families import read_spec
 from tessera.core.mesh import SINGLE
+from tessera.core.parts import NOTHING, PARTS
 from tessera.core.weights import weight_table
 from tessera.models import activations
 from tessera.models.activations import recorded_bytes, step_bytes
@@ -134,23 +135,23 @@ def test_ranks_share_what_is_cut_and_see_the_tokens_of_all(
     assert cut > alone / tp
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", [None, *PARTS])
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text", "deepseek_v3"])
-def test_experts_hold_no_more(family: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_hold_no_more(family: str, wide: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone: in a step of a tiny model other parts hold more. Grouped products of seven rows a token. `wide`: in
-    bfloat16, with sums in fp32."""
+    bfloat16, with what of sums is kept in fp32."""
     chosen = {"num_experts_per_tok": 7, "n_group": 1, "topk_group": 1}
     spec = read_spec({**layouts.random_config(family, 0), **chosen})
     source = Noise(stored_shapes(weight_table(spec, SINGLE)), spec.zero_centred, 0)
-    dtype = torch.bfloat16 if wide else torch.float32
-    rank = make_rank(spec, source, dtype, backend=backend("triton"), wide_parts=wide)
+    dtype, kept = (torch.bfloat16, PARTS[wide]) if wide else (torch.float32, NOTHING)
+    rank = make_rank(spec, source, dtype, backend=backend("triton"), wide=kept)
     at, moe = next((i, layer.mlp) for i, layer in enumerate(rank.decoder.layers) if isinstance(layer.mlp, MoE))
     monkeypatch.setattr(triton_moe, "pays", lambda *sizes: False)
     x = torch.randn(64, spec.hidden).to(dtype)
     batch = Batch(None, {}, None, (len(x),), len(x))  # type: ignore[arg-type]
     with counted(monkeypatch) as held:
         drain(moe(x, batch))
-    changes = {"kernels": replace(TRITON, wide_parts=wide), "dtype": "bfloat16" if wide else "float32"}
+    changes = {"kernels": replace(TRITON, wide=kept), "dtype": "bfloat16" if wide else "float32"}
     sketch = sketch_of(family, len(x), len(x), spec=spec, **changes)
     shapes = activations._under(sketch.shapes(), f"layers.{at}.mlp.")
     found = activations._experts(activations._Step(sketch, len(x), len(x), len(x), 0), shapes, spec.layers[at].mlp)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ops.cases import TOLERANCE
+from ops.cases import TOLERANCE, stored_narrow
 from tessera.ops import fp8, triton_fp8, triton_fp8_experts, triton_fp8_rows
 from tessera.ops.backend import backend
 from tessera.ops.fused import Shared, gated_mlp, silu_mul
 from tessera.ops.linear import linear, unrounded
+from tessera.ops.moe import Kept
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fp8 import Tile, Tiles
 from tessera.ops.triton_linear import gated_product
@@ -187,7 +188,10 @@ def test_experts_that_are_not_rounded(num_tokens: int, shared: bool) -> None:
             made = (fp8.Fp8Weight(*_weight(*size, block=block), block) for size in sizes)
             beside = Shared(*map(version.pack_fp8, made), gate)
         mixture = version.experts_of(experts[0])[1]
-        versions.append([mixture(x, *experts, ids, weights, beside, unrounded=wide) for wide in (True, False)])
+        versions.append([mixture(x, *experts, ids, weights, beside, kept=Kept(wide, wide)) for wide in (True, False)])
+        once = mixture(x, *experts, ids, weights, beside, kept=Kept(True, True, x.dtype))
+        store = stored_narrow if name == "triton" else torch.Tensor.bfloat16
+        assert torch.equal(once, store(versions[-1][0])), "only the sum is rounded"
     _wide(*versions[0], versions[1][0], 0.02 if DEVICE == "cuda" else 0.1)
 
 

@@ -16,11 +16,12 @@ from ops.cases import (
     expert_ids,
     expert_weights,
     experts_one_by_one,
+    stored_narrow,
 )
 from tessera.ops import triton_route, triton_sort
 from tessera.ops.fused import Shared, add_gated, gated_product
 from tessera.ops.linear import linear, pack_reference
-from tessera.ops.moe import Router, Rules, choose, experts_reference, mixture_of, route
+from tessera.ops.moe import Kept, Router, Rules, choose, experts_reference, mixture_of, route
 from tessera.ops.triton_linear import Tile as RowTile
 from tessera.ops.triton_linear import pack
 from tessera.ops.triton_moe import TILES, Tile, Tiles, experts, grouped_experts, mixture
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL = Tiles(1, Tile(16, 16, 16, 4, 2), Tile(16, 16, 16, 4, 2, 2))
 BOXES = Tiles(1, Tile(16, 16, 16, 4, 2, 2, True), Tile(16, 16, 16, 4, 2, 1, True))
+WIDE = Kept(rows=True, beside=True)
 PLAIN = mixture_of(experts_reference, gated_product, add_gated)
 
 
@@ -74,11 +76,14 @@ def test_what_is_unrounded_is_what_rounded_operands_give_in_fp32(num_tokens, sha
     if shared:
         w_in, w_out = (torch.randn(n, k, device=DEVICE).bfloat16() / 8 for n, k in ((64, 32), (32, 32)))
         beside = Shared(pack(w_in), pack(w_out), None)
-    found = mixture(x, w13, w2, ids, weights, beside, unrounded=True)
-    plain = PLAIN(x, w13, w2, ids, weights, beside, unrounded=True)
+    found = mixture(x, w13, w2, ids, weights, beside, kept=WIDE)
+    plain = PLAIN(x, w13, w2, ids, weights, beside, kept=WIDE)
     assert found.dtype == plain.dtype == torch.float32
     rounded = mixture(x, w13, w2, ids, weights, beside)
     assert rounded.dtype == torch.bfloat16
+    once = mixture(x, w13, w2, ids, weights, beside, kept=replace(WIDE, total=x.dtype))
+    assert torch.equal(once, stored_narrow(found)), "only the sum is rounded"
+    assert torch.equal(PLAIN(x, w13, w2, ids, weights, beside, kept=replace(WIDE, total=x.dtype)), plain.bfloat16())
     limit = 2e-2 if DEVICE == "cpu" else 5e-3  # of what the gate gives, which the interpreter cuts off
     torch.testing.assert_close(found, plain, rtol=limit, atol=limit * float(plain.abs().max() if len(x) else 0))
     assert not len(x) or (found != found.bfloat16()).float().mean() > 0.5, "it is rounded"

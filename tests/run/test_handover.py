@@ -309,7 +309,7 @@ def test_a_pair_of_which_one_keeps_parts_of_sums_in_float32_is_refused() -> None
         pair.post(Submit("r", prompt(0, 20), LONG))
         for server in (pair.prefill, pair.decode):
             server.ended([("r", 0)], seconds=20.0)
-            assert "--parts-dtype: prefill has float32, decode has bfloat16" in server.errors["r"]
+            assert "--parts-dtype: prefill has float32, decode has model" in server.errors["r"]
             server.free()
 
 

@@ -39,7 +39,7 @@ class Experts(Protocol):
         ...
 
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
-        """`part` with what `shared(x)` gave."""
+        """`part` with what `shared(x)` gave, in the dtype of x."""
         ...
 
 
@@ -115,7 +115,7 @@ class Padded:
         everyone = yield coming
         part = experts.part(everyone, *experts.route(everyone))
         total = yield self.comm.scatter_sum([part], "tp", 0, [n for piece in pieces for n in piece])
-        return (yield self.comm.gather(experts.joined(total, shared, mine).to(x.dtype), "attn", 0, pieces[self.dp]))
+        return (yield self.comm.gather(experts.joined(total, shared, mine), "attn", 0, pieces[self.dp]))
 
 
 class Travelling:
@@ -153,7 +153,7 @@ class Travelling:
         rows = yield self.comm.exchange(packed[: sum(sent)], "tp", sent, received)
         part = experts.part(*self.carrier.unpack(rows, mine, scores))
         back = yield self.comm.exchange(part, "tp", received, sent)
-        out = experts.joined(self.carrier.collect(back, places), shared, mine).to(x.dtype)
+        out = experts.joined(self.carrier.collect(back, places), shared, mine)
         return (yield self.comm.gather(out, "attn", 0, pieces))
 
 

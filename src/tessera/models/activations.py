@@ -78,7 +78,7 @@ def _wide(step: _Step, elements: int, inputs: int) -> int:
     """Bytes that so many elements of parts of sums take more than those of activations, and copies of what goes into
     their products, where those take wide numbers only (`linear.widened`)."""
     kernels, more = step.sketch.kernels, max(4 - step.sketch.element, 0)
-    if not kernels.wide_parts or not more:
+    if not kernels.wide.sums or not more:
         return 0
     return elements * more + (4 * (inputs + WIDENED) if kernels.attention == "torch" else 0)
 
@@ -133,6 +133,7 @@ def _experts(step: _Step, shapes: Shapes, spec: MoESpec) -> int:
     held, _, inner = shapes["experts_out"]
     of_hidden, of_inner, aligned = ROUTED.get(step.sketch.kernels.moe, GATHERED)
     routed = step.everyone * router.top_k + held * aligned
+    kept = routed * of_hidden if step.sketch.kernels.wide.rows else 0
     shared = shapes["shared.in"][0] + shapes["shared.out"][1] if spec.shared else 0
     row = step.hidden * element + router.top_k * 12  # that travels, with what it chose and how much of each
     travel = (step.everyone + step.own * min(mesh.size, router.top_k)) * 2 * row if step.sketch.ranks.all_to_all else 0
@@ -141,7 +142,7 @@ def _experts(step: _Step, shapes: Shapes, spec: MoESpec) -> int:
         + routed * 24  # numbers of experts, weights, places
         + step.everyone * (router.num_experts * 12 + (shared + 4 * step.hidden) * element)
         + travel
-        + _wide(step, (routed * of_hidden + 3 * step.everyone) * step.hidden, step.everyone * (inner + shared))
+        + _wide(step, (kept + 3 * step.everyone) * step.hidden, step.everyone * (inner + shared))
         + _narrow(step, step.hidden, router.top_k * inner)
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tessera.comm.base import Comm
 from tessera.core.mesh import Mesh
+from tessera.core.parts import NOTHING, Wide
 from tessera.core.spec import DeltaSpec, ModelSpec
 from tessera.core.weights import weight_table
 from tessera.models.decoder import Decoder
@@ -25,12 +26,11 @@ def build_model(
     backend: Backend = TORCH,
     max_positions: int | None = None,
     padded_up_to: int = 0,
-    wide_parts: bool = False,
+    wide: Wide = NOTHING,
 ) -> Decoder:
     """The model on rank `rank` of `mesh`, from what `models/load.py` loaded. Serves up to `max_positions` positions.
 
-    `padded_up_to`: tokens up to which those that travel to experts do so in exchanges of one size. `wide_parts`: see
-    `Tools`.
+    `padded_up_to`: tokens up to which those that travel to experts do so in exchanges of one size. `wide`: see `Tools`.
 
     The caller drops `tensors`: a tied embedding may be kept in another form.
     """
@@ -41,6 +41,6 @@ def build_model(
         rope: rope_tables(rope, positions, embed.dtype, embed.device)
         for rope in dict.fromkeys(la.mixer.rope for la in spec.layers if not isinstance(la.mixer, DeltaSpec))
     }
-    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, Aside(embed.device), padded_up_to, wide_parts)
+    tools = Tools(comm, backend, ropes, spec.norm_eps, spec.zero_centred, Aside(embed.device), padded_up_to, wide)
     ends = backend.tie(embed) if spec.tied else Ends(plain_rows(embed), weights.linear("head"))
     return Decoder(spec, weights, tools, ends)

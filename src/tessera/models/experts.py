@@ -5,8 +5,6 @@ Each rank computes its share of the experts it holds, for the rows that a `Dispa
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,8 @@ from tessera.comm.waits import Waits
 from tessera.core.spec import MoESpec, RouterSpec, SharedSpec
 from tessera.models.parts import Batch, Tools, Weights
 from tessera.ops.fused import Shared, gated_mlp
-from tessera.ops.moe import Router, Rules
+from tessera.ops.moe import Kept, Router, Rules
+from tessera.ops.precision import kept_in
 
 BESIDE = (16, 2048)  # tokens between which the shared expert runs beside the choice of the routed ones
 ARRIVING = 64  # tokens that a kernel may choose experts for while it counts its programs
@@ -29,8 +28,7 @@ class MoE:
         self.router = _router(spec.router, weights)
         self.w_in, self.w_out = weights.experts("experts_in"), weights.experts("experts_out")
         self.experts, self.mixture = tools.backend.experts_of(self.w_in)
-        if tools.widens("moe"):
-            self.experts, self.mixture = (partial(op, unrounded=True) for op in (self.experts, self.mixture))
+        self.alone = tools.comm.mesh.size_of("tp") == 1  # nobody else adds to what this rank makes
         held = weights.held("experts_in")
         self.local = None if held == list(range(spec.router.num_experts)) else self._local_ids(held)
         self.shared_mlp = _shared(spec.shared, weights.at("shared")) if spec.shared else None
@@ -49,14 +47,17 @@ class MoE:
 
     def part(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """See `Experts`."""
-        return self.experts(x, self.w_in, self.w_out, self._held(ids), scores)
+        wide = self.tools.wide
+        return self.experts(x, self.w_in, self.w_out, self._held(ids), scores, wide.rows, kept_in(x.dtype, wide.sums))
 
     def whole(self, x: Tensor) -> Tensor:
         """See `Experts`."""
         beside = self.shared_mlp is not None and BESIDE[0] <= len(x) <= BESIDE[1]
         made = self.tools.aside.run(lambda: self.shared(x)) if beside else None
         ids, scores = self.route(x)
-        return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp, made)
+        total = kept_in(x.dtype, self.tools.wide.sums and not self.alone)
+        kept = Kept(self.tools.wide.rows, self.tools.widens("shared"), total)
+        return self.mixture(x, self.w_in, self.w_out, self._held(ids), scores, self.shared_mlp, made, kept)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """See `Experts`."""
@@ -70,8 +71,8 @@ class MoE:
     def joined(self, part: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
         """See `Experts`."""
         if self.shared_mlp is None or shared is None:
-            return part
-        out: Tensor = self.tools.backend.add_gated(part, shared, x, self.shared_mlp.gate)
+            return part.to(x.dtype)
+        out: Tensor = self.tools.backend.add_gated(part, shared, x, self.shared_mlp.gate, x.dtype)
         return out
 
     def _held(self, ids: Tensor) -> Tensor:

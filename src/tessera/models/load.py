@@ -55,11 +55,11 @@ def load_weights(
     pack_linear: Callable[..., PackedLinear] = pack,
     progress: Progress | None = None,
     pack_fp8: Callable[[Fp8Weight], PackedLinear] = fp8.pack,
-    wide_parts: bool = False,
+    wide_sums: bool = False,
 ) -> dict[str, Tile]:
     """The tiles of `rank` by run-time name. Raises `ModelError` naming tensors that are missing or misshapen.
 
-    `source` None: nothing is read, the tiles hold anything (a device without memory). `wide_parts`: products that are
+    `source` None: nothing is read, the tiles hold anything (a device without memory). `wide_sums`: products that are
     parts of sums will be `linear.unrounded`.
     """
     if source is not None:
@@ -79,7 +79,7 @@ def load_weights(
             return tile
         if not isinstance(tile, Tensor):
             return pack_fp8(tile)
-        return pack_linear(tile, packs=not (wide_parts and part.gives_parts(mesh)))
+        return pack_linear(tile, packs=not (wide_sums and part.gives_parts(mesh)))
 
     parts = [part for spec in table for part in spec.parts()]
     with in_order(load, parts, readers(source, device), device) as loaded:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tessera.comm.base import Comm
 from tessera.core.layout import Dim
 from tessera.core.mesh import Mesh
+from tessera.core.parts import NOTHING, Wide
 from tessera.core.spec import RopeSpec
 from tessera.core.tensors import TensorSpec
 from tessera.models.forms import Forms
@@ -85,7 +86,7 @@ class Weights:
 class Tools:
     """What layers compute and talk with. `eps`, `zero_centred`: of norms. `padded_up_to`: see `comm/dispatch.py`.
 
-    `wide_parts`: what is added up across ranks, or would be in another layout, is rounded only when all of it is there.
+    `wide`: what is rounded only when all of a sum is there.
     """
 
     comm: Comm
@@ -95,11 +96,11 @@ class Tools:
     zero_centred: bool
     aside: Aside
     padded_up_to: int = 0
-    wide_parts: bool = False
+    wide: Wide = NOTHING
 
     def widens(self, group: str) -> bool:
         """Whether parts of a sum over `group` are kept in fp32; a sum of one part is rounded by who makes it."""
-        return self.wide_parts and self.comm.mesh.adds_up(group)
+        return self.wide.sums and self.comm.mesh.adds_up(group)
 
     def part(self, x: Tensor, packed: PackedLinear, group: str) -> Tensor:
         """`linear`, as this rank's part of a sum over `group`."""

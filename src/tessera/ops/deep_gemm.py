@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera.ops import triton_moe
 from tessera.ops.grouped import padded
+from tessera.ops.moe import Dtype
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_sort import sort_rows
@@ -19,24 +20,26 @@ from tessera.ops.triton_sort import sort_rows
 MANY = 64  # rows an expert on average from which on half-filled blocks cost little
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+def experts(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False, dtype: Dtype = None
+) -> Tensor:
     """See `moe.experts_reference`. What is not to be rounded is ours: these products give bfloat16."""
     if unrounded or ids.numel() < MANY * len(w13) or not len(w13):
-        return triton_moe.experts(x, w13, w2, ids, weights, unrounded)
-    return padded_experts(x, w13, w2, ids, weights)
+        return triton_moe.experts(x, w13, w2, ids, weights, unrounded, dtype)
+    return padded_experts(x, w13, w2, ids, weights, dtype)
 
 
 mixture = triton_moe.mixture_of(experts)
 
 
-def padded_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def padded_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, dtype: Dtype = None) -> Tensor:
     """See `moe.experts_reference`: sort, pad, two grouped products, sum."""
     block = deep_gemm.get_mk_alignment_for_contiguous_layout()
     by_expert = sort_rows(ids, len(w13), block)
     rows, groups, places = padded(by_expert.rows, by_expert.blocks, block)
     y = _product(x[rows // ids.shape[1]], w13, groups)
     y = _product(silu_mul(y), w2, groups)
-    return combine(y, ids.contiguous(), weights.contiguous(), places)
+    return combine(y, ids.contiguous(), weights.contiguous(), places, dtype=dtype)
 
 
 def _product(rows: Tensor, w: Tensor, groups: Tensor) -> Tensor:

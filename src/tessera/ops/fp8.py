@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
 from tessera.ops.linear import AfterGate, PackedLinear
-from tessera.ops.precision import wide
+from tessera.ops.precision import kept_in, wide
 
 GROUP = 128
 LARGEST = 448.0  # of float8_e4m3fn
@@ -92,22 +92,23 @@ def linear_reference(
 
 
 def experts_reference(
-    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False
-) -> Tensor:
+    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """`moe.experts_reference` with fp8 weights w13 [E, 2I, H], w2 [E, H, I]; what lies between the two products is
     rounded to x's dtype, then quantised."""
-    dtype = wide(x.dtype)
-    out = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    precise = wide(x.dtype)
+    out = torch.zeros(x.shape, dtype=precise, device=x.device)
     x_seen = requantized(x, w13.block[1])
     for e in ids.unique().tolist():
         if e < 0:
             continue
         tokens, nth = (ids == e).nonzero(as_tuple=True)
-        gate, up = linear(x_seen[tokens], w13.plain(e, dtype)).chunk(2, -1)
+        gate, up = linear(x_seen[tokens], w13.plain(e, precise)).chunk(2, -1)
         h = requantized((silu(gate) * up).to(x.dtype), w2.block[1])
-        y = linear(h, w2.plain(e, dtype)).to(dtype if unrounded else x.dtype)
+        y = linear(h, w2.plain(e, precise)).to(precise if unrounded else x.dtype)
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
-    return out if unrounded else out.to(x.dtype)
+    return out.to(kept_in(x.dtype, unrounded, dtype))
 
 
 def pack(

@@ -173,9 +173,13 @@ def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
     return x * gate.sigmoid()
 
 
-def add_gated(part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None) -> Tensor:
-    """part + sigmoid(gate(x)) * shared, all [T, hidden], the gate one number a token; None: part + shared."""
-    return part + (shared if gate is None else shared * linear(x, gate).sigmoid())
+def add_gated(
+    part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """part + sigmoid(gate(x)) * shared, all [T, hidden], the gate one number a token; None: part + shared. `dtype`: of
+    the result (part's)."""
+    out = part + (shared if gate is None else shared * linear(x, gate).sigmoid())
+    return out.to(dtype or part.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

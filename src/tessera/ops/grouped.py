@@ -15,18 +15,21 @@ from torch import Tensor
 def experts_of(silu_mul: Callable[[Tensor], Tensor], combine: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The op `experts` with these versions of what is between and after its products; see `moe.experts_reference`."""
 
-    def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+    def experts(
+        x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `moe.experts_reference`; always rounded, for these products give the dtype of what they are given."""
-        assert not unrounded, "refused with wide parts"
+        assert not unrounded, "refused at start"
         if not ids.numel() or not len(w13):
-            return torch.zeros_like(x)
+            return torch.zeros_like(x, dtype=dtype)
         order, ends = by_expert(ids, len(w13))
         rows = x[order // ids.shape[1]]
         h = silu_mul(torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends))
         y = torch._grouped_mm(h, w2.transpose(1, 2), offs=ends)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        return combine(y, ids.contiguous(), weights.contiguous(), places)
+        return combine(y, ids.contiguous(), weights.contiguous(), places, dtype=dtype)
 
     return experts
 

@@ -16,10 +16,11 @@ from torch.nn.functional import linear, silu
 from tessera.ops import linear as packed
 from tessera.ops.fused import Shared, add_gated, gated_mlp
 from tessera.ops.linear import SWAPPED_UP_TO, as_columns, swaps_pay, turned, widened
-from tessera.ops.precision import wide
+from tessera.ops.precision import kept_in, wide
 
 Mixture = Callable[..., Tensor]
 Made = Callable[[], Tensor]
+Dtype = torch.dtype | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,13 +84,13 @@ def _first(scores: Tensor, count: int) -> Tensor:
 
 
 def experts_reference(
-    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False, dtype: Dtype = None
 ) -> Tensor:
     """Sum over a token's experts of `weight * w2(silu(w1 x) * w3 x)`: x [T, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H].
 
     `ids` [T, k] number the experts held here; -1 means an expert held elsewhere, which adds nothing. The sum over
-    experts is taken in fp32 or wider. `unrounded`: neither what an expert makes nor the sum is rounded to x's dtype,
-    for ranks that hold parts of experts round parts of what one rank rounds.
+    experts is taken in fp32 or wider. `unrounded`: what an expert makes is not rounded to x's dtype, for ranks that
+    hold parts of experts round parts of what one rank rounds. `dtype`: of the sum; None: as wide as what it adds.
     """
     out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
     for e in range(len(w13)):
@@ -97,10 +98,12 @@ def experts_reference(
         gate, up = linear(x[tokens], w13[e]).chunk(2, -1)
         y = (widened if unrounded else linear)(silu(gate) * up, w2[e])
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, nth, None].to(out.dtype))
-    return out if unrounded else out.to(x.dtype)
+    return out.to(kept_in(x.dtype, unrounded, dtype))
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+def experts(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False, dtype: Dtype = None
+) -> Tensor:
     """See `experts_reference`. Tokens are sorted by expert once; only experts that some token chose are visited."""
     out = torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
     chosen, order = ids.flatten().sort(stable=True)
@@ -111,7 +114,7 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, un
         if e >= 0:
             mlp = _mlp_swapped if swaps and len(own) <= SWAPPED_UP_TO else _mlp
             out.index_add_(0, own, mlp(x[own], w13[e], w2[e], unrounded) * w)
-    return out if unrounded else out.to(x.dtype)
+    return out.to(kept_in(x.dtype, unrounded, dtype))
 
 
 def _mlp(x: Tensor, w13: Tensor, w2: Tensor, unrounded: bool) -> Tensor:
@@ -129,6 +132,19 @@ def _mlp_swapped(x: Tensor, w13: Tensor, w2: Tensor, unrounded: bool) -> Tensor:
     return widened(y, w2) if unrounded else y
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of a mixture is not rounded to the tokens' dtype before it is added: what each expert makes (`rows`), what
+    the shared one makes (`beside`). `total`: dtype of the sum; None: as wide as what each expert makes."""
+
+    rows: bool = False
+    beside: bool = False
+    total: Dtype = None
+
+
+ROUNDED = Kept()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Beside:
     """What is added to a token's sum: its row [T, H], times sigmoid(gate(x)) where there is a gate, x [T, H]."""
@@ -139,18 +155,20 @@ class Beside:
 
 
 def combine(
-    y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None, beside: Beside | None = None
-) -> Tensor:
+    y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None, beside: Beside | None = None,
+    dtype: Dtype = None,
+) -> Tensor:  # fmt: skip
     """[T, H]: the rows y [T * k, H] of a token times their weights [T, k], added up; those of id -1 are not read.
 
-    `places` [T * k]: which row of y is each routed one; None: they are in order. All is rounded once.
+    `places` [T * k]: which row of y is each routed one; None: they are in order. All is rounded once, to
+    `dtype` (y's).
     """
     rows = (y if places is None else y[places]).view(*ids.shape, -1)
     rows = torch.where((ids >= 0)[..., None], rows.to(wide(y.dtype)), 0)  # a row that nobody wrote may be NaN
     out = (rows * weights[..., None].to(rows.dtype)).sum(1)
     if beside is not None:
         out = add_gated(out, beside.rows.to(out.dtype), beside.x, beside.gate)
-    return out.to(y.dtype)
+    return out.to(dtype or y.dtype)
 
 
 def mixture_of(
@@ -166,16 +184,16 @@ def mixture_of(
         weights: Tensor,
         shared: Shared | None,
         made: Made | None = None,
-        unrounded: bool = False,
+        kept: Kept = ROUNDED,
     ) -> Tensor:
         """What `experts_reference` gives, with what the shared expert makes of x, where there is one.
 
         `made` gives what it makes, where that is under way already: asked for once all else is.
         """
-        part = experts(x, w13, w2, ids, weights, unrounded)
         if shared is None:
-            return part
-        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()
-        return add_gated(part, rows, x, shared.gate)
+            return experts(x, w13, w2, ids, weights, kept.rows, kept.total)
+        part = experts(x, w13, w2, ids, weights, kept.rows, kept_in(x.dtype, kept.rows or kept.beside))
+        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, kept.beside) if made is None else made()
+        return add_gated(part, rows, x, shared.gate, kept_in(x.dtype, kept.rows, kept.total))
 
     return mixture

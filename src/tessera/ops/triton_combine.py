@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.ops.moe import Beside
+from tessera.ops.moe import Beside, Dtype
 from tessera.ops.triton_common import chained, follow
 
 
@@ -39,11 +39,12 @@ def _combine(
 
 
 def combine(
-    y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None, beside: Beside | None = None
-) -> Tensor:
+    y: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None, beside: Beside | None = None,
+    dtype: Dtype = None,
+) -> Tensor:  # fmt: skip
     """See `moe.combine`; up to float32."""
     (num_tokens, top_k), hidden = ids.shape, y.shape[1]
-    out = y.new_empty(num_tokens, hidden)
+    out = y.new_empty(num_tokens, hidden, dtype=dtype)
     width = triton.next_power_of_2(hidden)
     rows, x, gate = (y, y, None) if beside is None else (beside.rows, beside.x, beside.gate)
     assert rows.is_contiguous(), "rows without gaps"

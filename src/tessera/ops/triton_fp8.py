@@ -17,8 +17,8 @@ from torch import Tensor
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import GROUP, Block, Fp8Weight
 from tessera.ops.linear import AfterGate
+from tessera.ops.precision import kept_in
 from tessera.ops.triton_common import chained, dot, follow, num_processors
-from tessera.ops.triton_fp8_few import dtype_of
 from tessera.ops.triton_fp8_rows import Quantized, quantize
 from tessera.ops.triton_fused import silu_mul
 from tessera.ops.triton_moe import work_of
@@ -220,7 +220,7 @@ def linear(
     unrounded: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `fp8.linear_reference`. `block`: powers of two. `tile` overrides what the tables say."""
-    dtype = dtype_of(x, unrounded)
+    dtype = kept_in(x.dtype, unrounded)
     if tile is None and 0 < len(x) <= few.ROWS:
         return few.linear(x, weight, scales, block, dtype=dtype)
     return product(quantize(x, block[1]), Fp8Weight(weight, scales, block), dtype, tile)
@@ -252,7 +252,7 @@ def after_gate(w: Fp8Weight) -> AfterGate:
     """The product with w of what a gate gives, which is quantised as it is made."""
 
     def multiply(y: Tensor, unrounded: bool) -> Tensor:
-        return product(quantize(y, w.block[1], gated=True), w, dtype_of(y, unrounded))
+        return product(quantize(y, w.block[1], gated=True), w, kept_in(y.dtype, unrounded))
 
     return AfterGate(few.ROWS, multiply)
 
@@ -273,7 +273,7 @@ def rows_of_experts(
         FOLD=ids.shape[1], **_sizes(tiles.up, w13.block, x.shape[1], inner, x.device),
     )  # fmt: skip
     (values, scales), out = quantize(h, w2.block[1]), w2.values.shape[1]
-    y, num_columns = x.new_empty(ids.numel(), out, dtype=dtype_of(x, unrounded)), triton.cdiv(out, tiles.down.n)
+    y, num_columns = x.new_empty(ids.numel(), out, dtype=kept_in(x.dtype, unrounded)), triton.cdiv(out, tiles.down.n)
     _down[num_blocks * num_columns,](
         values, scales, w2.values, w2.scales, y, rows, blocks, num_blocks, num_columns, scales.stride(1),
         **_sizes(tiles.down, w2.block, inner, out, x.device),

@@ -13,7 +13,8 @@ from tessera.ops import moe, triton_fp8
 from tessera.ops import triton_fp8_few as few
 from tessera.ops.fp8 import Fp8Weight
 from tessera.ops.fused import Shared, gated_mlp
-from tessera.ops.moe import Beside, Made, Mixture
+from tessera.ops.moe import ROUNDED, Beside, Dtype, Kept, Made, Mixture
+from tessera.ops.precision import kept_in
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_fused import add_gated
 from tessera.ops.triton_linear import gated_product
@@ -32,16 +33,17 @@ def experts_of(routed: Routed) -> Experts:
     """The experts whose many rows `routed` gives."""
 
     def experts(
-        x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False
-    ) -> Tensor:
+        x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False,
+        dtype: Dtype = None,
+    ) -> Tensor:  # fmt: skip
         """See `fp8.experts_reference`. Blocks are powers of two; the rows of w13's divide I."""
         if not ids.numel() or not len(w2.values):
-            return torch.zeros_like(x, dtype=few.dtype_of(x, unrounded))
+            return torch.zeros_like(x, dtype=kept_in(x.dtype, unrounded, dtype))
         x, ids, weights = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous(), weights.contiguous()
         if is_few(w2, ids):
-            return few.experts(x, w13, w2, ids, weights, unrounded)
+            return few.experts(x, w13, w2, ids, weights, unrounded, dtype)
         y, places = routed(x, w13, w2, ids, unrounded)
-        return combine(y, ids, weights, places)
+        return combine(y, ids, weights, places, dtype=dtype)
 
     return experts
 
@@ -52,15 +54,15 @@ def mixture_of(routed: Routed) -> Mixture:
 
     def mixture(
         x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, shared: Shared | None,
-        made: Made | None = None, unrounded: bool = False,
+        made: Made | None = None, kept: Kept = ROUNDED,
     ) -> Tensor:  # fmt: skip
         """See `moe.mixture_of`."""
         if shared is None or is_few(w2, ids):
-            return apart(x, w13, w2, ids, weights, shared, made, unrounded)
+            return apart(x, w13, w2, ids, weights, shared, made, kept)
         x, ids = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous()
-        y, places = routed(x, w13, w2, ids, unrounded)
-        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()
-        return combine(y, ids, weights.contiguous(), places, Beside(rows, x, shared.gate))
+        y, places = routed(x, w13, w2, ids, kept.rows)
+        rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, kept.beside) if made is None else made()
+        return combine(y, ids, weights.contiguous(), places, Beside(rows, x, shared.gate), kept.total)
 
     return mixture
 

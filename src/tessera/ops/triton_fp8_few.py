@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.fp8 import Block, Fp8Weight
+from tessera.ops.precision import kept_in
 from tessera.ops.triton_common import chained, follow
 from tessera.ops.triton_fp8_rows import rounded
 
@@ -149,8 +150,8 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    h, w, ws, ids, weights, out, HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    h, w, ws, ids, weights, out, ROUNDED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """out [T, H]: program (columns, token) adds up the token's experts in their order."""
     follow()
@@ -167,14 +168,10 @@ def _down(
             part = _weights(w + one * (HIDDEN * INNER), column, live, k, G, GROUP, INNER)
             values, scales = _rounded(h + row * INNER, held, k, G, GROUP, INNER)
             y += _products(part, ws + one * of_one, column, live, k, values, scales, G, INNER, BLOCK_N, GROUP)
-        kept = y.to(out.dtype.element_ty).to(tl.float32)  # rounded as where there are more rows
-        total += tl.where(held, kept * tl.load(weights + row).to(tl.float32), 0.0)
+        if ROUNDED:  # as where there are more rows
+            y = y.to(h.dtype.element_ty).to(tl.float32)
+        total += tl.where(held, y * tl.load(weights + row).to(tl.float32), 0.0)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
-
-
-def dtype_of(x: Tensor, unrounded: bool) -> torch.dtype:
-    """Of what is made of x, up to float32."""
-    return torch.float32 if unrounded else x.dtype
 
 
 def linear(
@@ -197,10 +194,13 @@ def pays(num_rows: int, num_experts: int) -> bool:
     return num_rows <= max(FEW, num_experts // SHARED)
 
 
-def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+def experts(
+    x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tensor, unrounded: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """See `fp8.experts_reference`: two launches."""
     (num_tokens, hidden), inner, top_k = x.shape, w2.values.shape[2], ids.shape[1]
-    h, out = x.new_empty(ids.numel(), inner), x.new_empty(x.shape, dtype=dtype_of(x, unrounded))
+    h, out = x.new_empty(ids.numel(), inner), x.new_empty(x.shape, dtype=kept_in(x.dtype, unrounded, dtype))
     shape = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
     shape |= chained(x.device)
     (step, group), sizes = w13.block, UP.of(hidden, w13.block[1])
@@ -209,6 +209,6 @@ def experts(x: Tensor, w13: Fp8Weight, w2: Fp8Weight, ids: Tensor, weights: Tens
     )
     (step, group), sizes = w2.block, DOWN.of(inner, w2.block[1])
     _down[triton.cdiv(hidden, sizes["N"]), num_tokens](
-        h, w2.values, w2.scales, ids, weights, out, BLOCK_N=step, GROUP=group, **shape, **sizes
+        h, w2.values, w2.scales, ids, weights, out, ROUNDED=not unrounded, BLOCK_N=step, GROUP=group, **shape, **sizes
     )
     return out

@@ -112,9 +112,11 @@ def _add_gated_kernel(part, shared, x, gate, out, x_stride, columns, GATED: tl.c
     tl.store(out + row * columns + at, v.to(out.dtype.element_ty), inside)
 
 
-def add_gated(part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None) -> Tensor:
+def add_gated(
+    part: Tensor, shared: Tensor, x: Tensor, gate: PackedLinear | None, dtype: torch.dtype | None = None
+) -> Tensor:
     """See `fused.add_gated`; part and shared without gaps."""
-    out, (rows, columns) = torch.empty_like(part), part.shape
+    out, (rows, columns) = torch.empty_like(part, dtype=dtype), part.shape
     assert part.is_contiguous(), "rows without gaps"
     assert shared.is_contiguous(), "rows without gaps"
     if rows:

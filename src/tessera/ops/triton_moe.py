@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera.ops import moe
 from tessera.ops.fused import Shared, gated_mlp
-from tessera.ops.moe import Beside, Made, Mixture
+from tessera.ops.moe import ROUNDED, Beside, Dtype, Kept, Made, Mixture
+from tessera.ops.precision import kept_in
 from tessera.ops.triton_combine import combine
 from tessera.ops.triton_common import chained, dot, follow
 from tessera.ops.triton_fused import add_gated
@@ -152,16 +153,18 @@ def _down(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & shown[None, :])
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False) -> Tensor:
+def experts(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, unrounded: bool = False, dtype: Dtype = None
+) -> Tensor:
     """See `moe.experts_reference`; up to float32."""
     num_experts = len(w13)
     if not ids.numel() or not num_experts:
-        return torch.zeros_like(x, dtype=torch.float32 if unrounded else x.dtype)
+        return torch.zeros_like(x, dtype=kept_in(x.dtype, unrounded, dtype))
     ids, weights = ids.contiguous(), weights.contiguous()
     if pays(ids.numel(), num_experts):
         _expect_whole(x, w13, w2)
-        return few_experts(x, w13, w2, ids, weights, unrounded=unrounded)
-    return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype), unrounded)
+        return few_experts(x, w13, w2, ids, weights, unrounded=unrounded, dtype=dtype)
+    return grouped_experts(x, w13, w2, ids, weights, tiles_of(ids.numel(), num_experts, x.dtype), unrounded, dtype)
 
 
 def _expect_whole(x: Tensor, w13: Tensor, w2: Tensor) -> None:
@@ -182,12 +185,13 @@ def mixture_of(experts: Callable[..., Tensor]) -> Mixture:
         weights: Tensor,
         shared: Shared | None,
         made: Made | None = None,
-        unrounded: bool = False,
+        kept: Kept = ROUNDED,
     ) -> Tensor:
         """See `moe.mixture_of`; up to float32."""
         if shared is not None and made is None and joins(x, w13, w2, ids, shared):
-            return few_experts(x, w13, w2, ids.contiguous(), weights.contiguous(), shared, unrounded=unrounded)
-        return apart(x, w13, w2, ids, weights, shared, made, unrounded)
+            few = ids.contiguous(), weights.contiguous(), shared
+            return few_experts(x, w13, w2, *few, unrounded=kept.rows, dtype=kept.total)
+        return apart(x, w13, w2, ids, weights, shared, made, kept)
 
     return mixture
 
@@ -197,14 +201,15 @@ _apart = mixture_of(experts)
 
 def mixture(
     x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None,
-    made: Made | None = None, unrounded: bool = False,
+    made: Made | None = None, kept: Kept = ROUNDED,
 ) -> Tensor:  # fmt: skip
     """See `moe.mixture_of`; up to float32. With many rows the shared expert's are added where the others are summed."""
     if shared is None or not len(w13) or pays(ids.numel(), len(w13)):
-        return _apart(x, w13, w2, ids, weights, shared, made, unrounded)
-    y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype), unrounded)
-    rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, unrounded) if made is None else made()
-    return combine(y, ids.contiguous(), weights.contiguous(), beside=Beside(rows, x, shared.gate))
+        return _apart(x, w13, w2, ids, weights, shared, made, kept)
+    y = grouped_rows(x, w13, w2, ids, tiles_of(ids.numel(), len(w13), x.dtype), kept.rows)
+    rows = gated_mlp(x, shared.w_in, shared.w_out, gated_product, kept.beside) if made is None else made()
+    beside = Beside(rows, x, shared.gate)
+    return combine(y, ids.contiguous(), weights.contiguous(), beside=beside, dtype=kept.total)
 
 
 def _boxes(matrices: Tensor, tile: Tile, count: int = 1) -> tuple[Tensor | TensorDescriptor, bool]:
@@ -225,10 +230,11 @@ def _cut(tile: Tile, boxed: bool) -> dict[str, object]:
 
 
 def grouped_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles, unrounded: bool = False
-) -> Tensor:
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, tiles: Tiles, unrounded: bool = False,
+    dtype: Dtype = None,
+) -> Tensor:  # fmt: skip
     """See `moe.experts_reference`: sort, two grouped products, sum."""
-    return combine(grouped_rows(x, w13, w2, ids, tiles, unrounded), ids, weights)
+    return combine(grouped_rows(x, w13, w2, ids, tiles, unrounded), ids, weights, dtype=dtype)
 
 
 def grouped_rows(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, tiles: Tiles, unrounded: bool = False) -> Tensor:

@@ -7,12 +7,13 @@ every token chooses: R + T * S rows.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tessera.ops.fused import Shared
+from tessera.ops.moe import Dtype
+from tessera.ops.precision import kept_in
 from tessera.ops.triton_common import chained, follow
 from tessera.ops.triton_linear import Tile, add_products, weights_at
 
@@ -83,7 +84,7 @@ def _gate_up(
 def _down(
     h_ptr, w_ptr, shared_ptr, ids_ptr, weights_ptr, x_ptr, gate_ptr, out_ptr, stride_x, num_rows,
     HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr,
-    GATED: tl.constexpr, K_PADDED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, ROUNDED: tl.constexpr, K_PADDED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out [T, H]: N columns of all k experts of a token and of the shared one's parts side by side, then their sum."""
     token = tl.program_id(1).to(tl.int64)
@@ -117,14 +118,15 @@ def _down(
         if GATED:
             share = 1.0 / (1.0 + tl.exp(-tl.sum(x.to(tl.float32) * gate.to(tl.float32), 0)))
         weight = tl.where((own >= 0) & (own < PARTS), share, weight)
-    rounded = y.to(out_ptr.dtype.element_ty).to(tl.float32)  # as where there are more rows
-    out = tl.sum(tl.where((nth < TOP_K)[:, None], rounded, y) * weight[:, None], 0)
+    if ROUNDED:  # as where there are more rows
+        y = tl.where((nth < TOP_K)[:, None], y.to(h_ptr.dtype.element_ty).to(tl.float32), y)
+    out = tl.sum(y * weight[:, None], 0)
     tl.store(out_ptr + token * HIDDEN + column, out.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)
 
 
 def few_experts(
     x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, shared: Shared | None = None,
-    up: Tile = UP, down: Tile = DOWN, unrounded: bool = False,
+    up: Tile = UP, down: Tile = DOWN, unrounded: bool = False, dtype: Dtype = None,
 ) -> Tensor:  # fmt: skip
     """See `moe.mixture_of`: two launches. The shared expert must consist of `parts_of` others."""
     (num_tokens, hidden), (_, _, inner), top_k = x.shape, w2.shape, ids.shape[1]
@@ -135,7 +137,7 @@ def few_experts(
     num_rows = ids.numel()
     h, out = (
         x.new_empty(num_rows + num_tokens * parts, inner),
-        x.new_empty(num_tokens, hidden, dtype=torch.float32 if unrounded else x.dtype),
+        x.new_empty(num_tokens, hidden, dtype=kept_in(x.dtype, unrounded, dtype)),
     )
     sizes = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "PARTS": parts, **chained(x.device)}
     k = min(triton.next_power_of_2(hidden), up.k)
@@ -148,7 +150,7 @@ def few_experts(
     n = max(down.numbers // (k * padded), 1)
     _down[triton.cdiv(hidden, n), num_tokens](
         h, w2, w_out, ids, weights, x, w2 if gate is None else gate.weight, out, x.stride(0), num_rows,
-        HIDDEN_PADDED=triton.next_power_of_2(hidden), GATED=gate is not None, K_PADDED=padded, N=n, K=k,
-        num_warps=down.warps, **sizes,
+        HIDDEN_PADDED=triton.next_power_of_2(hidden), GATED=gate is not None, ROUNDED=not unrounded,
+        K_PADDED=padded, N=n, K=k, num_warps=down.warps, **sizes,
     )  # fmt: skip
     return out

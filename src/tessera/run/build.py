@@ -210,9 +210,9 @@ def load_decoder(
     """
     mesh, dtype = config.mesh.mesh, getattr(torch, config.model.dtype)
     table = weight_table(spec, mesh, quantization=config.model.quantization)
-    kernels, packs = config.kernels, (backend.pack, progress, backend.pack_fp8, config.kernels.wide_parts)
+    kernels, packs = config.kernels, (backend.pack, progress, backend.pack_fp8, config.kernels.wide.sums)
     tiles = load_weights(source, table, mesh, rank, dtype, device, *packs)
-    sizes = config.model.context_length, kernels.padded_up_to, kernels.wide_parts
+    sizes = config.model.context_length, kernels.padded_up_to, kernels.wide
     decoder = build_model(spec, mesh, rank, tiles, comm, backend, *sizes)
     weights = [t for tile in tiles.values() if isinstance(tile, PackedLinear) for t in tile.tensors()]
     weights.append(decoder.head.weight.weight)

@@ -64,7 +64,7 @@ def manifest_of(config: Config, spec: ModelSpec, members: tuple[Member, ...]) ->
     return Manifest(
         instance=new_instance(),
         weights=weights_version(config.model),
-        parts="float32" if config.kernels.wide_parts else config.model.dtype,
+        parts=config.kernels.parts,
         mesh=config.mesh.mesh,
         page_size=config.memory.page_size,
         caches=cache_table(spec, config.memory.page_size, config.memory.dtypes),

@@ -47,7 +47,7 @@ class Member(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One server. `instance`: unique to its start; `weights`: tells checkpoints and the model's dtype apart; `parts`:
-    dtype in which parts of sums are kept until all of them are there; `page_size` in tokens.
+    what is kept in fp32 until all of a sum is there (`core/parts.py`); `page_size` in tokens.
 
     `caches`: the cache table (`core/tensors.py`), layouts and dtypes and all; `members`: one for each rank of `mesh`.
     """

@@ -6,8 +6,10 @@ import re
 from collections import Counter
 from functools import partial
 
+from tessera.core.config.parts import ROUNDS
 from tessera.core.config.types import Hardware, KernelConfig, Notes
 from tessera.core.mesh import Mesh
+from tessera.core.parts import Wide
 from tessera.core.quantization import Quantization, deep_gemm_misfit
 from tessera.core.scales import tile_blocks
 from tessera.core.spec import ModelSpec
@@ -41,7 +43,7 @@ def deep_gemm_phase(
         why = f"compute capability {major}.{minor} wants scales that are powers of two, those of these weights are not"
         notes.refuse((flag, "the weights in fp8"), why, "Use triton.")
     elif mesh is not None:
-        served, left = _tiles(spec, quantization, mesh, asked, kernels.wide_parts)
+        served, left = _tiles(spec, quantization, mesh, asked, kernels.wide)
         reasons = "; ".join(dict.fromkeys(left.values()))
         if left and not served:
             notes.refuse((flag, "the weights in fp8"), reasons, "Use triton.")
@@ -62,7 +64,7 @@ def _plain_experts(spec: ModelSpec, mesh: Mesh, notes: Notes) -> None:
 
 
 def _tiles(
-    spec: ModelSpec, quantization: Quantization, mesh: Mesh, roles: set[str], wide_parts: bool
+    spec: ModelSpec, quantization: Quantization, mesh: Mesh, roles: set[str], wide: Wide
 ) -> tuple[list[str], dict[str, str]]:
     """Names of the weights of these roles that it multiplies, and of the others, with the reason. A layer's experts
     have it for both their products or for none."""
@@ -72,7 +74,8 @@ def _tiles(
             if part.block is not None and part.role in roles:
                 name = part.name.removesuffix("_in").removesuffix("_out") if part.role == "experts" else part.name
                 misfits = filter(None, map(partial(_misfit, part, mesh), range(mesh.size)))
-                rounds = "its products give bfloat16" if wide_parts and part.gives_parts(mesh) else ""
+                stays = (wide.rows if part.role == "experts" else wide.sums) and part.gives_parts(mesh)
+                rounds = ROUNDS["deep_gemm"] if stays else ""
                 found[name] = found.get(name) or rounds or next(misfits, "")
     return [name for name, why in found.items() if not why], {name: why for name, why in found.items() if why}
 

@@ -169,9 +169,9 @@ KERNELS = (
          "default: from the model, 0 on a CPU.",
          "kernels"),
     Flag("parts_dtype", text, "auto",
-         "What a rank's part of a sum across ranks, and what experts make, is kept in until all of it is added up; "
-         "float32: the layout rounds nothing. The same at prefill and decode.", "kernels",
-         choices=("auto", "model", "float32")),
+         "What is kept in float32 until all of it is added up: nothing (model); parts of sums across ranks, where no "
+         "rank holds parts of experts (sums); these, and what each expert makes, in every layout (float32). The same "
+         "at prefill and decode.", "kernels", choices=("auto", "model", "sums", "float32")),
     Flag("sampling_backend", text, "auto", "Sampling kernels.", "kernels",
          choices=("auto", "torch", "pytorch", "reference"),
          unbuilt=("flashinfer",), instead=AUTO),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tessera.core.config.ask import Asked
+from tessera.core.config.parts import parts_phase
 from tessera.core.config.quantization import FP8_FROM
 from tessera.core.config.types import Hardware, KernelConfig, Notes
-from tessera.core.mesh import share
+from tessera.core.mesh import Mesh, share
+from tessera.core.parts import wide_in
 from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec, MoESpec
 
 NAMES = {"torch_native": "torch", "pytorch": "torch"}  # SGLang's names of the same thing
@@ -41,11 +43,6 @@ NEEDS = {
     "deep_gemm": Needs(("bfloat16",), "its products give bfloat16", capability=(9, 0), library="deep_gemm"),
 }
 QUANTIZED = ("--quantization", "--fp8-gemm-backend")  # what decides about products of fp8 weights
-NARROW = ("bfloat16", "float16")
-ROUNDS = {  # experts' products that do not stay wide
-    "grouped_mm": "torch._grouped_mm gives the dtype of what it is given",
-    "deep_gemm": "its grouped products give bfloat16",
-}
 WITH_TRITON = {"triton", "flashinfer"}  # backends whose kernels are Triton's, all or what the library has none for
 RECORDED = set(NEEDS)  # kernels whose launches do not depend on a step's numbers, or that have such beside them
 FP8 = ("fp8_e4m3", "fp8_e5m2")
@@ -61,7 +58,7 @@ WASTED = 45_000_000
 
 
 def kernels_phase(
-    values: Asked, spec: ModelSpec, hardware: Hardware, dtype: str, fp8: str, max_running: int, notes: Notes
+    values: Asked, spec: ModelSpec, mesh: Mesh, hardware: Hardware, dtype: str, fp8: str, max_running: int, notes: Notes
 ) -> KernelConfig:
     """The versions by name; those that nobody chose follow the attention's where they exist there.
 
@@ -105,25 +102,9 @@ def kernels_phase(
     if attention == "flashinfer":
         _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
     ahead = _ahead(values, run | {fp8}, device, notes)
-    wide = _wide_parts(values, dtype, moe if used["moe_runner_backend"] else "", notes)
-    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8, ahead, wide)
-
-
-def _wide_parts(values: Asked, dtype: str, moe: str, notes: Notes) -> bool:
-    """Whether parts of sums across ranks are kept in fp32, and what each expert makes of a token, in every layout."""
-    asked = values.word("parts_dtype")
-    if dtype not in NARROW:
-        if asked != "auto":
-            notes.decide("--parts-dtype", "ignored", f"{dtype} is as wide")
-        return False
-    if asked == "auto" and (values.number("tp_size") > 1 or moe):
-        why = "each rank rounds its part of a sum; --parts-dtype float32 ends that, for twice the bytes on the wire"
-        notes.decide("parts-dtype", dtype, why)
-    if asked == "float32" and moe in ROUNDS:
-        remedy = "Leave --parts-dtype out, or choose kernels whose products stay wide (--moe-runner-backend triton)."
-        flags = ("--parts-dtype float32", f"--moe-runner-backend {moe}")
-        notes.refuse(flags, ROUNDS[moe], remedy, ("--dtype", *QUANTIZED))
-    return asked == "float32" and moe not in ROUNDS
+    parts = parts_phase(values, spec, mesh, device, dtype, moe if used["moe_runner_backend"] else "", fp8, notes)
+    wide = wide_in(parts, spec, mesh)
+    return KernelConfig(attention, delta, moe, sampling, graphs, padded or 0, fp8, ahead, parts, wide)
 
 
 def _ahead(values: Asked, run: set[str], device: str, notes: Notes) -> float:

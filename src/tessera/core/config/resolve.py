@@ -33,7 +33,7 @@ from tessera.core.config.types import (
     ServingConfig,
 )
 from tessera.core.errors import ConfigError
-from tessera.core.mesh import share
+from tessera.core.mesh import SINGLE, share
 from tessera.core.spec import ModelSpec, MoESpec
 
 SHORT = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
@@ -66,7 +66,7 @@ def resolve(
     each = replace(hardware, memory=share(hardware.memory, mesh.ranks_here)) if device == "cpu" else hardware
     held = mesh.mesh if fits else None
     model = (spec, quantization)
-    kernels_of = partial(kernels_phase, values, spec, hardware, dtype, fp8)
+    kernels_of = partial(kernels_phase, values, spec, held or SINGLE, hardware, dtype, fp8)
 
     def besides(limits: Limits, context: int, page: int) -> Rows:
         """For as many rows as were asked for: if fewer fit, less is needed."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from tessera.core.config.flag import Flag
 from tessera.core.errors import Conflict
 from tessera.core.mesh import Mesh, instance_mesh, ranks_of, share
+from tessera.core.parts import NOTHING, Wide
 from tessera.core.quantization import Quantization
 from tessera.core.tensors import CacheDtypes
 
@@ -189,7 +190,7 @@ class KernelConfig:
     `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does. `padded_up_to`: most
     tokens of a step, all DP ranks together, that travel to experts in exchanges of one size. `fp8`: of products with
     fp8 weights, empty where there are none. `ahead`: seconds that a start waits for kernels that are compiled ahead
-    (0: none are). `wide_parts`: parts of sums across ranks are kept in fp32."""
+    (0: none are). `parts`: of `core/parts.py`, as asked; `wide`: what of it this layout keeps."""
 
     attention: str
     delta: str
@@ -199,7 +200,8 @@ class KernelConfig:
     padded_up_to: int = 0
     fp8: str = ""
     ahead: float = 0.0
-    wide_parts: bool = False
+    parts: str = "model"
+    wide: Wide = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
