@@ -263,7 +263,6 @@ def read_spec(config: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         tied=fields.flag("tie_word_embeddings", False),
         dtype=fields.choice("dtype", DTYPES, fields.get("torch_dtype", "bfloat16")),
         eos=_tokens(generation.get("eos_token_id", fields.get("eos_token_id"))),
-        bos=next(iter(_tokens(fields.get("bos_token_id"))), None),
         mtp=mtp,
         quantization=_quantization(fields),
     )

@@ -58,7 +58,6 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     n: int = 1
     priority: int = 0  # larger goes first
     namespace: str = ""  # keys of the prefix cache are chained over it
-    received: float = 0.0  # wall clock, seconds
     dp_rank: int | None = None  # of the attention's groups or of the replicas; None: as --load-balance-method says
     bootstrap_room: int | None = None  # number of its hand-over; follow_bootstrap_room: DP rank room % dp takes it
     bootstrap: Address | None = None  # where its prefill server is met; read at decode

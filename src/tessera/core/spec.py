@@ -185,7 +185,6 @@ class ModelSpec:
     tied: bool = False
     dtype: str = "bfloat16"
     eos: tuple[int, ...] = ()
-    bos: int | None = None
     mtp: MTPSpec | None = None
     quantization: Quantization | None = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from math import prod
 from typing import Literal
 
@@ -131,15 +131,10 @@ def cache_dtypes(spec: ModelSpec, dtype: str, kv: str | None = None, state: str 
     return CacheDtypes(kv or dtype, dtype, state or ("float64" if dtype == "float64" else declared))
 
 
-def cache_table(spec: ModelSpec, page_size: int, dtypes: CacheDtypes, mtp: bool = False) -> tuple[CacheSpec, ...]:
+def cache_table(spec: ModelSpec, page_size: int, dtypes: CacheDtypes) -> tuple[CacheSpec, ...]:
     """The caches of all layers, in order. `page_size` in tokens."""
-    table: list[CacheSpec] = []
-    for i, layer in enumerate(spec.layers):
-        table += _caches(f"layers.{i}", layer.mixer, page_size, dtypes)
-    if mtp and spec.mtp is not None:
-        for i, layer in enumerate(spec.mtp.layers):
-            table += _caches(f"mtp.{i}", layer.mixer, page_size, dtypes)
-    return tuple(table)
+    of_each = (_caches(f"layers.{i}", layer.mixer, page_size, dtypes) for i, layer in enumerate(spec.layers))
+    return tuple(chain.from_iterable(of_each))
 
 
 def conv_channels(d: DeltaSpec, tensor: str | None = None) -> tuple[Section, ...]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LETTERS = "ABCD"
+ANSWER_TOKENS = 512  # most of an answer to a question of a file
 SPLITS = ("train", "heldout")
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kim", "Leo")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "cards")
@@ -217,7 +218,7 @@ TASKS: dict[str, Task] = {
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def load_data(path: str | Path, max_tokens: int = 512) -> Task:
+def load_data(path: str | Path) -> Task:
     """A task from a `.jsonl` file, one kind of question per file.
 
     `{"question", "answer"}` with `#### n` in the answer is the gsm8k form; `{"question", "choices", "answer"}` with
@@ -229,7 +230,7 @@ def load_data(path: str | Path, max_tokens: int = 512) -> Task:
     form = "gpqa" if "choices" in rows[0] else "gsm8k"
     read = _read_choices if form == "gpqa" else _read_worked
     fixed = tuple(read(row, f"{path}, question {number}") for number, row in enumerate(rows, 1))
-    return Task(form, max_tokens, TASKS[form].extract, fixed=fixed)
+    return Task(form, ANSWER_TOKENS, TASKS[form].extract, fixed=fixed)
 
 
 def _read_worked(row: dict[str, str], where: str) -> Question:

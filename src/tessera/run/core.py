@@ -8,10 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
-import torch
 
 from tessera.core.config.types import Resolved
-from tessera.core.mesh import share
 from tessera.core.messages import Inbound, Outbound, Outputs, Ready, Submit
 from tessera.core.spec import ModelSpec
 from tessera.models.folder import configured_source
@@ -24,7 +22,7 @@ from tessera.run.build import build_instance, planner_config
 from tessera.run.eventlog import open_events
 from tessera.run.graphs import Sizes
 from tessera.run.handover import Handover
-from tessera.run.hardware import cores
+from tessera.run.hardware import share_cores
 from tessera.run.inbox import Inbox
 from tessera.run.loop import StepLoop, failures
 from tessera.run.poster import News
@@ -161,9 +159,8 @@ class EngineCore:
 
 def prepared_core(prepared: Prepared, sink: Callable[[Outbound], None], progress: Progress | None = None) -> EngineCore:
     """The engine of a prepared start: weights from the model's folder, or dummy ones. Raises `ModelError`."""
-    # torch counts the host's cores; a container may use fewer. OMP_NUM_THREADS, which it has read, may be lower still.
     config, spec = prepared.resolved.config, prepared.spec
-    torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), config.mesh.replicas), 1))
+    share_cores(config.mesh.replicas)
     source = configured_source(prepared.folder, spec, config)
     compiling = ahead.start(prepared.folder, spec, config)
     return EngineCore(prepared.resolved, spec, source, sink, progress, prepared.stages, compiling)

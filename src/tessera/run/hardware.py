@@ -12,6 +12,8 @@ import torch
 from tessera.core.config.kernels import LIBRARIES
 from tessera.core.config.needs import Sketch
 from tessera.core.config.types import Hardware
+from tessera.core.mesh import share
+from tessera.ops.linear import has_bf16
 
 CONTEXT = 600 << 20  # bytes of a device's context, in each process that uses it
 MODULES = 768 << 20  # and of what it loads: kernels, workspaces of products on two streams
@@ -32,7 +34,7 @@ def measure(device: str = "auto") -> Hardware:
             capability=torch.cuda.get_device_capability(0),
             libraries=tuple(name for name in LIBRARIES if importlib.util.find_spec(name)),
         )
-    return Hardware(device="cpu", memory=free_memory(), cores=cores(), name="cpu", bf16=bf16_is_fast())
+    return Hardware(device="cpu", memory=free_memory(), cores=cores(), name="cpu", bf16=has_bf16())
 
 
 def device_bytes(sketch: Sketch) -> int:
@@ -51,6 +53,12 @@ def cores() -> int:
     return max(allowed, 1)
 
 
+def share_cores(processes: int) -> None:
+    """Torch's threads, for one of as many `processes` of this host. It counts the host's cores; a container may use
+    fewer. OMP_NUM_THREADS, which it has read, may be lower still."""
+    torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), processes), 1))
+
+
 def free_memory(cgroup: Path = CGROUP) -> int:
     """Bytes of RAM that this process can still get: what the host has, or what its cgroup leaves."""
     available = psutil.virtual_memory().available
@@ -64,8 +72,3 @@ def _cgroup(name: str, cgroup: Path = CGROUP) -> list[str]:
     """Words of a cgroup v2 file; empty where there is none."""
     path = cgroup / name
     return path.read_text().split() if path.is_file() else []
-
-
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16 or AMX), and so no slower than float32."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -22,11 +22,10 @@ from tessera.comm.base import Comm
 from tessera.comm.connect import Place, connect
 from tessera.core.config.types import Config
 from tessera.core.errors import ConfigError, DeadlineError, PeerError, TesseraError
-from tessera.core.mesh import share
 from tessera.models.folder import configured_source, read_model
 from tessera.run.build import build_runner
 from tessera.run.children import die_with
-from tessera.run.hardware import cores
+from tessera.run.hardware import share_cores
 from tessera.run.hosts import conflicts, placed
 from tessera.run.mailbox import Mailbox
 from tessera.run.poster import News
@@ -223,7 +222,7 @@ def serve(link: Link, spawn: Spawn) -> int:
         _agree(begin, spawn)
         mesh = begin.config.mesh
         log.setLevel(begin.config.logging.level.upper())
-        torch.set_num_threads(max(share(min(torch.get_num_threads(), cores()), mesh.ranks_here), 1))
+        share_cores(mesh.ranks_here)
         device = torch.device(mesh.device, spawn.device if mesh.device == "cuda" else None)
         stages = Stages()
         with stages.timed("connect"):

@@ -18,8 +18,6 @@ from tessera.core.messages import SamplingParams, TokenLogprobs
 from tessera.ops.upload import upload_columns
 from tessera.plan.step import Change, Enter, Ints
 
-NO_LIMIT = np.iinfo(np.int32).max
-
 
 @dataclass(slots=True, eq=False)
 class Sequence:

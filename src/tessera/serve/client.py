@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -152,10 +151,9 @@ class EngineClient:
             message = f"{len(self._homes)} prompts are in flight, allowed are {self._max_open}; try again later"
             raise CapacityError(message)
         stream = Stream(self, items)
-        received = time.time()
         try:
             for request_id, item in zip(stream.ids, items, strict=True):
-                self._submit(item.submit(request_id, received), stream)
+                self._submit(item.submit(request_id), stream)
         except TesseraError:
             stream.close()
             raise

@@ -78,7 +78,7 @@ class Item:
     bootstrap_room: int | None = None
     bootstrap: Address | None = None
 
-    def submit(self, request_id: str, received: float) -> Submit:
+    def submit(self, request_id: str) -> Submit:
         """The message to the engine."""
         return Submit(
             request_id,
@@ -87,7 +87,6 @@ class Item:
             self.num_choices,
             self.priority,
             self.namespace,
-            received,
             self.dp_rank,
             self.bootstrap_room,
             self.bootstrap,
