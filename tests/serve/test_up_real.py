@@ -24,7 +24,9 @@ def answer(server: Running) -> str:
     return str(found.json()["choices"][0]["text"])
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "two signals", "killed worker", "killed itself"])
+@pytest.mark.parametrize(
+    "how", ["Ctrl-C", "Ctrl-C while some are stopped", "two signals", "killed worker", "killed itself"]
+)
 def test_replicas(tmp_path: Path, how: str) -> None:
     model = ["--set", f"*.model-path={model_folder(tmp_path)}"]
     command = [*COMMAND, "up", str(RECIPES / "abacus-replicas.yaml"), "--port", "0", *model, *SMALL]
@@ -32,7 +34,11 @@ def test_replicas(tmp_path: Path, how: str) -> None:
         assert answer(server) == answer(server)
         wait_until(lambda: len(server.children()) == 5)  # two fronts, two engines, a router
         below = server.programs()
-        if how == "Ctrl-C":
+        if how.startswith("Ctrl-C"):
+            fronts = [one for one, words in below.items() if "serve" in words]
+            engines = [one for one in below if one.ppid() in [front.pid for front in fronts]]
+            for one in (fronts[0], engines[1]) if how != "Ctrl-C" else ():
+                one.suspend()
             server.signal(signal.SIGINT)
             assert server.code() == 0
         elif how == "two signals":
