@@ -174,6 +174,19 @@ def test_a_killed_engine_takes_its_ranks_along(started: Started) -> None:
     assert started.server.code() == 1
 
 
+def test_an_engine_that_is_killed_before_its_ranks_have_met_leaves_no_folder(tmp_path: Path) -> None:
+    """Known fault: the one in which they were to meet stayed."""
+    folder = model_folder(tmp_path)
+    with running(command(folder) + RANKS, folder / "log") as server:
+        engine = server.engine()
+        wait_until(lambda: any(f"tessera-{engine.pid}-" in path.name for path in server.wires()))
+        engine.suspend()
+        assert server.wires(), "they have not met"
+        engine.kill()
+        assert server.code() == 1
+        assert server.wires() == []
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_two_hosts_serve_together_and_end_together(tmp_path: Path, lost: bool) -> None:
     folder = model_folder(tmp_path)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+WIRES = "tessera-{}-"  # how the folder begins in which ranks meet a process of this number: somebody else may clear it
 START_S = 60.0
 KILLED_S = 10.0
 

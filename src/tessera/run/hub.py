@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import socket
@@ -15,7 +16,7 @@ import msgspec
 import zmq
 
 from tessera.core.errors import CapacityError, ConfigError, Conflict, DeadlineError, ModelError, PeerError, TesseraError
-from tessera.run.children import Children
+from tessera.run.children import WIRES, Children
 from tessera.run.hosts import Placed, misplaced
 from tessera.run.nodes import start
 from tessera.run.wire import Down, End, Failed, Hello, Look, Up, decode_up, encode, watched
@@ -45,7 +46,7 @@ class Hub:
         self._refused: tuple[Conflict, ...] = ()
         self._turned_away: list[bytes] = []
         self._have_met = False
-        self._folder = Path(tempfile.mkdtemp(prefix="tessera-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=WIRES.format(os.getpid())))
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(0)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import zmq
 
-from tessera.run.children import how_it_ended
+from tessera.run.children import WIRES, how_it_ended
 from tessera.serve.wire import Downward, Upward, addresses, decode_up, encode
 
 WORKER = (sys.executable, "-P", "-m", "tessera.serve.worker")
@@ -84,10 +84,11 @@ class EngineProcess:
         return f"the engine process {'runs' if code is None else how_it_ended(code)}"
 
     def kill(self) -> None:
-        """Ends it at once and removes what it leaves."""
+        """Ends it at once and removes what it leaves: also the folder in which its ranks had yet to meet it."""
         self._process.kill()
         self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in (self._folder, *self._folder.parent.glob(f"{WIRES.format(self.pid)}*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def ended(self, seconds: float) -> bool:
         """Waits for its end; False when it still runs after `seconds`."""
