@@ -35,7 +35,7 @@ from tessera.models.folder import open_source
 from tessera.plan.halves import cut
 from tessera.plan.step import Change, Enter, Part, Step, ints
 from tessera.run.build import build_runner
-from tessera.run.graphs import Sizes
+from tessera.run.graphs import padded
 from tessera.run.runner import Runner
 from tessera.run.startup import prepare
 
@@ -108,8 +108,8 @@ def rank_main(
         for halves in (False, True):
             step = steps(size, halves)
             timed(runner, step)  # as it is
-            if (padded := Sizes(*config.kernels.graphs).of(step)) is not None:
-                runner.record(padded)
+            if (recorded := padded(step, config.kernels.graphs)) is not None:
+                runner.record(recorded)
         times: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(rounds + 2):
             for halves in (False, True):

@@ -123,7 +123,7 @@ def test_blocks_that_the_library_does_not_have_are_ours(products: Any, calls: Ca
 
 
 def kernels(moe: str, fp8_products: str) -> KernelConfig:
-    return KernelConfig("triton", "triton", moe, "torch", ((), (), ()), 0, fp8_products)
+    return KernelConfig("triton", "triton", moe, "torch", fp8=fp8_products)
 
 
 def test_each_of_its_products_is_chosen_by_name(products: Any) -> None:

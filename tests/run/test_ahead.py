@@ -21,6 +21,7 @@ import torch
 from triton import knobs
 
 from run.dry_runs import CASES
+from tessera.core.config.types import GraphSizes
 from tessera.ops import compiling
 from tessera.ops.compiling import Result
 from tessera.run import ahead, compiler
@@ -173,7 +174,7 @@ def test_a_mark_stands_for_all_that_kernels_follow_from() -> None:
     others = [
         marked(memory=replace(CONFIG.memory, page_size=128)),
         marked(model=replace(CONFIG.model, dtype="bfloat16")),
-        marked(kernels=replace(CONFIG.kernels, graphs=((1,), (), ()))),
+        marked(kernels=replace(CONFIG.kernels, graphs=GraphSizes((1,)))),
         marked(scheduling=replace(CONFIG.scheduling, chunk_size=77)),
         marked(mesh=replace(CONFIG.mesh, tp=2)),
         digest(tiny_model("mla").spec, CONFIG, (9, 0), 132),

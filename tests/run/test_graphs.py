@@ -16,19 +16,20 @@ from torch import Tensor
 
 from run.test_runner import PROMPT, enter, step
 from run.toy import PLAIN, Toy, greedy, toy_caches
+from tessera.core.config.types import NO_GRAPHS, GraphSizes
 from tessera.core.messages import SamplingParams
 from tessera.ops.expand import expand_reference
 from tessera.ops.greedy import greedy as greedy_op
 from tessera.ops.sample import draw_reference
 from tessera.plan.step import Change, Step
-from tessera.run.graphs import Graphs, Size, Sizes
+from tessera.run.graphs import Graphs, Size, padded
 from tessera.run.pools import Pools
 from tessera.run.rowparams import RowParams
 from tessera.run.runner import Runner
 from tessera.run.sampler import Sampler
 from tessera.run.table import RowTable
 
-SIZES = Sizes(rows=(1, 2, 4), segments=(2, 4), tokens=(8, 16))
+SIZES = GraphSizes(rows=(1, 2, 4), segments=(2, 4), tokens=(8, 16))
 PAGE = 4
 
 
@@ -60,7 +61,7 @@ class Again:
         return found, replay
 
 
-def runner(sizes: Sizes = SIZES) -> tuple[Runner, Again]:
+def runner(sizes: GraphSizes = SIZES) -> tuple[Runner, Again]:
     """A runner of the toy whose steps run at padded sizes."""
     table = RowTable(4, 64, PAGE, (), mirror_pages=True)
     params, pools, model, again = RowParams(4), Pools(toy_caches(PAGE), 64, 5), Narrow(), Again()
@@ -76,7 +77,7 @@ def run(runner: Runner, *steps: Step) -> list:  # type: ignore[type-arg]
 def recorded(runner: Runner, step: Step) -> Step:
     """The step, whose size is recorded by now where it has one."""
     assert runner.graphs is not None
-    size = runner.graphs._sizes.of(step)
+    size = padded(step, runner.graphs._sizes)
     if size is not None and runner.graphs.size_of(step) is None:
         runner.record(size)
     return step
@@ -108,7 +109,7 @@ def merged(a: Change, b: Change) -> Change:
 def test_the_tokens_are_those_of_the_step_itself(temperature: float) -> None:
     params = msgspec.structs.replace(PLAIN, temperature=temperature, seed=3)
     graphed, again = runner()
-    plain, _ = runner(Sizes())
+    plain, _ = runner(NO_GRAPHS)
     found, expected = (run(r, *script([8, 4, 6], params)) for r in (graphed, plain))
     assert drawn(found) == drawn(expected)
     if not temperature:
@@ -126,7 +127,7 @@ def test_halves_run_as_one_graph(share: float, temperature: float) -> None:
     steps = script([8, 4, 6], params)
     split = [replace(s, cuts=(int(s.num_tokens * share + 0.5),)) for s in steps]
     graphed, again = runner()
-    plain, _ = runner(Sizes())
+    plain, _ = runner(NO_GRAPHS)
     assert drawn(run(graphed, *split)) == drawn(run(plain, *steps))
     assert again.replayed == 5
     for name, pool in graphed.pools.tensors.items():
@@ -136,7 +137,7 @@ def test_halves_run_as_one_graph(share: float, temperature: float) -> None:
 
 def test_padding_leaves_all_but_scratch_alone() -> None:
     graphed, _ = runner()
-    plain, _ = runner(Sizes())
+    plain, _ = runner(NO_GRAPHS)
     for one in (graphed, plain):
         run(one, *script([8, 4, 6]))
     for name, pool in graphed.pools.tensors.items():
@@ -146,7 +147,7 @@ def test_padding_leaves_all_but_scratch_alone() -> None:
 
 def test_as_many_ranges_as_tokens_are_not_ranges_of_one_token() -> None:
     """A chunk beside decodes may be padded to a size with equal counts."""
-    sizes = Sizes(rows=(1, 2, 4), segments=(4,), tokens=(4,))
+    sizes = GraphSizes(rows=(1, 2, 4), segments=(4,), tokens=(4,))
     first = Change(enter=(enter(0, PROMPT, [1, 2]), enter(2, [8, 4, 6], [5, 6])))
     steps = [
         step(0, [(0, 0, 4, False)], first),
@@ -154,7 +155,7 @@ def test_as_many_ranges_as_tokens_are_not_ranges_of_one_token() -> None:
         step(2, [(2, 1, 2, True), (0, 7, 1, True)]),
     ]
     graphed, again = runner(sizes)
-    plain, _ = runner(Sizes())
+    plain, _ = runner(NO_GRAPHS)
     assert drawn(run(graphed, *steps)) == drawn(run(plain, *steps))
     assert again.replayed == 3
     assert again.recorded == 1
@@ -163,7 +164,7 @@ def test_as_many_ranges_as_tokens_are_not_ranges_of_one_token() -> None:
 def test_what_is_not_recorded_runs_as_it_is() -> None:
     graphed, again = runner()
     assert graphed.graphs is not None
-    plain, _ = runner(Sizes())
+    plain, _ = runner(NO_GRAPHS)
     steps = script([8, 4, 6])
     found = [graphed.collect(graphed.launch(s)) for s in steps[:3]]
     assert (again.recorded, again.replayed) == (0, 0)
@@ -176,17 +177,17 @@ def test_what_is_not_recorded_runs_as_it_is() -> None:
 
 def test_which_steps_have_a_size() -> None:
     one, chunk = [(0, 4, 1, True)], [(0, 4, 5, True), (1, 2, 1, True)]
-    assert SIZES.of(step(0, one)) == Size(1, 1, True)
-    assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(3)])) == Size(4, 4, True)
-    assert SIZES.of(step(0, [(row, 4, 1, True) for row in range(5)])) is None, "more rows than the largest size"
-    assert SIZES.of(step(0, chunk)) == Size(4, 8)
-    assert SIZES.of(step(0, [(0, 0, 17, True)])) is None, "more tokens than the largest size"
-    assert SIZES.of(step(0, chunk, logits=2)) is None, "prompts are scored"
+    assert padded(step(0, one), SIZES) == Size(1, 1, True)
+    assert padded(step(0, [(row, 4, 1, True) for row in range(3)]), SIZES) == Size(4, 4, True)
+    assert padded(step(0, [(row, 4, 1, True) for row in range(5)]), SIZES) is None, "more rows than the largest size"
+    assert padded(step(0, chunk), SIZES) == Size(4, 8)
+    assert padded(step(0, [(0, 0, 17, True)]), SIZES) is None, "more tokens than the largest size"
+    assert padded(step(0, chunk, logits=2), SIZES) is None, "prompts are scored"
     halves = Step(0, step(0, chunk).parts, cuts=(3,))
-    assert SIZES.of(halves) == Size(4, 8, False, 2), "three tokens, and three in two ranges"
+    assert padded(halves, SIZES) == Size(4, 8, False, 2), "three tokens, and three in two ranges"
     ones = step(0, [(row, 4, 1, True) for row in range(3)])
-    assert SIZES.of(replace(ones, cuts=(1,))) == Size(2, 2, True, 2)
-    assert SIZES.of(replace(step(0, [(0, 0, 20, True)]), cuts=(10,))) == Size(2, 16, False, 2), "each half fits"
-    assert SIZES.of(replace(step(0, chunk, logits=2), cuts=(3,))) is None, "prompts are scored"
+    assert padded(replace(ones, cuts=(1,)), SIZES) == Size(2, 2, True, 2)
+    assert padded(replace(step(0, [(0, 0, 20, True)]), cuts=(10,)), SIZES) == Size(2, 16, False, 2), "each half fits"
+    assert padded(replace(step(0, chunk, logits=2), cuts=(3,)), SIZES) is None, "prompts are scored"
     two = Step(0, (step(0, one).parts[0], step(0, chunk).parts[0]))
-    assert SIZES.of(two) == Size(4, 8), "the same on all ranks"
+    assert padded(two, SIZES) == Size(4, 8), "the same on all ranks"

@@ -16,7 +16,7 @@ from tessera.comm import peers
 from tessera.comm.dist import nccl_bytes
 from tessera.comm.peer_memory import MOST_RANKS, peers_bytes
 from tessera.core.config.needs import Sketch, counted, total
-from tessera.core.config.types import KernelConfig, MeshConfig
+from tessera.core.config.types import GraphSizes, KernelConfig, MeshConfig
 from tessera.core.families import read_spec
 from tessera.core.spec import DeltaSpec
 from tessera.ops import sample
@@ -31,7 +31,8 @@ from tessera.run.sampler import draw_bytes
 from tessera.run.table import RowTable, table_bytes
 
 PLAIN = KernelConfig("triton", "triton", "triton", "torch")
-GRAPHED = replace(PLAIN, graphs=((1, 2, 4), (2, 4), (64, 128)))
+ONE = GraphSizes((1,))
+GRAPHED = replace(PLAIN, graphs=GraphSizes((1, 2, 4), (2, 4), (64, 128)))
 ALONE = MeshConfig("cuda")
 
 
@@ -113,7 +114,9 @@ def test_groups_are_those_of_the_axes(dp: int, attn: int) -> None:
 
 def test_graphs() -> None:
     assert graph_bytes(sketch_of()) == 0
-    small, large = (graph_bytes(sketch_of(kernels=replace(PLAIN, graphs=g))) for g in (((1,), (), ()), GRAPHED.graphs))
+    small, large = (
+        graph_bytes(sketch_of(kernels=replace(PLAIN, graphs=g))) for g in (GraphSizes((1,)), GRAPHED.graphs)
+    )
     assert 0 < small < large
     whole, halves = (graph_bytes(sketch_of(kernels=GRAPHED, split_from=n)) for n in (32768, 64))
     assert large == whole < halves

@@ -23,16 +23,17 @@ from run.test_loop import Engine
 from run.test_processes import flags_of
 from tessera.comm.rehearsal import Rehearsing
 from tessera.core.config import Resolved
+from tessera.core.config.types import GraphSizes
 from tessera.core.errors import CapacityError
 from tessera.core.messages import Outputs, SamplingParams, Submit
 from tessera.run import build
 from tessera.run.core import EngineCore
-from tessera.run.graphs import CudaGraphs, Sizes
+from tessera.run.graphs import CudaGraphs
 from tessera.run.group import Group
 from tessera.run.recording import ALONE, TOGETHER, Act, missing, record
 from tiny import resolved, serve, tiny_model
 
-SIZES = Sizes(rows=(1, 2, 4), segments=(8,), tokens=(16, 64))
+SIZES = GraphSizes(rows=(1, 2, 4), segments=(8,), tokens=(16, 64))
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 REQUESTS = [Submit(f"r{i}", [5 + i, 9, 7 + 2 * i], GREEDY) for i in range(4)]
 DP: dict[str, Any] = {"tp": 2, "dp": 2, "enable_dp_attention": True}
@@ -40,7 +41,7 @@ WAIT_S = 60.0
 
 
 def with_graphs(found: Resolved) -> Resolved:
-    kernels = replace(found.config.kernels, graphs=(SIZES.rows, SIZES.segments, SIZES.tokens))
+    kernels = replace(found.config.kernels, graphs=SIZES)
     return replace(found, config=replace(found.config, kernels=kernels))
 
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from run.test_loop import SHORT, Engine, prompt
 from run.test_runner import step
+from tessera.core.config.types import GraphSizes
 from tessera.core.errors import CapacityError
 from tessera.core.messages import Outbound, Outputs, Submit
-from tessera.run.graphs import Size, Sizes
+from tessera.run.graphs import Size, padded
 from tessera.run.recordings import MEETINGS, Recordings
 
-SIZES = Sizes(rows=(1, 2, 4), segments=(2, 4), tokens=(8, 16))
+SIZES = GraphSizes(rows=(1, 2, 4), segments=(2, 4), tokens=(8, 16))
 DECODES = [Size(rows, rows, True) for rows in SIZES.rows]
 WAIT_S = 30.0
 
@@ -34,7 +35,7 @@ def test_every_size_is_recorded_once_and_never_before_it_ran(met: list[list[tupl
     recordings, recorded, ran = Recordings(SIZES), set(), dict.fromkeys([None, *DECODES], 0)
     for index, ranges in enumerate(met):
         one = step(index, ranges)
-        size = SIZES.of(one) if ranges else None
+        size = padded(one, SIZES)
         found = recordings.due(one)
         assert found in (None, size)
         if found is not None:
@@ -86,7 +87,7 @@ def test_the_loop_records_while_nothing_runs_and_first_tokens_do_not_wait() -> N
             done.set()
 
     engine = Engine(react)
-    sizes = Sizes(rows=(1, 2, 4), segments=(2, 4), tokens=(64,))
+    sizes = GraphSizes(rows=(1, 2, 4), segments=(2, 4), tokens=(64,))
     engine.core.recordings.__init__(sizes)
     engine.core.runner.record = recorded.append
     engine.core.post(Submit("a", prompt(1), SHORT))

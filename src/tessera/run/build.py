@@ -25,7 +25,7 @@ from tessera.ops.linear import PackedLinear
 from tessera.plan.handoff import HandoffConfig
 from tessera.plan.scheduler import PlannerConfig
 from tessera.run.batch import Input
-from tessera.run.graphs import CudaGraphs, Graphs, Sizes
+from tessera.run.graphs import CudaGraphs, Graphs
 from tessera.run.group import Group
 from tessera.run.host import Executor, Inline, Worker, finished
 from tessera.run.hugepages import gather_pages
@@ -164,9 +164,9 @@ def build_runner(
         decoder, weights = load_decoder(config, spec, source, backend, rank, shared, device, progress)
     caches = cache_table(spec, memory.page_size, memory.dtypes)
     rows, context = config.scheduling.max_running, config.model.context_length
-    sizes = Sizes(*config.kernels.graphs)
+    graphed = any(config.kernels.graphs)
     with stages.timed("pools"):
-        table = RowTable(rows, context, memory.page_size, spec.eos, device, mirror_pages=sizes != Sizes())
+        table = RowTable(rows, context, memory.page_size, spec.eos, device, mirror_pages=graphed)
         params = RowParams(rows, device)
         model, pools = Driven(decoder), Pools(caches, memory.num_pages, memory.num_slots, device, mesh, rank)
         if device.type == "cpu":
@@ -187,7 +187,7 @@ def build_runner(
         dp_rank=mesh.coordinate(rank, "dp"),
         debug=config.logging.checks,
         post=make_post(config, caches, pools, rank, tell),
-        graphs=Graphs(sizes, *args) if sizes != Sizes() else None,
+        graphs=Graphs(config.kernels.graphs, *args) if graphed else None,
         stages=stages,
         trials=Trials(model, table, pools, memory.page_size, mesh.coordinate(rank, "dp"), shared),
         tracer=Tracer(rank, device, executor, tell, mesh.size if config.mesh.collectives == "threads" else 1),

@@ -20,7 +20,6 @@ from tessera.plan.scheduler import Planner, PlannerConfig
 from tessera.run import ahead
 from tessera.run.build import build_instance, planner_config
 from tessera.run.eventlog import open_events
-from tessera.run.graphs import Sizes
 from tessera.run.handover import Handover
 from tessera.run.hardware import share_cores
 from tessera.run.inbox import Inbox
@@ -91,7 +90,7 @@ class EngineCore:
         in_flight = config.scheduling.max_in_flight
         report = Reporter(self.planner)
         replica = f"-DP-{config.mesh.replica}" if config.mesh.replicas > 1 else ""
-        self.recordings = Recordings(Sizes(*config.kernels.graphs), config.handover.role != "prefill")
+        self.recordings = Recordings(config.kernels.graphs, config.handover.role != "prefill")
         planner = self.planner if events is None else Recorder(self.planner, events.write)
         self._loop = StepLoop(
             planner,

@@ -17,7 +17,7 @@ from tessera.ops.backend import Backend
 from tessera.ops.segments import make_segments
 from tessera.run.batch import Input
 from tessera.run.build import Driven, load_decoder
-from tessera.run.graphs import Graphs, Results, Size, Sizes
+from tessera.run.graphs import Graphs, Results, Size
 from tessera.run.pools import Pools
 from tessera.run.table import RowTable
 
@@ -33,7 +33,7 @@ def foreseen(config: Config) -> Iterator[Ranges | Size]:
     A kernel is another one for other tiles, which follow from counts of tokens and ranges by steps of two at most, so
     powers of two stand for what lies between them; and not from both at once.
     """
-    sizes, scheduling = Sizes(*config.kernels.graphs), config.scheduling
+    sizes, scheduling = config.kernels.graphs, config.scheduling
     most = max(scheduling.chunk_size, scheduling.alone_size) or config.model.context_length
     rows, whole = scheduling.max_running, _doubling(2, most)
     yield ((0, 1),)
@@ -78,7 +78,7 @@ class Dry:
         self._pools = Pools(cache_table(spec, memory.page_size, memory.dtypes), 2, 2, NOWHERE, mesh, rank).tensors
         table = RowTable(rows, config.model.context_length, memory.page_size, spec.eos, NOWHERE, mirror_pages=True)
         args = (self._model, table, self._pools, memory.page_size, backend.expand, backend.greedy, Once(), self._num_dp)
-        self._graphs = Graphs(Sizes(*config.kernels.graphs), *args)
+        self._graphs = Graphs(config.kernels.graphs, *args)
 
     @torch.inference_mode()
     def run(self, step: Ranges | Size) -> None:

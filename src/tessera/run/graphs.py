@@ -26,6 +26,7 @@ from tessera.comm.alone import Alone
 from tessera.comm.rehearsal import Rehearsing
 from tessera.core.config.memory import gib
 from tessera.core.config.needs import Sketch
+from tessera.core.config.types import GraphSizes
 from tessera.models.activations import FRAGMENTS, recorded_bytes
 from tessera.ops.expand import Columns, Expanded
 from tessera.ops.segments import Segments
@@ -57,32 +58,23 @@ class Size:
         return self.num_tokens * self.num_halves
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The sizes that are recorded, ascending: `rows` of steps in which every range is of one token; else `segments` by
-    `tokens`."""
+def padded(step: Step, sizes: GraphSizes) -> Size | None:
+    """The size that all parts of a step, or of both of its halves, fit in; None: it does not run as a graph.
 
-    rows: tuple[int, ...] = ()
-    segments: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = ()
-
-    def of(self, step: Step) -> Size | None:
-        """The size that all parts of a step, or of both of its halves, fit in; None: it does not run as a graph.
-
-        Prompts to be scored need the logits of many positions, which no size holds.
-        """
-        if any((part.num_logits > part.samples).any() for part in step.parts):
-            return None
-        halves = step.halves
-        parts = [part for half in halves for part in half.parts]
-        num_segments = max(len(part.rows) for part in parts)
-        num_tokens = max(part.num_tokens for part in parts)
-        if all((part.lengths == 1).all() for part in parts):
-            size = _at_least(self.rows, num_segments)
-            return Size(size, size, True, len(halves)) if size else None
-        segments = _at_least(self.segments, num_segments + 1)  # one is padding, which tokens of no range count to
-        tokens = _at_least(self.tokens, num_tokens)
-        return Size(segments, tokens, False, len(halves)) if segments and tokens else None
+    Prompts to be scored need the logits of many positions, which no size holds.
+    """
+    if not step.num_tokens or any((part.num_logits > part.samples).any() for part in step.parts):
+        return None
+    halves = step.halves
+    parts = [part for half in halves for part in half.parts]
+    num_segments = max(len(part.rows) for part in parts)
+    num_tokens = max(part.num_tokens for part in parts)
+    if all((part.lengths == 1).all() for part in parts):
+        size = _at_least(sizes.rows, num_segments)
+        return Size(size, size, True, len(halves)) if size else None
+    segments = _at_least(sizes.segments, num_segments + 1)  # one is padding, which tokens of no range count to
+    tokens = _at_least(sizes.tokens, num_tokens)
+    return Size(segments, tokens, False, len(halves)) if segments and tokens else None
 
 
 def _at_least(sizes: tuple[int, ...], wanted: int) -> int:
@@ -123,7 +115,7 @@ def places_of(parts: Sequence[Part], size: Size) -> Ints:
 def graph_bytes(sketch: Sketch) -> int:
     """Bytes of all graphs: the memory that they share, which holds the largest step of a graph and its logits, and what
     CUDA keeps for the launches of each."""
-    sizes = Sizes(*sketch.kernels.graphs)
+    sizes = sketch.kernels.graphs
     if not sketch.graphed:
         return 0
     ranges, tokens = max((*sizes.rows, *sizes.segments), default=0), max((*sizes.rows, *sizes.tokens), default=0)
@@ -241,7 +233,7 @@ class Graphs:
 
     def __init__(
         self,
-        sizes: Sizes,
+        sizes: GraphSizes,
         model: Model,
         table: RowTable,
         caches: dict[str, Tensor],
@@ -260,7 +252,7 @@ class Graphs:
 
     def size_of(self, step: Step) -> Size | None:
         """The recorded size that a step runs at; None: it runs as it is."""
-        size = self._sizes.of(step) if step.num_tokens else None
+        size = padded(step, self._sizes)
         return size if size in self._recorded else None
 
     @property

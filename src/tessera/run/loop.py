@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from tessera.core.config.types import NO_GRAPHS
 from tessera.core.errors import CapacityError, PeerError, TesseraError
 from tessera.core.messages import (
     EndProfile,
@@ -34,7 +35,7 @@ from tessera.plan.handoff import scored
 from tessera.plan.log import Recorder
 from tessera.plan.scheduler import Planner
 from tessera.plan.step import Clock, Step, StepDone
-from tessera.run.graphs import Size, Sizes
+from tessera.run.graphs import Size
 from tessera.run.handover import Handover
 from tessera.run.inbox import Inbox, Message
 from tessera.run.poster import Broke, Connect, Order, Part, Shut
@@ -152,7 +153,7 @@ class StepLoop:
         self._hook = turn_hook
         self._outside = outside
         self._profiles = Profiles(runner.trace, sink, replica)
-        self._recordings = recordings or Recordings(Sizes())
+        self._recordings = recordings or Recordings(NO_GRAPHS)
 
     def run(self, ready: Outbound) -> None:
         """Sends `ready` and blocks until the engine ends. A failure becomes error outputs and a `Fatal`."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tessera.core.config.types import GraphSizes
 from tessera.plan.step import Step
-from tessera.run.graphs import Size, Sizes
+from tessera.run.graphs import Size, padded
 
 MEETINGS = 2  # as it is: for kernels and handles, and for a prompt that nothing like it follows
 
@@ -22,7 +23,7 @@ class Recordings:
     `held`: nothing is to be recorded now. `decodes`: steps of decode will come.
     """
 
-    def __init__(self, sizes: Sizes, decodes: bool = True) -> None:
+    def __init__(self, sizes: GraphSizes, decodes: bool = True) -> None:
         self._sizes, self.held = sizes, False
         self.under_way = False  # a size was told and is not recorded yet; who records it says when it is
         self._met: Counter[Size] = Counter()  # of those that are not recorded
@@ -38,7 +39,7 @@ class Recordings:
 
     def due(self, step: Step) -> Size | None:
         """The size to record before `step` runs; None: it runs as what there is."""
-        size = self._sizes.of(step) if step.num_tokens else None
+        size = padded(step, self._sizes)
         if size is None or size in self._recorded or self.held or size.all_tokens >= self._below:
             return None
         self._met[size] += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tessera.core.config.ask import Asked
 from tessera.core.config.parts import parts_phase
 from tessera.core.config.quantization import FP8_FROM
-from tessera.core.config.types import Hardware, KernelConfig, Notes
+from tessera.core.config.types import NO_GRAPHS, GraphSizes, Hardware, KernelConfig, Notes
 from tessera.core.mesh import Mesh, share
 from tessera.core.parts import wide_in
 from tessera.core.spec import AttentionSpec, MLASpec, ModelSpec, MoESpec
@@ -50,7 +50,6 @@ OURS = "our kernels, which run as CUDA graphs"
 SLOW_START = "; flashinfer is ahead in long prompts only, 1.3 times, and compiles for minutes at its first start"
 HEAD_DIMS, LATENT = (64, 128, 256), (512, 64)  # that FlashInfer has kernels for: of heads; of latents and their rope
 GRAPH_TOKENS = tuple(range(64, 1025, 64))  # steps that hold longer ranges; past that, launching is no longer what costs
-GraphSizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 GRAPH_FLAGS = ("cuda_graph_max_bs", "cuda_graph_bs")
 # Bytes over NVLink in the time for which a layer waits when the host must learn how many rows travel (two waits, and
 # launches that begin late): exchanges of one size may waste as many.
@@ -100,7 +99,7 @@ def kernels_phase(
     padded = _padded(values, spec, device, notes)
     graphs = _graphs(values, run | ({fp8} if fp8 else set()), device, max_running, padded, notes)
     if attention == "flashinfer":
-        _flashinfer(values, spec, dtype, bool(graphs[0]), notes)
+        _flashinfer(values, spec, dtype, bool(graphs.rows), notes)
     ahead = _ahead(values, run | {fp8}, device, notes)
     parts = parts_phase(values, spec, mesh, device, dtype, moe if used["moe_runner_backend"] else "", fp8, notes)
     wide = wide_in(parts, spec, mesh)
@@ -155,7 +154,7 @@ def _graphs(
                 notes.decide(f"--{name.replace('_', '-')}", "ignored", why)
         if device == "cuda":
             notes.decide("CUDA graphs", "off", why)
-        return (), (), ()
+        return NO_GRAPHS
     most = values.whole("cuda_graph_max_bs") or max_running
     asked = values.wholes("cuda_graph_bs")
     rows = tuple(sorted(set(asked))) if asked else graph_rows(min(most, max_running))
@@ -172,7 +171,7 @@ def _graphs(
         f"{len(rows)} sizes of decode; each is recorded while nothing runs, or when it was met twice{over}",
     )
     segments = tuple(1 << n for n in range(3, max(max_running.bit_length(), 3) + 1))  # all rows, and one of padding
-    return rows, segments, tokens
+    return GraphSizes(rows, segments, tokens)
 
 
 def _no_graphs(values: Asked, run: set[str], device: str, most_tokens: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from typing import NamedTuple
 
 from tessera.core.config.flag import Flag
 from tessera.core.errors import Conflict
@@ -184,19 +185,30 @@ class SchedulingConfig:
     split_share: float = 0.48
 
 
+class GraphSizes(NamedTuple):
+    """Padded sizes of the steps that run as CUDA graphs, ascending: `rows` of steps in which every range is of one
+    token; else `segments` by `tokens`. All empty: none does."""
+
+    rows: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+NO_GRAPHS = GraphSizes()
+
+
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """Which kernels, by the name of their backend. `graphs`: padded sizes of the steps that run as CUDA graphs, as
-    `run/graphs.py` takes them: ranges of one token; else ranges, by tokens; all empty: none does. `padded_up_to`: most
-    tokens of a step, all DP ranks together, that travel to experts in exchanges of one size. `fp8`: of products with
-    fp8 weights, empty where there are none. `ahead`: seconds that a start waits for kernels that are compiled ahead
-    (0: none are). `parts`: of `core/parts.py`, as asked; `wide`: what of it this layout keeps."""
+    """Which kernels, by the name of their backend. `padded_up_to`: most tokens of a step, all DP ranks together, that
+    travel to experts in exchanges of one size. `fp8`: of products with fp8 weights, empty where there are none.
+    `ahead`: seconds that a start waits for kernels that are compiled ahead (0: none are). `parts`: of `core/parts.py`,
+    as asked; `wide`: what of it this layout keeps."""
 
     attention: str
     delta: str
     moe: str
     sampling: str
-    graphs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
+    graphs: GraphSizes = NO_GRAPHS
     padded_up_to: int = 0
     fp8: str = ""
     ahead: float = 0.0
