@@ -220,6 +220,14 @@ def test_what_is_only_read_with_something_else_is_told() -> None:
     assert (restarting.on_failure, restarting.max_restarts, restarting.restart_window) == ("restart", 2, 600.0)
 
 
+def test_a_start_may_be_silent_for_as_long_as_its_hosts_may_take_to_meet() -> None:
+    hosts: dict[str, object] = {"nnodes": 2, "node_rank": 0, "tp_size": 2, "dist_init_addr": "10.0.0.1:5000"}
+    for asked, meeting, start in ((5.0, 5.0, 300.0), (900.0, 900.0, 900.0), (None, 600.0, 600.0)):
+        config = meshed(**hosts, **({} if asked is None else {"dist_timeout": asked})).config
+        assert (config.mesh.meet_within, config.serving.start_timeout) == (meeting, start)
+    assert meshed(tp_size=2, dist_timeout=900.0).config.serving.start_timeout == 300.0
+
+
 def test_only_where_there_are_several_groups_must_a_request_have_a_room() -> None:
     follow: dict[str, object] = {"load_balance_method": "follow_bootstrap_room"}
     assert meshed(dp_size=2, **follow).config.mesh.follows_rooms

@@ -294,6 +294,14 @@ def scripted(
     return made, hub
 
 
+def test_ranks_that_have_met_are_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a start may be silent bounds their meeting, and what comes after it, each by itself."""
+    monkeypatch.setattr(processes, "Hub", Scripted)
+    told: list[tuple[int, int]] = []
+    Processes(resolved(model("abacus-mla").spec, **flags_of("abacus-mla", tp=2)).config, lambda *far: told.append(far))
+    assert told == [(0, 1)], "ranks that are quick say nothing of what they load"
+
+
 def done(index: int, request_id: str) -> Done:
     part = PartDone(ints([0]), np.array([[7]], np.int32), np.array([False]))
     return Done(StepDone(index, (part,)), [Output(request_id, 0, [7])], [Tally("DECODE", 0, 0, 0)])

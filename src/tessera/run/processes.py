@@ -28,7 +28,6 @@ from tessera.run.report import Tally
 from tessera.run.stages import Stages
 from tessera.run.wire import Begin, Do, Done, Drop, Hello, Kept, Loaded, Loading, Record, Run, Told, Trace, Try
 
-START_S = 120.0  # for processes of one host to start
 CLOSE_S = 5.0
 GIVE_UP_S = 1.0  # after a start that failed: a rank that imports or loads hears nothing anyway
 HOST = "127.0.0.1"
@@ -88,8 +87,10 @@ class Processes:
                 here = ranks_of(mesh.tp, mesh.num_nodes, 0)
                 self._hub.start(here, mesh.devices, config.model.path, meeting.fileno())
                 address = f"{host}:{meeting.getsockname()[1]}"
-            self._meet(mesh, mesh.meet_within if several else START_S)
+            self._meet(mesh)
             self._hub.met()
+        if progress is not None:
+            progress(0, 1)  # a sign of life: hosts may have met after long
         self._hub.send(Begin(config, address, identity(config) if several else ("", "")), self._all)
         loaded: dict[int, Loading] = {}
 
@@ -102,10 +103,10 @@ class Processes:
         self.stages.follow([loaded.stages for loaded in said.values()])
         self.seats = [seat for rank in self._all if (seat := said[rank].seat) is not None]
 
-    def _meet(self, mesh: MeshConfig, seconds: float) -> None:
+    def _meet(self, mesh: MeshConfig) -> None:
         """Until every rank has come."""
         try:
-            self._until_all(Hello, lambda rank, message: None, seconds)
+            self._until_all(Hello, lambda rank, message: None, mesh.meet_within)
         except DeadlineError as error:
             if mesh.num_nodes == 1:
                 raise
@@ -113,7 +114,7 @@ class Processes:
             each = share(mesh.tp, mesh.num_nodes)
             why = (
                 f"host N has the {each} from rank {each} * N on. Compare the flags of each host: all need a "
-                f"server with {flags}, started within --dist-timeout {seconds:g} seconds"
+                f"server with {flags}, started within --dist-timeout {mesh.meet_within:g} seconds"
             )
             raise DeadlineError(f"{error}; {why}") from error
 

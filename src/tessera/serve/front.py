@@ -161,7 +161,7 @@ def make_server(starting: Starting, fleet: Fleet) -> Server:
 
     scheduling, mesh = config.scheduling, config.mesh
     most = scheduling.max_running * mesh.num_dp + scheduling.max_queued * mesh.replicas
-    patience = config.serving.start_timeout + SAY_SECONDS + (mesh.meet_within if mesh.num_nodes > 1 else 0.0)
+    patience = config.serving.start_timeout + SAY_SECONDS
     client = EngineClient(fleet.sends, most, config.serving.watchdog_timeout, report, mesh.balance, patience)
     options = Options(
         model_path=starting.folder,

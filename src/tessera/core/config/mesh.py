@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from tessera.core.config.ask import Asked
-from tessera.core.config.types import Hardware, MeshConfig, Notes
+from tessera.core.config.types import MEET_SECONDS, Hardware, MeshConfig, Notes
 from tessera.core.errors import LayoutError
 from tessera.core.mesh import SINGLE, Axis, Mesh, divisors, instance_mesh, share
 from tessera.core.quantization import Quantization
@@ -73,6 +73,7 @@ class Cut:
 
 def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshConfig:
     tp, dp, split = values.number("tp_size"), values.number("dp_size"), values.on("enable_dp_attention")
+    nodes = values.number("nnodes")
     return MeshConfig(
         device,
         tp=tp,
@@ -83,10 +84,10 @@ def _asked(values: Asked, device: str, balance: str, collectives: str) -> MeshCo
         dp_lm_head=values.on("enable_dp_lm_head"),
         all_to_all=values.word("moe_a2a_backend") == "all_to_all",
         balance=balance,
-        num_nodes=values.number("nnodes"),
+        num_nodes=nodes,
         node_rank=values.number("node_rank"),
         meeting=(values.text("dist_init_addr") or "").removeprefix("tcp://") or None,
-        meet_within=values.amount("dist_timeout"),
+        meet_within=values.amount("dist_timeout") if nodes > 1 else MEET_SECONDS,
         collectives=collectives,
     )
 

@@ -317,7 +317,7 @@ def _told_halves(halves: Halves, most: float, notes: Notes) -> Halves:
 
 def _serving(values: Asked, mesh: MeshConfig, notes: Notes) -> ServingConfig:
     watchdog = values.amount("watchdog_timeout")
-    start = max(watchdog, START_SECONDS)
+    start = max(watchdog, START_SECONDS, mesh.meet_within)
     if start > watchdog:
         notes.decide("watchdog-timeout", f"{watchdog:g} s once it serves", f"a start may be silent for {start:g} s")
     return ServingConfig(

@@ -13,6 +13,8 @@ from tessera.core.parts import NOTHING, Wide
 from tessera.core.quantization import Quantization
 from tessera.core.tensors import CacheDtypes
 
+MEET_SECONDS = 120.0  # for processes of one host
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -66,10 +68,10 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
     """Which ranks. `device`: "cpu" or "cuda". `tp`: all ranks of an instance, on `num_nodes` hosts that meet at
-    `meeting` within `meet_within` seconds, of which this is `node_rank`. `dp`: groups of the attention. `replicas`:
-    instances behind one front, of which this is `replica`. `balance`: how requests are spread over groups or replicas.
-    `collectives`: see `comm/connect.py`; ranks are processes, but with "threads". `peers`: GPUs take small ones into
-    their own hands.
+    `meeting`, of which this is `node_rank`; all have come within `meet_within` seconds. `dp`: groups of the attention.
+    `replicas`: instances behind one front, of which this is `replica`. `balance`: how requests are spread over groups
+    or replicas. `collectives`: see `comm/connect.py`; ranks are processes, but with "threads". `peers`: GPUs take small
+    ones into their own hands.
     """
 
     device: str
@@ -85,7 +87,7 @@ class MeshConfig:
     num_nodes: int = 1
     node_rank: int = 0
     meeting: str | None = None
-    meet_within: float = 600.0
+    meet_within: float = MEET_SECONDS
     collectives: str = "shared"
     peers: bool = False
 
@@ -219,7 +221,7 @@ class KernelConfig:
 @dataclass(frozen=True, slots=True)
 class ServingConfig:
     """The HTTP server. Times in seconds, sizes in bytes; `stream_interval` in tokens. `watchdog_timeout`: how long the
-    step loop may be silent, `start_timeout`: an engine that starts, whose imports and compilers say nothing.
+    step loop may be silent, `start_timeout`: an engine that starts, whose imports, compilers and hosts say nothing.
     `on_failure`: what follows the end of an engine, "exit", "restart" (at most `max_restarts` in `restart_window`) or
     "continue"."""
 
