@@ -53,9 +53,14 @@ def _quantization(found: Mapping[str, Any]) -> str:
     return ", ".join([f"block {rows}x{columns}", *(f"{name} {shown(name, value)}" for name, value in rest.items())])
 
 
+def _wide(found: Mapping[str, bool]) -> str:
+    return ", ".join(name for name, kept in found.items() if kept) or NOTHING
+
+
 FORMS: Mapping[str, Callable[[Any], str]] = {
     "graphs": _graphs,
     "quantization": _quantization,
+    "wide": _wide,
     **dict.fromkeys(BYTES, gib),
     **dict.fromkeys(SECONDS, lambda value: f"{value:g} s"),
 }

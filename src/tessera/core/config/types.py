@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from tessera.core.config.flag import Flag
@@ -290,10 +290,7 @@ class Config:
 
     def public(self) -> dict[str, dict[str, object]]:
         """The configuration as plain data for /server_info and tables; secrets only as "set"."""
-        groups = {g.name: getattr(self, g.name) for g in fields(self)}
-        table = {name: {f.name: getattr(group, f.name) for f in fields(group)} for name, group in groups.items()}
-        if (quantization := self.model.quantization) is not None:
-            table["model"]["quantization"] = asdict(quantization)
+        table = asdict(self)
         table["serving"]["api_key"] = "set" if self.serving.api_key else None
         return table
 
