@@ -12,8 +12,8 @@ from tessera.core.errors import ConfigError
 from tessera.core.families import read_spec
 from tessera.core.spec import ModelSpec
 
-CPU = Hardware("cpu", memory=8 << 30, cores=2)
-CUDA = Hardware("cuda", memory=79 << 30, cores=16, capability=(9, 0))
+CPU = Hardware("cpu", memory=8 << 30)
+CUDA = Hardware("cuda", memory=79 << 30, capability=(9, 0))
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"],

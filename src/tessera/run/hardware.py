@@ -28,13 +28,12 @@ def measure(device: str = "auto") -> Hardware:
         return Hardware(
             device="cuda",
             memory=free,
-            cores=cores(),
             count=torch.cuda.device_count(),
             name=torch.cuda.get_device_name(0),
             capability=torch.cuda.get_device_capability(0),
             libraries=tuple(name for name in LIBRARIES if importlib.util.find_spec(name)),
         )
-    return Hardware(device="cpu", memory=free_memory(), cores=cores(), name="cpu", bf16=has_bf16())
+    return Hardware(device="cpu", memory=free_memory(), name="cpu", bf16=has_bf16())
 
 
 def device_bytes(sketch: Sketch) -> int:

@@ -27,7 +27,6 @@ class Hardware:
 
     device: str
     memory: int
-    cores: int = 1
     count: int = 1
     name: str = ""
     capability: tuple[int, int] | None = None
