@@ -51,7 +51,9 @@ def manifest(spec: ModelSpec, attn: int, dp: int, num_pages: int, num_slots: int
         return Member("local", b"", num_pages, num_slots, tuple(Region(i, size) for i, size in enumerate(sizes)))
 
     members = tuple(held(rank) for rank in range(mesh.size))
-    return Manifest(instance="a", weights="w", mesh=mesh, page_size=PAGE_SIZE, caches=table, members=members)
+    return Manifest(
+        instance="a", weights="w", mesh=mesh, page_size=PAGE_SIZE, parts="model", caches=table, members=members
+    )
 
 
 def load(name: str) -> ModelSpec:
