@@ -96,3 +96,14 @@ def test_the_file_of_a_mailbox_goes_with_it() -> None:
     del box
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)
+
+
+def test_nobody_is_left_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known fault: a thread that still freed a step's tensors while the interpreter ended aborted the process."""
+    write = os.eventfd_write
+    monkeypatch.setattr(os, "eventfd_write", lambda *args: (time.sleep(BRIEF_S), write(*args)))
+    watch, step, news = Watch(), results(), Mailbox[int]()
+    assert not watch.wait(step, news.there, BRIEF_S)
+    step[0].set_result(DONE)
+    watch.close()
+    assert "tessera-waiter" not in {thread.name for thread in threading.enumerate()}

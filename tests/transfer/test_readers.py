@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -139,3 +140,13 @@ def test_a_storm_of_fences(engines: Make, mover: type[HostMover]) -> None:
         landed += sum(d.error is None for d in done.values())
         assert (own == 9).all(), "a write landed after the fence"
     assert min(fenced, landed) > 0, "the storm was none"
+
+
+def test_nobody_is_at_the_door_when_it_is_closed(engines: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known fault: a thread that still ended while the interpreter did aborted the process."""
+    take = readers.Readers._accept
+    monkeypatch.setattr(readers.Readers, "_accept", lambda self: (take(self), time.sleep(SETTLE_S)))
+    engine = engines(HostMover())
+    engine.endpoint()
+    engine.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.endswith(" door")]

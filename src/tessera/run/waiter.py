@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -12,6 +13,10 @@ from concurrent.futures import CancelledError, Future
 
 from tessera.run.host import Download
 from tessera.run.mailbox import counter, readable
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 5.0
 
 Results = Sequence[Future[Download]]  # of one step, one for each rank
 
@@ -23,7 +28,8 @@ class Waiter:
         self.ended = counter()
         self._queue: queue.SimpleQueue[Results] = queue.SimpleQueue()
         weakref.finalize(self, os.close, self.ended)
-        threading.Thread(target=self._run, name="tessera-waiter", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="tessera-waiter", daemon=True)
+        self._thread.start()
 
     def put(self, results: Results) -> None:
         """The next step to wait for."""
@@ -34,8 +40,11 @@ class Waiter:
         return os.eventfd_read(self.ended)
 
     def close(self) -> None:
-        """It ends after what it was given."""
+        """It ends after what it was given. One that frees tensors while the interpreter ends aborts the process."""
         self._queue.put(())
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("a step still runs after %g s, and who waits for it is left to itself", CLOSE_S)
 
     def _run(self) -> None:
         while results := self._queue.get():

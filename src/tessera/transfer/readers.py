@@ -122,6 +122,7 @@ class Readers:
         self._turns: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._door: tuple[socket.socket, str] | None = None
+        self._doorman: threading.Thread | None = None
         self._connections: list[tuple[socket.socket, threading.Thread]] = []
         self._closed = False
 
@@ -129,7 +130,8 @@ class Readers:
         """Listens; gives the address."""
         if self._door is None:
             self._door = listen(self._mover.host, self._name)
-            threading.Thread(target=self._accept, name=f"{self._name} door", daemon=True).start()
+            self._doorman = threading.Thread(target=self._accept, name=f"{self._name} door", daemon=True)
+            self._doorman.start()
         return self._door[1]
 
     def _accept(self) -> None:
@@ -217,6 +219,8 @@ class Readers:
             with contextlib.suppress(OSError):  # wakes `accept`
                 self._door[0].shutdown(socket.SHUT_RDWR)
             self._door[0].close()
+        if self._doorman is not None:
+            self._doorman.join(FENCE_S)
         with self._lock:
             writers = list(self._writers.values())
         for writer in writers:
