@@ -233,15 +233,18 @@ def serve(
 def _watch(core: EngineCore, run: Run) -> None:
     """Notes what passes between the loop, the runner and the planner."""
     launch, collect = core.runner.launch, core.runner.collect
+    in_flight: set[int] = set()
 
     def launched(step: Step) -> Any:
         if len(step.halves) > 1:
             run.halved.add(step.index)
-        run.most_in_flight = max(run.most_in_flight, core.planner.num_in_flight)
+        in_flight.add(step.index)
+        run.most_in_flight = max(run.most_in_flight, len(in_flight))
         return launch(step)
 
     def collected(ticket: Any) -> tuple[StepDone, list[Output]]:
         done, outputs = collect(ticket)
+        in_flight.remove(done.index)
         run.num_overshoot += sum(int((part.tokens < 0).sum()) for part in done.parts)
         return done, outputs
 

@@ -202,7 +202,7 @@ def test_the_pool_is_no_larger_than_all_rows_need() -> None:
 
 def test_max_total_tokens_sizes_the_pool_and_with_it_the_context() -> None:
     result = resolved(max_total_tokens=100, page_size=16)
-    assert result.config.memory.max_total_tokens == 112
+    assert result.config.memory.num_pages == 112 // 16 + 1  # and the scratch page
     assert result.config.model.context_length == 112
     assert decided(result, "context-length").value == 112
     (text,) = refusals(max_total_tokens=100, context_length=200)

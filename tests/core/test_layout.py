@@ -166,7 +166,7 @@ def test_stored_order_is_undone_and_a_cut_falls_inside_the_stored_unit() -> None
     names = [f"{h}{n}{i}" for h in "01" for n, w in (("q", 3), ("k", 3), ("v", 4), ("z", 4)) for i in range(w)]
 
     def loaded(size: int, rank: int) -> list[str]:
-        part = [""] * dim.local_length(size, rank)
+        part = [""] * sum(run.length for run in dim.held(size, rank))
         for run in dim.stored(size, rank):
             part[run.local : run.local + run.length] = names[run.start : run.start + run.length]
         return part

@@ -17,7 +17,7 @@ def gate_up(rows: int) -> Dim:
 
 def element_scales(dim: Dim, size: int, rank: int, block: int) -> list[tuple[str, int]]:
     """The stored block of every element of a tile, one by one."""
-    out: list[tuple[str, int]] = [("", -1)] * dim.local_length(size, rank)
+    out: list[tuple[str, int]] = [("", -1)] * sum(run.length for run in dim.held(size, rank))
     for run in dim.stored(size, rank):
         for i in range(run.length):
             out[run.local + i] = (run.tensor, (run.start + i) // block)

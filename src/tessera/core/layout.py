@@ -211,10 +211,6 @@ class Dim:
             yield StoredRun(stored.tensor, stored.offset(at, section.width), local, (end - at) * section.width)
             at = end
 
-    def local_length(self, size: int, rank: int) -> int:
-        """Elements that coordinate `rank` of `size` holds."""
-        return sum(run.length for run in self.held(size, rank))
-
     def local(self, size: int, rank: int) -> dict[str, slice]:
         """Where each section lies in the part of coordinate `rank`."""
         slices, at = {}, 0

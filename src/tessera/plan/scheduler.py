@@ -42,11 +42,6 @@ class Planner:
         self._arrivals = 0
 
     @property
-    def num_in_flight(self) -> int:
-        """Steps planned and not yet done."""
-        return len(self._in_flight)
-
-    @property
     def idle(self) -> bool:
         """No request is here and no step is in flight."""
         return not self._requests and not self._in_flight and (self.desk is None or self.desk.idle)

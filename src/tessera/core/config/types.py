@@ -140,11 +140,6 @@ class MemoryConfig:
     needs: tuple[tuple[str, int], ...] = ()
 
     @property
-    def max_total_tokens(self) -> int:
-        """Tokens that the pages of requests hold."""
-        return (self.num_pages - 1) * self.page_size
-
-    @property
     def dtypes(self) -> CacheDtypes:
         """The dtypes of the caches."""
         return CacheDtypes(self.kv_dtype, self.conv_dtype, self.state_dtype)
