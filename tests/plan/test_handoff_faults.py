@@ -287,7 +287,7 @@ def what_ended_with_a_session_is_not_said_in_the_next(patch: Patch) -> None:
 
 def nothing_is_said_twice(patch: Patch) -> None:
     """A taker says once that it gives up, and waits for ever."""
-    patch.setattr(Taker, "_tick", lambda self, room: iter(()))
+    patch.setattr(Taker, "_late", lambda self, room: iter(()))
 
 
 def only_what_was_asked_for_is_given_up_aloud(patch: Patch) -> None:

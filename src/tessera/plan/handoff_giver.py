@@ -35,6 +35,7 @@ from tessera.plan.handoff import (
     Wire,
     Written,
 )
+from tessera.plan.handoff_rooms import Rooms
 from tessera.plan.step import Clock
 
 # Stages of a room. Half of a pair: only the request is here, only the reservation, a request that was refused, or one
@@ -83,14 +84,11 @@ def times_of(room: Giving) -> HandoverTimes:
     )
 
 
-class Giver:
+class Giver(Rooms[Giving]):
     """All rooms of a prefill server, by their number, and what was closed of each peer."""
 
     def __init__(self, config: HandoffConfig) -> None:
-        self.config = config
-        self.now = 0.0
-        self.due = inf  # no deadline is before it
-        self.rooms: dict[int, Giving] = {}
+        super().__init__(config)
         self.keys: dict[int, Giving] = {}
         self.stopping: list[Giving] = []  # no longer in `rooms`: a new request may have their number
         self.tickets: dict[int, Giving] = {}
@@ -130,20 +128,8 @@ class Giver:
             case Gone(peer, reason):
                 return list(self._gone(peer, reason))
             case Clock(now):
-                self.now = now
-                return self._ticks() if now >= self.due else []
+                return list(self._clock(now))
         return []
-
-    def _wait(self, room: Giving, seconds: float) -> None:
-        room.deadline = self.now + seconds
-        self.due = min(self.due, room.deadline)
-
-    def _ticks(self) -> list[Action]:
-        """Some deadline may have passed."""
-        self.due = inf
-        actions = [action for room in list(self.rooms.values()) for action in self._tick(room)]
-        self.due = min([self.due, *(room.deadline for room in self.rooms.values() if room.stage != SENDING)])
-        return actions
 
     # -- the two halves of a pair ----------------------------------------------------------------------------------
 
@@ -217,7 +203,7 @@ class Giver:
         assert room.reserve is not None
         assert room.prompt is not None
         if room.prompt == room.reserve.prompt:
-            room.stage = SENDING
+            room.stage, room.deadline = SENDING, inf  # writers tell how it went, or their peer goes
             room.marks.append(self.now)
             yield Start(room.key, room.peer, room.reserve)
             return
@@ -354,9 +340,7 @@ class Giver:
                 continue
             yield from self._fail(room, why)
 
-    def _tick(self, room: Giving) -> Iterator[Action]:
-        if room.stage == SENDING or self.now < room.deadline:
-            return
+    def _late(self, room: Giving) -> Iterator[Action]:
         if room.stage in (REFUSED, UNWANTED):
             self._forget(room)
         elif room.stage == OFFERED:

@@ -38,6 +38,7 @@ from tessera.plan.handoff import (
     Why,
     Wire,
 )
+from tessera.plan.handoff_rooms import Rooms
 from tessera.plan.step import Clock
 
 # Stages of a room, in order. From `ASKED` on a writer may know of its pages.
@@ -51,7 +52,8 @@ WAITED_FOR = {
 
 @dataclass(slots=True)
 class Taking:
-    """A room at decode. `deadline` is that of its stage; `retry_at`: when `Over` is said again."""
+    """A room at decode. `deadline` is that of its stage; while it is `LEAVING`, `Over` is said again then, until
+    `until`."""
 
     key: int
     room: int
@@ -64,17 +66,14 @@ class Taking:
     met: float = 0.0
     asked: float = 0.0
     peer: str = ""
-    retry_at: float = inf
+    until: float = inf
 
 
-class Taker:
+class Taker(Rooms[Taking]):
     """All rooms of a decode server. Their keys are their generations."""
 
     def __init__(self, config: HandoffConfig) -> None:
-        self.config = config
-        self.now = 0.0
-        self.due = inf  # no deadline is before it
-        self.rooms: dict[int, Taking] = {}
+        super().__init__(config)
         self.peers: dict[Address, str] = {}
         self.meeting: set[Address] = set()
         self.unsaid: dict[Address, list[Over]] = {}  # of rooms that ended, for when the server is met
@@ -107,21 +106,8 @@ class Taker:
             case Fenced(peer, rank):
                 return list(self._fenced(peer, rank))
             case Clock(now):
-                self.now = now
-                return self._ticks() if now >= self.due else []
+                return list(self._clock(now))
         return []
-
-    def _wait(self, room: Taking, seconds: float) -> None:
-        room.deadline = self.now + seconds
-        self.due = min(self.due, room.deadline)
-
-    def _ticks(self) -> list[Action]:
-        """Some deadline may have passed, or `Over` is to be said again."""
-        self.due = inf
-        actions = [action for room in list(self.rooms.values()) for action in self._tick(room)]
-        waiting = [room for room in self.rooms.values() if room.peer not in self.fencing]
-        self.due = min([self.due, *(min(room.deadline, room.retry_at) for room in waiting)])
-        return actions
 
     # -- until it is asked for -------------------------------------------------------------------------------------
 
@@ -234,28 +220,23 @@ class Taker:
             elif room.stage == MEETING:
                 self.unsaid.setdefault(room.address, []).append(over)
             return
-        room.stage = LEAVING
-        self._wait(room, self.config.reply_s)
+        room.stage, room.until = LEAVING, self.now + self.config.reply_s
         yield from self._over(room, why)
 
     def _over(self, room: Taking, why: Why) -> Iterator[Action]:
-        room.retry_at = self.now + self.config.retry_s
-        self.due = min(self.due, room.retry_at)
+        self._wait(room, self.config.retry_s, room.until)
         yield Tell(room.peer, Over(room.key, room.room, why))
 
-    def _tick(self, room: Taking) -> Iterator[Action]:
-        if room.key not in self.rooms or room.peer in self.fencing:
-            return
-        if self.now >= room.deadline:
-            if room.stage == LEAVING:
-                reason = f"it has not said for {self.config.reply_s:g} s that it has stopped writing"
-                yield from self._gone(room.peer, reason)
-                return
+    def _late(self, room: Taking) -> Iterator[Action]:
+        if room.stage != LEAVING:
             waited = self.config.meet_s if room.stage == MEETING else self.config.waiting_s
             what = WAITED_FOR[room.stage].format(address=room.address)
             yield from self._cancel(room, Why(f"waited {waited:g} s for {what}; nothing came"))
-        elif room.stage == LEAVING and self.now >= room.retry_at:
+        elif self.now < room.until:
             yield from self._over(room, ABORTED)
+        else:
+            reason = f"it has not said for {self.config.reply_s:g} s that it has stopped writing"
+            yield from self._gone(room.peer, reason)
 
     def _gone(self, peer: str, reason: str) -> Iterator[Action]:
         """All that was agreed with a peer is void. Its pages are free when no rank can be written by it any more."""
@@ -265,12 +246,11 @@ class Taker:
         del self.peers[address]
         self.fencing[peer] = (address, set(range(self.config.num_ranks)))
         for room in [room for room in self.rooms.values() if room.peer == peer]:
-            if room.stage == LEAVING:
-                continue
             why = Why(f"prefill server {address} has gone: {reason}")
-            yield End(room.key, why)
-            if room.stage == ASKED:
-                room.stage = LEAVING
+            if room.stage != LEAVING:
+                yield End(room.key, why)
+            if room.stage in (ASKED, LEAVING):
+                room.stage, room.deadline = LEAVING, inf  # until every rank has fenced the peer
             else:
                 del self.rooms[room.key]
                 yield Free(room.key)
