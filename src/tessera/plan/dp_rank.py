@@ -285,7 +285,7 @@ class DpRank:
         drawn, at = (rows, ends) if len(tokens) == len(rows) else (rows[samples], ends[samples])
         table.tokens[drawn, at] = tokens
         ended = drawn[finished].tolist() if finished.any() else []
-        for sequence in planned.prefilled if state.prefix.enabled else ():
+        for sequence in planned.prefilled:
             if sequence.row >= 0 and table.entered[sequence.row] <= planned.index:
                 state.publish(sequence)
         if len(drawn) < len(rows):

@@ -64,9 +64,8 @@ class PrefixTree:
 
     def touch(self, pages: Ints) -> None:
         """Marks pages as used now."""
-        if self.enabled:
-            self._tick += 1
-            self._used[pages] = self._tick
+        self._tick += 1
+        self._used[pages] = self._tick
 
     def publish(self, node: Node, tokens: Ints, pages: Ints) -> tuple[Node, list[tuple[int, int]]]:
         """Adds `pages`, which hold `tokens` below `node`, and returns the last node.

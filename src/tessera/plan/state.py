@@ -187,8 +187,7 @@ class RankState:
 
     def detach(self, sequence: Sequence) -> None:
         """A sequence leaves its row, but its pages and slot stay as they are until `lapse`."""
-        if self.prefix.enabled:
-            self.publish(sequence)
+        self.publish(sequence)
         pages = np.concatenate([self.table.held(sequence.row), ints(sequence.swapped)])
         self.leases[sequence.key] = Lease(pages, sequence.slot)
         self._vacate([sequence])
@@ -217,7 +216,7 @@ class RankState:
     # -- out of a row ----------------------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence) -> None:
-        """Gives the tree the full pages of a row whose steps are done."""
+        """Gives the tree, where there is one, the full pages of a row whose steps are done."""
         if not self.prefix.enabled:
             return
         table, row, size = self.table, sequence.row, self.config.page_size
@@ -249,7 +248,7 @@ class RankState:
 
     def release(self, sequences: list[Sequence]) -> None:
         """Sequences leave their rows; what is done of them goes to the tree, pages and slots are free."""
-        for sequence in sequences if self.prefix.enabled else ():
+        for sequence in sequences:
             self.publish(sequence)
         rows = [sequence.row for sequence in sequences]
         self.pages.drop(self.table.held(*rows))
@@ -305,7 +304,7 @@ class RankState:
         free = set(table.free)
         assert len(free) == len(table.free)
         assert {s.row for s in running} | free == set(range(len(table.occupants)))
-        assert len(running) == table.num_running == len(table.occupants) - len(free)
+        assert len(running) == table.num_running
         assert all((table.entered[row] > 2**62) == (row in free) for row in range(len(table.occupants)))
         assert all(s.row == -1 and s.slot == -1 for s in self.queue.waiting())
         assert len(self.queue.waiting()) == self.queue.num_waiting

@@ -139,10 +139,7 @@ class Part:
         logits_second = np.minimum(self.num_logits, in_second).astype(np.int32)
         first = self._cut(in_first > 0, self.starts, in_first, self.num_logits - logits_second, in_second == 0)
         second = self._cut(in_second > 0, self.starts + in_first, in_second, logits_second, in_second > 0)
-        return (
-            Part(*first, change=self.change),
-            Part(*second),
-        )
+        return Part(*first, change=self.change), Part(*second)
 
     def _cut(
         self, keep: Bools, starts: Ints, lengths: Ints, logits: Ints, ends_here: Bools

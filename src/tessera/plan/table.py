@@ -38,14 +38,17 @@ class RowTable:
         self.pages = np.zeros((rows, config.max_pages), np.int32)
         self.occupants: list[Sequence | None] = [None] * rows
         self.free = list(range(rows - 1, -1, -1))
-        self.num_running = 0
+
+    @property
+    def num_running(self) -> int:
+        """Rows that are taken."""
+        return len(self.occupants) - len(self.free)
 
     def enter(
         self, sequences: tuple[Sequence, ...], starts: tuple[int, ...], pages: list[Ints], index: int
     ) -> list[int]:
         """Puts sequences into free rows; their positions before `starts` are computed already."""
         rows = [self.free.pop() for _ in sequences]
-        self.num_running += len(rows)
         for sequence, row in zip(sequences, rows, strict=True):
             self.occupants[row] = sequence
             sequence.row = row
@@ -72,7 +75,6 @@ class RowTable:
         self.ready[at] = False
         self.capacity[at] = 0
         self.free += rows
-        self.num_running -= len(rows)
 
     def occupant(self, row: int) -> Sequence:
         """The sequence in a row that is not free."""
@@ -82,12 +84,10 @@ class RowTable:
 
     def known(self, sequence: Sequence, upto: int) -> Ints:
         """The first `upto` tokens of a sequence in a row; at most one more than are done."""
-        more = sequence.num_known
-        return (
-            sequence.tokens[:upto]
-            if upto <= more
-            else np.concatenate([sequence.tokens, self.tokens[sequence.row, more:upto]])
-        )
+        before = sequence.num_known
+        if upto <= before:
+            return sequence.tokens[:upto]
+        return np.concatenate([sequence.tokens, self.tokens[sequence.row, before:upto]])
 
     def held(self, *rows: int) -> Ints:
         """Pages of rows, one after the other."""
