@@ -14,7 +14,7 @@ from torch import Tensor
 from comm import conformance
 from comm.ranks import as_processes, as_threads, raise_first, run_program
 from ports import free_port
-from tessera.comm import base, local
+from tessera.comm import base, brought
 from tessera.comm.base import Handle, Ready
 from tessera.comm.local import LocalComm
 from tessera.core.errors import TesseraError
@@ -126,7 +126,7 @@ def test_a_fault_is_seen(mutant: type[LocalComm], exact: bool) -> None:
 
 @pytest.mark.parametrize("wrong", [backwards, narrow])
 def test_a_sum_in_another_order_is_seen(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "ordered_sum", wrong)
+    monkeypatch.setattr(brought, "ordered_sum", wrong)
     assert found(as_threads(MESH, conformance.run))
 
 

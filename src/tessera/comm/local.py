@@ -6,20 +6,19 @@ Ranks meet at a numbered rendezvous per group. Sums run in the order of ranks on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from tessera.comm.base import Dtype, Handle, ordered_sum
+from tessera.comm.base import Dtype, Handle
+from tessera.comm.brought import Brought, Combine, joined, picked, summed
 from tessera.core.errors import DeadlineError, PeerError
 from tessera.core.mesh import Mesh
 
 Key = tuple[tuple[int, ...], int]
-Brought = list[tuple[Tensor, ...]]  # of the ranks of a group, in their order
-Combine = Callable[[Brought], Tensor]
 
 
 @dataclass
@@ -105,24 +104,6 @@ class _Collective:
         return self.combine(self.group.take(self.key, self.rank))
 
 
-def _sum(brought: Brought, keep: tuple[int, int, int] | None = None, dtype: Dtype = None) -> Tensor:
-    """Of all, or of what to `keep`; a new tensor."""
-    parts = [part if keep is None else part.narrow(*keep) for own in brought for part in own]
-    return ordered_sum(parts, dtype) if len(parts) > 1 else parts[0].to(dtype or parts[0].dtype, copy=True)
-
-
-def _cat(brought: Brought, dim: int) -> Tensor:
-    return torch.cat([part for (part,) in brought], dim)
-
-
-def _pick(brought: Brought, at: int, received: Sequence[int] | None) -> Tensor:
-    """The pieces for coordinate `at`."""
-    came = [pieces[at] for pieces in brought]
-    lengths = [len(piece) for piece in came]
-    assert received is None or lengths == list(received), f"{lengths} rows came, not {received}"
-    return torch.cat(came)
-
-
 class LocalComm:
     """The `Comm` of one thread. What a rank brings must not change until all have waited."""
 
@@ -137,13 +118,13 @@ class LocalComm:
         brought = tuple(part.clone() for part in parts)
         for part in parts:
             part.fill_(torch.nan)
-        return self._start(axis, "sum", brought, partial(_sum, dtype=dtype))
+        return self._start(axis, "sum", brought, partial(summed, dtype=dtype))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
         at = self.mesh.coordinate(self.rank, axis)
         assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
-        return self._start(axis, "gather", (part,), partial(_cat, dim=dim))
+        return self._start(axis, "gather", (part,), partial(joined, dim=dim))
 
     def scatter_sum(
         self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
@@ -151,11 +132,11 @@ class LocalComm:
         """See `Comm.scatter_sum`."""
         at = self.mesh.coordinate(self.rank, axis)
         keep = (dim, sum(lengths[:at]), lengths[at])
-        return self._start(axis, "scatter_sum", tuple(parts), partial(_sum, keep=keep, dtype=dtype))
+        return self._start(axis, "scatter_sum", tuple(parts), partial(summed, keep=keep, dtype=dtype))
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """See `Comm.exchange`."""
-        mine = partial(_pick, at=self.mesh.coordinate(self.rank, axis), received=received)
+        mine = partial(picked, at=self.mesh.coordinate(self.rank, axis), received=received)
         return self._start(axis, "exchange", part.split(list(sent)), mine)
 
     def forget(self) -> None:

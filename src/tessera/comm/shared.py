@@ -12,15 +12,15 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from tessera.comm.alone import Alone
-from tessera.comm.base import Dtype, Handle, ordered_sum
+from tessera.comm.base import Dtype, Handle
+from tessera.comm.brought import Combine, joined, picked, summed
 from tessera.comm.futex import Counter, check_platform
 from tessera.comm.meet import Meeting
 from tessera.comm.segment import DEPTH, KIND_BYTES, Message, Ranks, Segment
@@ -29,8 +29,6 @@ from tessera.core.mesh import Mesh
 
 _LOOK_S = 0.05  # how often a waiter looks whether the one it waits for is alive
 KINDS = ("sum", "gather", "scatter_sum", "exchange")
-
-Combine = Callable[[list[Message]], Tensor]
 
 
 class Liveness:
@@ -103,7 +101,7 @@ class _Channel:
             messages = [self._segment.read(slot, collective.number % DEPTH) for slot in self._slots]
             kinds = {message.head[:KIND_BYTES] for message in messages}
             assert len(kinds) == 1, f"ranks {self._ranks} met in different collectives, here a {collective.what}"
-            collective.value = collective.combine(messages)
+            collective.value = collective.combine([_pieces(message) for message in messages])
             self._pending.popleft()
             self._taken[self._me].set(collective.number + 1)
 
@@ -144,7 +142,7 @@ class SharedComm:
         """See `Comm.sum`."""
         if (channel := self._channels.get(axis)) is None:
             return self._alone.sum(parts, axis, dtype)
-        return channel.post("sum", axis, parts, partial(_sum, dtype=dtype))
+        return channel.post("sum", axis, parts, partial(summed, dtype=dtype))
 
     def gather(self, part: Tensor, axis: str, dim: int, lengths: Sequence[int] | None = None) -> Handle:
         """See `Comm.gather`."""
@@ -152,7 +150,7 @@ class SharedComm:
             return self._alone.gather(part, axis, dim, lengths)
         at = self.mesh.coordinate(self.rank, axis)
         assert lengths is None or part.shape[dim] == lengths[at], f"{part.shape[dim]} elements, {lengths} announced"
-        return channel.post("gather", axis, [part], partial(_cat, dim=dim))
+        return channel.post("gather", axis, [part], partial(joined, dim=dim))
 
     def scatter_sum(
         self, parts: Sequence[Tensor], axis: str, dim: int, lengths: Sequence[int], dtype: Dtype = None
@@ -163,14 +161,14 @@ class SharedComm:
         at = self.mesh.coordinate(self.rank, axis)
         assert parts[0].shape[dim] == sum(lengths), f"{parts[0].shape[dim]} elements to cut into {lengths}"
         keep = (dim, sum(lengths[:at]), lengths[at])
-        return channel.post("scatter_sum", axis, parts, partial(_sum, keep=keep, dtype=dtype))
+        return channel.post("scatter_sum", axis, parts, partial(summed, keep=keep, dtype=dtype))
 
     def exchange(self, part: Tensor, axis: str, sent: Sequence[int], received: Sequence[int] | None = None) -> Handle:
         """See `Comm.exchange`. The note of a message says how it is cut."""
         if (channel := self._channels.get(axis)) is None:
             return self._alone.exchange(part, axis, sent, received)
         assert len(part) == sum(sent), f"{len(part)} rows to cut into {sent}"
-        mine = partial(_pick, at=self.mesh.coordinate(self.rank, axis), received=received)
+        mine = partial(picked, at=self.mesh.coordinate(self.rank, axis), received=received)
         return channel.post("exchange", axis, [part], mine, sent)
 
     def forget(self) -> None:
@@ -198,18 +196,6 @@ def _map(meeting: Meeting) -> Segment:
     return segment
 
 
-def _sum(messages: list[Message], keep: tuple[int, int, int] | None = None, dtype: Dtype = None) -> Tensor:
-    """The sum in order, of all or of what to `keep`. A group has two members or more, so the sum is a new tensor."""
-    parts = [part for message in messages for part in message.parts]
-    return ordered_sum(parts if keep is None else [part.narrow(*keep) for part in parts], dtype)
-
-
-def _cat(messages: list[Message], dim: int) -> Tensor:
-    return torch.cat([message.parts[0] for message in messages], dim)
-
-
-def _pick(messages: list[Message], at: int, received: Sequence[int] | None) -> Tensor:
-    came = [m.parts[0].narrow(0, sum(m.note[:at]), m.note[at]) for m in messages]
-    lengths = [len(piece) for piece in came]
-    assert received is None or lengths == list(received), f"{lengths} rows came, not {received}"
-    return torch.cat(came)
+def _pieces(message: Message) -> Sequence[Tensor]:
+    """What a member brought; of an exchange cut as the note says."""
+    return message.parts[0].split(list(message.note)) if message.note else message.parts
