@@ -68,7 +68,13 @@ class Circuits(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.circuit, self.flying, self.now = Circuit(2), 0, 0.0
+        self.told, self.flying, self.now = Standing.UNKNOWN, 0, 0.0
+        self.circuit = Circuit(2, changed=self.change)
+
+    def change(self, seconds: float) -> None:
+        assert self.circuit.standing is not self.told, "told of changes only"
+        assert seconds >= 0
+        self.told = self.circuit.standing
 
     @precondition(lambda self: self.circuit.takes)
     @rule()
@@ -92,6 +98,7 @@ class Circuits(RuleBasedStateMachine):
     def consistent(self) -> None:
         circuit = self.circuit
         assert circuit._tries == self.flying
+        assert circuit.standing is self.told, "every change is told"
         assert not (circuit.takes and circuit.standing in (Standing.DOWN, Standing.UNKNOWN))
         if circuit.standing is not Standing.UP:
             assert circuit.reason

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import re
+import time
 from collections.abc import AsyncIterator
 
 import httpx
@@ -211,6 +212,30 @@ async def test_a_server_that_has_gone_is_passed_over_and_comes_back() -> None:
         for _ in range(2):
             assert (await made.http.post("/generate", json={"text": "x"})).status_code == 200
         assert len(gone.seen) == 1
+
+
+@in_loop
+async def test_one_that_requests_find_gone_is_told_at_once_and_its_cache_forgotten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Known fault: only probes were heard of, so one that requests took down was never called down."""
+    caplog.set_level(logging.INFO, "tessera.serve.router.router")
+    async with world(worker=1, threshold=2, interval=30) as made:
+        fake, server = made.fakes[0], made.router.fleet.servers[0]
+        policy = made.router.fleet._policies["worker"]
+        lost: list[str] = []
+        policy.forget = lost.append  # type: ignore[method-assign]
+        await fake.stop()
+        for _ in range(2):
+            assert (await made.http.post("/generate", json={"text": "x"})).status_code == 502
+        assert not server.circuit.takes
+        assert lost == [fake.url]
+        assert f"worker {fake.url} is down: ConnectError All connection attempts failed" in caplog.messages
+        fake.start()
+        server.circuit.probed("away", 0)
+        server.circuit.probed(None, time.monotonic())
+        assert re.match(rf"worker {fake.url} is up, after \d\.\d s", caplog.messages[-1])
+        assert lost == [fake.url]
 
 
 @in_loop

@@ -9,6 +9,7 @@ Only faults count: status 5xx, silence, a broken connection. Time is handed in, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 
@@ -22,13 +23,18 @@ class Standing(StrEnum):
 
 
 class Circuit:
-    """One server's standing. `threshold`: faults in a row, of requests or of probes, that take it down."""
+    """One server's standing. `threshold`: faults in a row, of requests or of probes, that take it down.
 
-    def __init__(self, threshold: int = 3, now: float = 0.0) -> None:
+    `changed` is called after every change of it, whatever brought it about, with the seconds since the change before.
+    """
+
+    def __init__(
+        self, threshold: int = 3, now: float = 0.0, changed: Callable[[float], None] = lambda seconds: None
+    ) -> None:
         self.standing = Standing.UNKNOWN
         self.reason = "it has not answered yet"
         self.since = now
-        self._threshold, self._tries = threshold, 0
+        self._threshold, self._tries, self._changed = threshold, 0, changed
         self._faults = self._misses = 0  # in a row: of requests, of probes
 
     @property
@@ -83,4 +89,6 @@ class Circuit:
             self._become(Standing.DOWN, why, now)
 
     def _become(self, standing: Standing, reason: str, now: float) -> None:
+        seconds = now - self.since
         self.standing, self.reason, self.since = standing, reason, now
+        self._changed(seconds)

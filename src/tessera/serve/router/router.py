@@ -58,7 +58,7 @@ class Router:
         self.tracing = tracing or Tracing()
         self.metrics = Metrics()
         self.started = time.time()
-        servers = [Server(address, self.metrics, options.threshold) for address in options.servers]
+        servers = [Server(address, self.metrics, options.threshold, self._changed) for address in options.servers]
         roles = {server.address.role for server in servers}
         self.fleet = Fleet(servers, {role: POLICIES[options.policy_of(role)]() for role in roles})
         self.connections = Connections(options.silence)  # for tokens
@@ -88,28 +88,25 @@ class Router:
     async def _watch(self, server: Server) -> None:
         circuit, told = server.circuit, set[str]()
         while True:
-            was_up, since = circuit.takes, circuit.since
             wrong = await self._probe(server)
             now = time.monotonic()
             circuit.probed(wrong, now)
-            server.show_standing()
-            if was_up != circuit.takes:
-                self._tell_change(server, was_up, now - since)
-            elif circuit.standing is Standing.UNKNOWN and circuit.reason not in told:  # each reason once
+            if circuit.standing is Standing.UNKNOWN and circuit.reason not in told:  # each reason once
                 told.add(circuit.reason)
-                began = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - since)))
+                began = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - circuit.since)))
                 log.info("Waiting for %s %s since %s: %s", server.address.role, server.url, began, circuit.reason)
             await asyncio.sleep(self.options.interval if circuit.takes else min(self.options.interval, 1.0))
 
-    def _tell_change(self, server: Server, was_up: bool, seconds: float) -> None:
-        """A server takes requests now, or no longer. `seconds`: for which it was what it was."""
+    def _changed(self, server: Server, seconds: float) -> None:
+        """A server's standing is another, by a probe or by requests. `seconds`: for which it was what it was."""
         circuit = server.circuit
-        if was_up:
-            why = f": {circuit.reason}"
+        server.show_standing()
+        down = circuit.standing is Standing.DOWN
+        if down:
             self.fleet.lost(server)
-        else:
-            why = f": {circuit.reason}" if circuit.reason else f", after {seconds:.1f} s"
-        log.info("%s %s is %s%s", server.address.role, server.url, circuit.standing, why)
+        why = f": {circuit.reason}" if circuit.reason else f", after {seconds:.1f} s"
+        level = logging.WARNING if down else logging.INFO
+        log.log(level, "%s %s is %s%s", server.address.role, server.url, circuit.standing, why)
 
     async def _probe(self, server: Server) -> str | None:
         """What is wrong with a server, or None; learns what it tells of itself whenever it was not up before."""

@@ -36,11 +36,13 @@ class Address:
 
 
 class Server:
-    """One server. `info`: what it last told of itself."""
+    """One server. `info`: what it last told of itself. `changed`: see `Circuit`."""
 
-    def __init__(self, address: Address, metrics: Metrics, threshold: int) -> None:
+    def __init__(
+        self, address: Address, metrics: Metrics, threshold: int, changed: Callable[[Server, float], None]
+    ) -> None:
         self.address = address
-        self.circuit = Circuit(threshold, time.monotonic())
+        self.circuit = Circuit(threshold, time.monotonic(), lambda seconds: changed(self, seconds))
         self.info: dict[str, Any] = {}
         self.in_flight = 0
         self.ranks = [0]  # prompts in flight of each data-parallel rank, as far as it was chosen here
@@ -125,7 +127,6 @@ class Use:
             circuit.good(now)
             self.server._whole.observe(now - self._began)
         self.server._requests[outcome].inc()
-        self.server.show_standing()
         self._add(-self._prompts)
 
     def _add(self, prompts: int) -> None:
