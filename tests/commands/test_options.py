@@ -50,6 +50,29 @@ def test_a_wrong_flag_gets_a_hint_and_exit_code_2(command: Command, capsys: pyte
     assert "Traceback" not in err
 
 
+def test_a_flag_that_is_like_no_other_is_sent_to_the_help_of_its_own_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Known fault: whatever the command, it was `tessera serve --help`, which does not know the flags of `eval`."""
+    for words in (["eval", "--task", "recall"], ["bench"], ["router", "--worker", "http://h:1"]):
+        code, _, err = run(capsys, *words, "--xyzzy")
+        assert (code, f"See `tessera {words[0]} --help` for all of them." in err) == (2, True), err
+
+
+def test_the_tasks_of_an_evaluation_are_told_where_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "eval", "abacus-hybrid")
+    assert code == 2
+    assert "--task {gsm8k,gpqa,recall}" in err
+
+
+def test_an_evaluation_is_asked_for_with_sglangs_flags_as_well() -> None:
+    command = next(c for c in COMMANDS if c.name == "eval")
+    argv = ["--eval-name=gpqa", "--num-examples=3", "--num-threads=2", "--data-path=x", "--max-new-tokens=5"]
+    asked, _ = parse(command, argv)
+    told = (asked.task, asked.num_questions, asked.parallel, str(asked.data), asked.max_tokens)
+    assert told == ("gpqa", 3, 2, "x", 5)
+
+
 @pytest.mark.parametrize("command", OF_ENGINE, ids=lambda c: c.name)
 def test_what_is_not_built_is_refused_by_name(command: Command) -> None:
     text = refused(command.name, "--pp-size", "2", "--enable-lora", "--kv-cache-dtype=fp4_e2m1")

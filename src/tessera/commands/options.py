@@ -30,7 +30,7 @@ USAGE = {
     "plan": "[MODEL] [FLAGS]",
     "chat": "[MODEL] [FLAGS]",
     "bench": "[MODEL] [FLAGS]",
-    "eval": "[MODEL] --task TASK [FLAGS]",
+    "eval": f"[MODEL] --task {{{','.join(TASKS)}}} [FLAGS]",
     "generate": "[PROMPT ...] [FLAGS]",
     "up": "RECIPE.yaml [FLAGS]",
     "router": "--prefill URL [BOOTSTRAP_PORT] ... --decode URL ... | --worker URL ... [FLAGS]",
@@ -126,13 +126,18 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--task", choices=TASKS, required=True, help="Which questions: of GSM8K's or of GPQA's form, "
-        "made here by a seeded generator (their own: --data), or codes to recall.")  # fmt: skip
-    parser.add_argument("--num-questions", type=_at_least(1), help="How many; default 200, or all of the file.")
-    parser.add_argument("--parallel", type=_at_least(1), default=128, help="Most questions at a time.")
+    parser.add_argument("--task", "--eval-name", choices=TASKS, required=True, help="Which questions: of GSM8K's or of "
+        "GPQA's form, made here by a seeded generator (their own: --data), or codes to recall.")  # fmt: skip
+    parser.add_argument("--num-questions", "--num-examples", type=_at_least(1),
+                        help="How many; default 200, or all of the file.")  # fmt: skip
+    parser.add_argument("--parallel", "--num-threads", type=_at_least(1), default=128, help="Most questions at a time.")
     parser.add_argument("--repeat", type=_at_least(1), default=1, help="Times that the whole set is asked.")
-    parser.add_argument("--data", type=Path, help="Ask these instead: JSON lines with question and answer.")
-    parser.add_argument("--max-tokens", type=_at_least(1), help="Most tokens of an answer; default: the task's.")
+    parser.add_argument(
+        "--data", "--data-path", type=Path, help="Ask these instead: JSON lines with question and answer."
+    )
+    parser.add_argument(
+        "--max-tokens", "--max-new-tokens", type=_at_least(1), help="Most tokens of an answer; default: the task's."
+    )
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always.")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="Seed of the questions and of the drawn tokens.")
     parser.add_argument("--min-score", type=_at_least(0, float), help="Exit with 1 below this mean score.")
@@ -296,7 +301,7 @@ def _wrong(parser: argparse.ArgumentParser, rest: Sequence[str], asked: Mapping[
     read(asked, notes)
     known = [s.removeprefix("--") for action in parser._actions for s in action.option_strings if s.startswith("--")]
     unknown = [word.split("=")[0] for word in rest if word.startswith("-")]
-    wrong = [Conflict((word,), "there is no such flag here", suggestion(word, known)) for word in unknown]
+    wrong = [Conflict((word,), "there is no such flag here", suggestion(word, known, parser.prog)) for word in unknown]
     if rest and not wrong:
         wrong = [Conflict((word,), "one argument too many", "Put a text with spaces into quotes.") for word in rest]
     return [*wrong, *notes.conflicts]

@@ -150,11 +150,11 @@ def canonical(key: str) -> str:
     return flag.name if flag else key
 
 
-def suggestion(key: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known ones."""
+def suggestion(key: str, known: Iterable[str], command: str = "tessera serve") -> str:
+    """A remedy for an unknown name: the nearest known ones, or the help of `command`."""
     near = _near(key, known)
     if not near:
-        return "See `tessera serve --help` for all of them."
+        return f"See `{command} --help` for all of them."
     return f"Did you mean {' or '.join('--' + n.replace('_', '-') for n in near)}?"
 
 
