@@ -246,7 +246,11 @@ def test_flags_of_a_file_lie_under_those_of_the_command_line(
     code, _, err = run(capsys, "plan", "--config", str(file), "--model-path", "abacus-hybrid")
     assert code == 2
     assert "page-sise: there is no such flag" in err
-    for text, problem in (("- a\n", "not a mapping"), ("a: [", "while parsing"), (None, "No such file")):
+    for text, problem in (
+        ("- a\n", "not a mapping"),
+        ("tp: 1\na: [\n", "flags.yaml: line 3, column 1: expected the node content, but found '<stream end>'. Give"),
+        (None, "flags.yaml: No such file or directory. Give"),  # neither the system's number of it nor the path again
+    ):
         file.unlink() if text is None else file.write_text(text)
         code, _, err = run(capsys, "plan", "--config", str(file))
         assert code == 2

@@ -203,7 +203,10 @@ def test_the_command_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     code, _, err = run(capsys, "up", str(tmp_path / "r.yaml"), "--set", "worker.pp-size=2")
     assert (code, "worker: --pp-size 2: not built yet" in err) == (2, True)
     code, _, err = run(capsys, "up", str(tmp_path / "none.yaml"))
-    assert (code, "it cannot be read" in err) == (2, True)
+    assert (code, "none.yaml: it cannot be read: No such file or directory. Give" in err) == (2, True)
+    (tmp_path / "cut.yaml").write_text("a: [1\n")
+    code, _, err = run(capsys, "up", str(tmp_path / "cut.yaml"))
+    assert (code, "cut.yaml: line 2, column 1: expected ',' or ']', but got" in err) == (2, True)
     for more, text in (
         (["--json"], "--json with no --plan: only a plan is printed as JSON"),
         (["--job-dir", "x"], "--job-dir x: only --on slurm writes a job file"),

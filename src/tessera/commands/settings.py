@@ -10,6 +10,7 @@ import yaml
 
 from tessera.core.config import canonical, layered
 from tessera.core.errors import ConfigError, Conflict
+from tessera.serve.unreadable import unreadable
 
 
 def flags(options: Namespace, asked: Mapping[str, object]) -> dict[str, object]:
@@ -23,7 +24,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _bad(path, " ".join(str(error).split())) from error
+        raise _bad(path, unreadable(error)) from error
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):

@@ -18,6 +18,7 @@ from tessera.core.config import BY_KEY, Decision, canonical, suggestion
 from tessera.core.config.flag import whole
 from tessera.core.errors import ConfigError, Conflict
 from tessera.serve.recipe_keys import SECTIONS, Section, Skip, nearest
+from tessera.serve.unreadable import unreadable
 
 WORKER = "worker"  # a role that does both; "aggregated" in the file
 KINDS = {
@@ -61,7 +62,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Conflict((str(path),), f"it cannot be read: {error}", "Give a recipe's file.")]) from error
+        why = f"it cannot be read: {unreadable(error)}"
+        raise ConfigError([Conflict((str(path),), why, "Give a recipe's file.")]) from error
     return read_recipe(text, path.name, path.stem)
 
 
@@ -73,7 +75,7 @@ def read_recipe(text: str, where: str = "recipe", name: str = "recipe") -> Recip
         if root is not None:
             reader.section(reader.plain(root, ()), "", ())
     except yaml.YAMLError as error:
-        raise ConfigError([Conflict((where,), " ".join(str(error).split()), "Give valid YAML.")]) from error
+        raise ConfigError([Conflict((where,), unreadable(error), "Give valid YAML.")]) from error
     roles = [] if reader.wrong else reader.roles()
     if reader.wrong:
         raise ConfigError(reader.wrong)
@@ -198,7 +200,8 @@ def changed(recipe: Recipe, changes: list[str]) -> Recipe:
             recipe = _changed(recipe, role, key.replace("-", "_"), yaml.safe_load(value))
         except (ValueError, yaml.YAMLError) as error:
             names = ", ".join([*(r.name for r in recipe.roles), "router", "resources", "'*'"])
-            wrong.append(Conflict((f"--set {change}",), " ".join(str(error).split()), f"Roles: {names}."))
+            why = unreadable(error) if isinstance(error, yaml.YAMLError) else str(error)
+            wrong.append(Conflict((f"--set {change}",), why, f"Roles: {names}."))
     if wrong:
         raise ConfigError(wrong)
     return recipe
