@@ -172,13 +172,15 @@ async def test_one_that_does_not_listen_is_killed() -> None:
 @pytest.mark.parametrize("name", ["decode-0", "router"])
 @in_loop
 async def test_one_that_hangs_is_killed_and_told(name: str) -> None:
-    """Known fault: what was stopped, and not killed, was never missed."""
+    """Known faults: what was stopped, and not killed, was never missed; its end was said to be for want of memory."""
     async with up([], silence=1.5) as made:
         await made.ready()
         os.kill(made.view.pid(name), signal.SIGSTOP)
         told = rf"{name} did not answer for \d+.\d s and was killed, so everything ends"
         with pytest.raises(PeerError, match=told):
             await asyncio.wait_for(made.task, PATIENCE_S)
+        assert made.view.told(f"{name} did not answer for")
+        assert not made.view.told(f"{name} was ended by SIGKILL")
 
 
 @in_loop

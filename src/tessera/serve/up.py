@@ -48,6 +48,11 @@ class Running:
     silent: float = 0.0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
+    def end(self) -> str:
+        """How it ended, for people: one that was killed for its silence did not run out of memory."""
+        how = f"did not answer for {self.silent:.1f} s and was killed" if self.silent else how_it_ended(self.code or 0)
+        return f"{self.process.name} {how}"
+
 
 class View(Protocol):
     """Shows people what happens."""
@@ -117,8 +122,7 @@ class Supervisor:
                 raise DeadlineError(f"not ready within {self._patience:g} s (--start-timeout): {late}")
 
     async def _one_ended(self, one: Running) -> None:
-        killed = f"did not answer for {one.silent:.1f} s and was killed"
-        how = f"{one.process.name} {killed if one.silent else how_it_ended(one.code or 0)}"
+        how = one.end()
         if self._on_failure == "exit" or one.process.role == "router":
             raise PeerError(f"{how}, so everything ends")
         if self._on_failure == "restart":
@@ -150,7 +154,7 @@ class Supervisor:
                 self._view.line(one.process.name, line)
         one.code = await one.child.wait()
         one.state, one.since = "ended", time.monotonic()
-        self._change(f"{one.process.name} {how_it_ended(one.code)}")
+        self._change(one.end())
         if not self._stopping:
             self._ended.put_nowait(one)
 
