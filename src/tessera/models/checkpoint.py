@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,11 +63,8 @@ class Checkpoint:
         entry = self._entries[name]
         if entry.transposed:
             rows, columns, out = columns, rows, out.T
-        done = 0
-        for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
-            box = self._read(entry, start, length, out.is_cuda).narrow(1, *columns)
-            out[done : done + length].copy_(self._plain(name, entry, box, start, columns[0]))
-            done += length
+        for start, box, part in self._boxes(entry, rows, columns, out):
+            part.copy_(self._plain(name, entry, box, start, columns[0]))
 
     def fp8(self, name: str, rows: Span, columns: Span, out: Tensor) -> Tensor:
         """See `Source.fp8`. Raises `ModelError` when the tensor is not stored so."""
@@ -85,21 +82,24 @@ class Checkpoint:
                     "so: use --fp8-gemm-backend dequantize"
                 )
             rows, columns, out = columns, rows, out.T
-        done = 0
-        for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
-            out[done : done + length].copy_(self._read(entry, start, length, out.is_cuda).narrow(1, *columns))
-            done += length
+        for _, box, part in self._boxes(entry, rows, columns, out):
+            part.copy_(box)
         touched = scales[_touched(rows, height)][:, _touched(columns, width)]
         return touched.T if entry.transposed else touched
 
-    def _read(self, entry: Entry, start: int, length: int, pinned: bool) -> Tensor:
-        """Stored rows, in the one buffer of this thread: its next read overwrites them.
+    def _boxes(self, entry: Entry, rows: Span, columns: Span, out: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """A stored box, some rows at a time: the first of them, what is stored, and where in `out` it goes.
 
-        Buffers that come and go would leave the allocator holding more than a model is. `pinned`: a device copies them.
+        In the one buffer of this thread, so the next rows overwrite them: buffers that come and go would leave the
+        allocator holding more than a model is. It is pinned where a device copies from it.
         """
-        if (size := entry.bytes(length)) > len(self._reading.buffer):
-            self._reading.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return entry.read(start, length, self._reading.buffer)
+        done = 0
+        for start, length in blocks(rows, entry.pitch * entry.dtype.itemsize):
+            if (size := entry.bytes(length)) > len(self._reading.buffer):
+                self._reading.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=out.is_cuda)
+            box = entry.read(start, length, self._reading.buffer)
+            yield start, box.narrow(1, *columns), out[done : done + length]
+            done += length
 
     def leftovers(self, used: Iterable[str]) -> list[str]:
         """See `Source.leftovers`."""
@@ -114,7 +114,7 @@ class Checkpoint:
         """
         for name, entry in self._entries.items():
             if OF_CACHE.search(name) and not unserved(name):
-                found = entry.read(0, entry.rows, torch.empty(entry.bytes(entry.rows), dtype=torch.uint8)).float()
+                found = entry.whole().float()
                 if (found != 1).any():
                     raise ModelError(
                         f"{entry.path}: '{name}' is {found.flatten()[0].item():g}; fp8 pages hold keys and values as "
@@ -152,9 +152,7 @@ class Checkpoint:
                 raise ModelError(
                     f"{where}: scales '{name}{SCALE}' of an fp8 weight: found {shape}, expected {expected}"
                 )
-            self._scales[name] = found.read(
-                0, found.rows, torch.empty(found.bytes(found.rows), dtype=torch.uint8)
-            ).float()
+            self._scales[name] = found.whole().float()
         return self._scales[name]
 
     def _split_experts(self) -> None:

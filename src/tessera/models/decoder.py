@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera.comm.together import Together, together
 from tessera.comm.waits import Waits, drain
-from tessera.core.spec import AttentionSpec, DenseSpec, LayerSpec, MLASpec, ModelSpec
+from tessera.core.spec import AttentionSpec, DeltaSpec, DenseSpec, LayerSpec, MLASpec, ModelSpec
 from tessera.models.experts import MoE
 from tessera.models.forms import choose_forms
 from tessera.models.layers import MLA, Attention, DeltaNet, DenseMLP
@@ -23,6 +23,12 @@ from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 from tessera.ops.tied import Ends
 
+MIXERS: dict[type, Callable[..., Attention | MLA | DeltaNet]] = {
+    AttentionSpec: Attention,
+    MLASpec: MLA,
+    DeltaSpec: DeltaNet,
+}
+
 
 class Layer:
     """x += mixer(norm(x)); x += mlp(norm(x)). The last sum is left to who norms x next: one kernel may do both."""
@@ -30,14 +36,7 @@ class Layer:
     def __init__(self, spec: LayerSpec, weights: Weights, tools: Tools, name: str) -> None:
         self.tools = tools
         self.mixer_norm, self.mlp_norm = weights.tensor("mixer_norm"), weights.tensor("mlp_norm")
-        mixer = weights.at("mixer")
-        self.mixer: Attention | MLA | DeltaNet
-        if isinstance(spec.mixer, AttentionSpec):
-            self.mixer = Attention(spec.mixer, mixer, tools, name)
-        elif isinstance(spec.mixer, MLASpec):
-            self.mixer = MLA(spec.mixer, mixer, tools, name)
-        else:
-            self.mixer = DeltaNet(spec.mixer, mixer, tools, name)
+        self.mixer = MIXERS[type(spec.mixer)](spec.mixer, weights.at("mixer"), tools, name)
         mlp = weights.at("mlp")
         self.mlp = DenseMLP(mlp, tools) if isinstance(spec.mlp, DenseSpec) else MoE(spec.mlp, mlp, tools)
 

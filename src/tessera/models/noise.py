@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Noise:
     def copy(self, name: str, rows: Span, columns: Span, out: Tensor) -> None:
         """See `Source.copy`."""
         shape = self.shapes[name]
-        width = max(1, Tensor.numel(torch.empty(shape[1:], device="meta")))
+        width = max(1, prod(shape[1:]))
         kind = (out.dtype, out.device)
         if kind not in self._cast:
             self._cast[kind] = self._noise.to(out.device, out.dtype)

@@ -70,6 +70,10 @@ class Entry:
                 view, at = view[got:], at + got
         return taken.view(self.dtype).as_strided((length, self.columns), (self.pitch, 1))
 
+    def whole(self) -> Tensor:
+        """All stored rows, in memory of their own."""
+        return self.read(0, self.rows, torch.empty(self.bytes(self.rows), dtype=torch.uint8))
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:

@@ -65,8 +65,8 @@ class PullEngine:
 
     def endpoint(self) -> bytes:
         """See `Engine.endpoint`. Opens the door at the first call."""
-        address = self._readers.open_door()
-        return msgspec.msgpack.encode(Endpoint(self._mover.kind, PROTOCOL, self._name, address, self._sizes()))
+        address, sizes = self._readers.open_door(), sizes_of(self._regions)
+        return msgspec.msgpack.encode(Endpoint(self._mover.kind, PROTOCOL, self._name, address, sizes))
 
     def connect(self, endpoint: bytes, deadline_s: float) -> str:
         """See `Engine.connect`."""
@@ -79,11 +79,9 @@ class PullEngine:
             raise PeerError(f"{found}, this side {self._mover.kind} with {PROTOCOL}")
         if (old := self._peers.pop(there.name, None)) is not None:
             self._over += old.fail(PeerError(f"connected to {there.name} anew"))
-        hello = Hello(
-            PROTOCOL, self._mover.kind, self._name, there.name, self._sizes(), self._mover.export(self._regions)
-        )
-        sizes = PerRegion(self._sizes(), there.sizes)
-        self._peers[there.name] = _Peer(there, sizes, _greet(there, hello, deadline_s))
+        sizes, exported = sizes_of(self._regions), self._mover.export(self._regions)
+        hello = Hello(PROTOCOL, self._mover.kind, self._name, there.name, sizes, exported)
+        self._peers[there.name] = _Peer(there, PerRegion(sizes, there.sizes), _greet(there, hello, deadline_s))
         return there.name
 
     def write(self, peer: str, runs: Runs) -> int:
@@ -125,9 +123,6 @@ class PullEngine:
             self._over += peer.fail(PeerError(f"{self._name} has left"))
         self._readers.close()
         self._mover.close()
-
-    def _sizes(self) -> dict[int, int]:
-        return sizes_of(self._regions)
 
 
 def _greet(there: Endpoint, hello: Hello, deadline_s: float) -> socket.socket:
