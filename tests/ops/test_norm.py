@@ -11,9 +11,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-3  # large enough to be seen
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor, zero_centered: bool = False) -> torch.Tensor:
+def _plain(x: torch.Tensor, weight: torch.Tensor, zero_centred: bool = False) -> torch.Tensor:
     wide, w = x.double(), weight.double()
-    return wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * (1 + w if zero_centered else w)
+    return wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * (1 + w if zero_centred else w)
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -24,12 +24,12 @@ def _same(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("zero_centred", [False, True])
 @pytest.mark.parametrize("shape", [(5, 64), (5, 3, 64), (1, 64), (0, 64)], ids=str)
-def test_rmsnorm(shape: tuple[int, ...], zero_centered: bool, dtype: torch.dtype) -> None:
+def test_rmsnorm(shape: tuple[int, ...], zero_centred: bool, dtype: torch.dtype) -> None:
     x, weight = (torch.randn(*shape) * 0.05).to(dtype), torch.randn(64)
     for w in {weight.to(dtype), weight}:  # weights may be wider than x
-        _same(rmsnorm(x, w, EPS, zero_centered), _plain(x, w, zero_centered), dtype)
+        _same(rmsnorm(x, w, EPS, zero_centred), _plain(x, w, zero_centred), dtype)
 
 
 def test_rmsnorm_of_a_slice() -> None:
@@ -42,9 +42,9 @@ def test_rmsnorm_of_a_slice() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_rmsnorm(dtype: torch.dtype) -> None:
     x, residual, weight = torch.randn(4, 32).to(dtype), torch.randn(4, 32).to(dtype), torch.randn(32).to(dtype)
-    normed, total = add_rmsnorm(x, residual, weight, EPS, zero_centered=True)
+    normed, total = add_rmsnorm(x, residual, weight, EPS, zero_centred=True)
     assert torch.equal(total, x + residual)
-    _same(normed, _plain(x + residual, weight, zero_centered=True), dtype)
+    _same(normed, _plain(x + residual, weight, zero_centred=True), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

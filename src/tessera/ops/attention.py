@@ -22,6 +22,17 @@ def write_kv(pool: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         movable(pool)[:, plane].transpose(1, 2)[at] = movable(narrowed(heads, pool.dtype))
 
 
+def held(pool: Tensor, segments: Segments, s: int) -> tuple[int, Tensor]:
+    """Positions of the sequence of segment s, its own included; and the pages that hold them, [P, ...]."""
+    end = int(segments.host_starts[s] + segments.host_lengths[s])
+    return end, picked(pool, segments.page_table[s, : -(-end // segments.page_size)].long())
+
+
+def later(segments: Segments, tokens: slice, length: int) -> Tensor:
+    """[T, L]: positions that a token may not see."""
+    return torch.arange(length, device=segments.device) > segments.positions[tokens, None]
+
+
 def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale: float) -> Tensor:
     """Causal attention of q [T, Hq, D] over the pages of its segment -> [T, Hq, D]; softmax in fp32 or wider.
 
@@ -32,13 +43,11 @@ def paged_attention_reference(q: Tensor, pool: Tensor, segments: Segments, scale
     group = q.shape[1] // pool.shape[2]
     for s in range(segments.num_segments):
         tokens = segments.tokens_of(s, s + 1)
-        end = int(segments.host_starts[s] + segments.host_lengths[s])
-        pages = picked(pool, segments.page_table[s, : -(-end // segments.page_size)].long())  # [P, 2, H, token, D]
+        end, pages = held(pool, segments, s)  # [P, 2, H, token, D]
         kv = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end].to(dtype)  # [2, H, L, D]
         k, v = kv.repeat_interleave(group, 1)
         scores = torch.einsum("thd,hld->htl", q[tokens].to(dtype), k) * scale
-        later = torch.arange(end, device=q.device) > segments.positions[tokens, None]
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(later(segments, tokens, end), float("-inf")).softmax(-1)
         out[tokens] = torch.einsum("htl,hld->thd", weights, v).to(q.dtype)
     return out
 

@@ -24,19 +24,19 @@ BLOCK = 1 << 18  # elements that are worked on at a time: 1 MB in fp32
 FEW = 1 << 16  # elements of which torch's own composite norm costs less than the calls here
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centred: bool = False) -> Tensor:
     """See `norm.rmsnorm`."""
     if x.device.type != "cpu" or x.dtype == wide(x.dtype) or x.numel() < FEW:
-        return norm.rmsnorm(x, weight, eps, zero_centered)
-    return _normed(x.to(wide(x.dtype)), _scale(weight, x.dtype, zero_centered), eps).to(x.dtype)
+        return norm.rmsnorm(x, weight, eps, zero_centred)
+    return _normed(x.to(wide(x.dtype)), _scale(weight, x.dtype, zero_centred), eps).to(x.dtype)
 
 
 def add_rmsnorm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centered: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `norm.add_rmsnorm`."""
     total = x + residual
-    return rmsnorm(total, weight, eps, zero_centered), total
+    return rmsnorm(total, weight, eps, zero_centred), total
 
 
 def silu_mul(y: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ def _parts(inputs: HeadInputs) -> Iterator[tuple[slice, slice, Tensor | None]]:
     yield inputs.k, slice(num_q, None), None if scales is None else scales[num_q:]
 
 
-def _scale(weight: Tensor, dtype: torch.dtype, zero_centered: bool) -> Tensor:
+def _scale(weight: Tensor, dtype: torch.dtype, zero_centred: bool) -> Tensor:
     weight = weight.to(wide(dtype))
-    return 1 + weight if zero_centered else weight
+    return 1 + weight if zero_centred else weight
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tessera.ops.attention import held, later
 from tessera.ops.buckets import Shape, attend, buckets, gathered
-from tessera.ops.narrow import movable, narrowed, picked
+from tessera.ops.narrow import movable, narrowed
 from tessera.ops.precision import wide
 from tessera.ops.segments import Segments
 
@@ -36,7 +37,7 @@ def mla_absorbed_reference(
         tokens = segments.tokens_of(s, s + 1)
         cache = _cached(pool, segments, s).to(dtype)
         scores = torch.einsum("thd,ld->htl", q[tokens], cache) * scale
-        weights = scores.masked_fill(_later(segments, tokens, len(cache)), float("-inf")).softmax(-1)
+        weights = scores.masked_fill(later(segments, tokens, len(cache)), float("-inf")).softmax(-1)
         latent = torch.einsum("htl,lr->thr", weights, cache[:, :rank])
         out[tokens] = torch.einsum("thr,hvr->thv", latent, w_v).to(out.dtype)
     return out
@@ -58,21 +59,15 @@ def mla_expanded_reference(
         expanded = torch.einsum("lr,hdr->hld", cache[:, :rank], kv_b.to(dtype))
         scores = torch.einsum("thd,hld->htl", q_nope[tokens].to(dtype), expanded[..., :nope])
         scores = (scores + torch.einsum("thd,ld->htl", q_rope[tokens].to(dtype), cache[:, rank:])) * scale
-        weights = scores.masked_fill(_later(segments, tokens, len(cache)), float("-inf")).softmax(-1)
+        weights = scores.masked_fill(later(segments, tokens, len(cache)), float("-inf")).softmax(-1)
         out[tokens] = torch.einsum("htl,hlv->thv", weights, expanded[..., nope:]).to(out.dtype)
     return out
 
 
 def _cached(pool: Tensor, segments: Segments, s: int) -> Tensor:
     """[L, R + Dr]: what the pages of segment s hold up to its end."""
-    end = int(segments.host_starts[s] + segments.host_lengths[s])
-    pages = segments.page_table[s, : -(-end // segments.page_size)].long()
-    return picked(pool, pages).flatten(0, 1)[:end]
-
-
-def _later(segments: Segments, tokens: slice, length: int) -> Tensor:
-    """[T, L]: positions that a token may not see."""
-    return torch.arange(length, device=segments.device) > segments.positions[tokens, None]
+    end, pages = held(pool, segments, s)
+    return pages.flatten(0, 1)[:end]
 
 
 def mla_absorbed(
@@ -112,8 +107,7 @@ def mla_expanded(
         kv[0, :, :, :nope] = expanded[..., :nope]
         kv[0, :, :, nope : nope + q_rope.shape[-1]] = cache[:, None, rank:]
         kv[1, :, :, :value] = expanded[..., nope:]
-        o = _causal(q[tokens], *kv, scale)
-        out[tokens] = o[..., :value]
+        out[tokens] = _causal(q[tokens], *kv, scale)[..., :value]
     return out
 
 

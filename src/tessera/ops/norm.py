@@ -8,24 +8,24 @@ from torch.nn.functional import rms_norm, silu
 from tessera.ops.precision import wide
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centred: bool = False) -> Tensor:
     """`x * rsqrt(mean(x^2) + eps) * w` over the last dim, in fp32 or wider, rounded once to x's dtype.
 
-    `zero_centered`: the stored weight is an offset from one (Qwen3.5, Qwen3-Next).
+    `zero_centred`: the stored weight is an offset from one (Qwen3.5, Qwen3-Next).
     """
-    if weight.dtype == x.dtype and not zero_centered:
+    if weight.dtype == x.dtype and not zero_centred:
         return rms_norm(x, x.shape[-1:], weight, eps)  # computes wide by itself
     dtype = wide(x.dtype)
     w = weight.to(dtype)
-    return rms_norm(x.to(dtype), x.shape[-1:], 1 + w if zero_centered else w, eps).to(x.dtype)
+    return rms_norm(x.to(dtype), x.shape[-1:], 1 + w if zero_centred else w, eps).to(x.dtype)
 
 
 def add_rmsnorm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centered: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(rmsnorm(x + residual), x + residual)."""
     total = x + residual
-    return rmsnorm(total, weight, eps, zero_centered), total
+    return rmsnorm(total, weight, eps, zero_centred), total
 
 
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -30,9 +30,7 @@ from tessera.ops.triton_softmax import (
 )
 from tessera.ops.triton_tiles import Tile, result, splits_of, tiles_of
 
-SHORT = (
-    8  # tokens of the longest range that the split kernel takes: by a range's own length, so that others don't matter
-)
+SHORT = 8  # tokens of the longest range that the split kernel takes: by its own length, so that others do not matter
 WAVES = 2  # programs per multiprocessor that the splits aim at
 
 # By element size and head dim (64: not measured), from one H100; `bench/kernels.py attention --sweep` tries others.
@@ -153,14 +151,7 @@ def paged_attention(
         return out
     key = (q.element_size(), padded(dim))
     ranges = (segments.cu_lengths, segments.starts, segments.lengths, segments.page_table)
-    strides = (
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        *pool.stride()[:4],
-        segments.page_table.stride(0),
-    )
+    strides = *q.stride()[:2], *out.stride()[:2], *pool.stride()[:4], segments.page_table.stride(0)
     shape = {"G": group, "D": dim, "DP": padded(dim), "PAGE": segments.page_size}
     t = decode or DECODE.get(key, WIDE)
     queries = min(SHORT, segments.max_length)

@@ -196,7 +196,7 @@ def _write_latents(
 def write_heads(y: Tensor, inputs: HeadInputs, pool: Tensor, segments: Segments) -> Tensor:
     """See `fused.write_heads`. Columns of y and dims of the pool are dense."""
     dim, half = inputs.dim, inputs.tables.dim // 2
-    num_q, num_kv = ((at.stop - at.start) // dim for at in (inputs.q, inputs.k))
+    num_q, num_kv = inputs.num_q, inputs.num_k
     q = y.new_empty(len(y), num_q, dim)
     if len(y) == 0:
         return q

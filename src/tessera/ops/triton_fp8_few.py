@@ -98,23 +98,15 @@ def _linear(
         ups = _weights(w, out + row, live, 0, G, GROUP, COLUMNS)
     follow()
     first, second = tl.zeros([N, MP], tl.float32), tl.zeros([N, MP], tl.float32)
-    first = _add(
-        first, weights, x, x_row, ws, column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP
-    )  # fmt: skip
+    first = _add(first, weights, x, x_row, ws, column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP)
     if GATED:
-        second = _add(
-            second, ups, x, x_row, ws, out + column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP
-        )  # fmt: skip
+        second = _add(second, ups, x, x_row, ws, out + column, live, 0, M, MP, G, COLUMNS, BLOCK_N, GROUP)
     for k in range(G * GROUP, COLUMNS, G * GROUP):  # other programs' loads are on their way meanwhile
         weights = _weights(w, row, live, k, G, GROUP, COLUMNS)
-        first = _add(
-            first, weights, x, x_row, ws, column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP
-        )  # fmt: skip
+        first = _add(first, weights, x, x_row, ws, column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP)
         if GATED:
             ups = _weights(w, out + row, live, k, G, GROUP, COLUMNS)
-            second = _add(
-                second, ups, x, x_row, ws, out + column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP
-            )  # fmt: skip
+            second = _add(second, ups, x, x_row, ws, out + column, live, k, M, MP, G, COLUMNS, BLOCK_N, GROUP)
     if GATED:
         first = first / (1 + tl.exp(-first)) * second
     nth = tl.arange(0, MP)[None, :]

@@ -37,19 +37,19 @@ def _rmsnorm_kernel(
     tl.store(out + row * columns + at, (wide * scale * w).to(out.dtype.element_ty), inside)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, zero_centred: bool = False) -> Tensor:
     """See `norm.rmsnorm`; x [T, N]."""
     out = x.new_empty(x.shape)
-    _launch(x, x, weight, out, out, eps, False, zero_centered)
+    _launch(x, x, weight, out, out, eps, False, zero_centred)
     return out
 
 
 def add_rmsnorm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centered: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `norm.add_rmsnorm`; x and residual [T, N]."""
     out, total = x.new_empty(x.shape), x.new_empty(x.shape)
-    _launch(x, residual, weight, out, total, eps, True, zero_centered)
+    _launch(x, residual, weight, out, total, eps, True, zero_centred)
     return out, total
 
 

@@ -332,18 +332,9 @@ def _launch_join(
     shape |= {"D": kv_b.shape[1] - value, "V": value, "SHORT": SHORT}
     if sums is None and num_tokens <= FEW:
         _join_few[(num_tokens, heads, triton.cdiv(value, 16))](
-            partial,
-            lse,
-            kv_b,
-            out,
-            *ranges,
-            *strides,
-            **shape,
-            B=min(16, shape["MOST"]),
-            N=16,
-            num_warps=4,
+            partial, lse, kv_b, out, *ranges, *strides, **shape, B=min(16, shape["MOST"]), N=16, num_warps=4,
             **chained(out.device),
-        )
+        )  # fmt: skip
         return
     b, each = t.join.m, t.join.n
     programs = triton.cdiv(num_tokens, b) * heads
