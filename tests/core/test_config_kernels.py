@@ -168,6 +168,7 @@ WHOLE, CUT = {"ep_size": 2}, {"ep_size": 1}
         ("auto", PAIR, WHOLE, "sums", Wide(sums=True)),
         ("auto", PAIR, CUT, "sums", NOTHING),  # the name is the same, so that servers of unequal layouts fit
         ("sums", CPU, WHOLE, "sums", Wide(sums=True)),
+        ("sums", PAIR, CUT, "sums", NOTHING),
         ("model", PAIR, WHOLE, "model", NOTHING),
         ("float32", PAIR, CUT, "float32", Wide(sums=True, rows=True)),
     ],
@@ -177,6 +178,8 @@ def test_what_is_kept_wide(asked: str, hardware: Hardware, layout: dict[str, int
     found = resolved(spec_of(HYBRID), hardware, tp_size=2, dtype="bfloat16", parts_dtype=asked, **layout)
     assert (found.config.kernels.parts, found.config.kernels.wide) == (parts, wide)
     assert ("parts-dtype" in {d.what for d in found.decisions}) == (asked == "auto")
+    told = [d.why for d in found.decisions if d.what == "--parts-dtype"]
+    assert bool(told) == (asked == "sums" and wide == NOTHING), "what a layout does not honour is told"
     known = resolved(spec_of(HYBRID), tp_size=2, dtype="float32", parts_dtype=asked)
     assert known.config.kernels.wide == NOTHING
     assert {d.what: d.value for d in known.decisions}.get("--parts-dtype", "ignored") == "ignored"

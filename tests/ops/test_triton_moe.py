@@ -19,7 +19,7 @@ from ops.cases import (
     stored_narrow,
 )
 from tessera.ops import triton_route, triton_sort
-from tessera.ops.fused import Shared, add_gated, gated_product
+from tessera.ops.fused import Shared, add_gated, gated_mlp, gated_product
 from tessera.ops.linear import linear, pack_reference
 from tessera.ops.moe import Kept, Router, Rules, choose, experts_reference, mixture_of, route
 from tessera.ops.triton_linear import Tile as RowTile
@@ -87,6 +87,39 @@ def test_what_is_unrounded_is_what_rounded_operands_give_in_fp32(num_tokens, sha
     limit = 2e-2 if DEVICE == "cpu" else 5e-3  # of what the gate gives, which the interpreter cuts off
     torch.testing.assert_close(found, plain, rtol=limit, atol=limit * float(plain.abs().max() if len(x) else 0))
     assert not len(x) or (found != found.bfloat16()).float().mean() > 0.5, "it is rounded"
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+@pytest.mark.parametrize("shared", ["none", "plain", "gated"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 30])
+def test_sums_alone_are_wide(num_tokens, shared, under_way):
+    """Every form of a mixture: what experts make is rounded, what the shared one makes and the sum are not."""
+    if under_way and shared == "none":
+        pytest.skip("nothing is under way")
+    x, (w13, w2) = torch.randn(num_tokens, 32, device=DEVICE).bfloat16(), _weights(5, 32, 16, torch.bfloat16)
+    ids, weights = _ids("any", num_tokens, 5, 3), torch.rand(num_tokens, 3, device=DEVICE)
+    beside = made = None
+    if shared != "none":
+        w_in, w_out, gate = (torch.randn(*s, device=DEVICE).bfloat16() / 8 for s in ((64, 32), (32, 32), (1, 32)))
+        beside = Shared(pack(w_in), pack(w_out), pack(gate) if shared == "gated" else None)
+        if under_way:
+            rows = gated_mlp(x, beside.w_in, beside.w_out, gated_product, True)
+            made = lambda: rows  # noqa: E731
+    sums = Kept(rows=False, beside=True, total=torch.float32)
+    found = mixture(x, w13, w2, ids, weights, beside, made, sums)
+    plain = PLAIN(x, w13, w2, ids, weights, beside, made, sums)
+    assert found.dtype == plain.dtype == torch.float32
+    limit = 2e-2 if DEVICE == "cpu" else 5e-3
+    torch.testing.assert_close(found, plain, rtol=limit, atol=limit * float(plain.abs().max() if len(x) else 0))
+    assert not len(x) or (found != found.bfloat16()).float().mean() > 0.5, "the sum is rounded"
+    wider = mixture(x, w13, w2, ids, weights, beside, made, WIDE)
+    assert not len(x) or not torch.equal(found, wider), "no expert's row is rounded"
+    once = mixture(x, w13, w2, ids, weights, beside, made, replace(sums, total=x.dtype))
+    assert torch.equal(once, stored_narrow(found)), "only the sum is rounded"
+    none = mixture(x, w13[:0], w2[:0], torch.full_like(ids, -1), weights, beside, made, sums)
+    left = PLAIN(x, w13[:0], w2[:0], torch.full_like(ids, -1), weights, beside, made, sums)
+    assert none.dtype == left.dtype
+    torch.testing.assert_close(none, left, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

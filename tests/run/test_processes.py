@@ -295,11 +295,12 @@ def scripted(
 
 
 def test_ranks_that_have_met_are_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long a start may be silent bounds their meeting, and what comes after it, each by itself."""
+    """How long a start may be silent bounds what comes before their meeting, that, and what comes after it, each by
+    itself."""
     monkeypatch.setattr(processes, "Hub", Scripted)
     told: list[tuple[int, int]] = []
     Processes(resolved(model("abacus-mla").spec, **flags_of("abacus-mla", tp=2)).config, lambda *far: told.append(far))
-    assert told == [(0, 1)], "ranks that are quick say nothing of what they load"
+    assert told == [(0, 1)] * 2, "ranks that are quick say nothing of what they load"
 
 
 def done(index: int, request_id: str) -> Done:
@@ -414,6 +415,22 @@ def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Scripted, "receive", lambda self, seconds, also=None: None)
     with pytest.raises(DeadlineError, match=r"ranks \[0, 1\] did not say Hello for"):
         scripted(monkeypatch, tp=2)
+
+
+def test_ranks_that_come_one_by_one_do_not_put_off_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known fault: each that came gave the others all of the time anew, of which whoever watches the start knew
+    nothing."""
+    asked: list[float] = []
+
+    def receive(self: Scripted, seconds: float, also: int | None = None) -> tuple[int, Any] | None:
+        asked.append(seconds)
+        time.sleep(0.05)
+        return self.script.pop(0)
+
+    monkeypatch.setattr(Scripted, "receive", receive)
+    scripted(monkeypatch, tp=4)
+    assert asked[:4] == sorted(asked[:4], reverse=True)
+    assert asked[3] < asked[0] - 0.1, "while they meet it is all one wait"
 
 
 def test_a_start_that_fails_is_refused_by_the_rank_and_leaves_nothing(tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -16,6 +21,9 @@ import pytest
 import calls
 from ports import free_port
 from serve.processes import fake_server, gone, health, model_folder
+from serve.support import in_loop
+from tessera.run.children import WIRES
+from tessera.serve.process import EngineProcess
 from waits import NOTICED_S, PATIENCE_S, wait_until
 
 LONG = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
@@ -204,6 +212,51 @@ def test_loading_that_does_not_move_has_a_deadline(folder: Path) -> None:
     with fake_server(folder, {"FAULT": "slow", "PATIENCE": "0.5"}) as server:
         assert server.code() == 1
         assert "loading the model has not moved" in server.text
+
+
+class Undying:
+    """A process that the kernel does not clear away, as one that is inside a driver."""
+
+    pid = 1 << 30
+
+    def kill(self) -> None:
+        """Nothing follows."""
+
+    def poll(self) -> None:
+        """It runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Never ends."""
+        assert timeout is not None, "waited for without a deadline"
+        raise subprocess.TimeoutExpired("it", timeout)
+
+
+@in_loop
+async def test_an_engine_that_cannot_be_killed_has_ended_all_the_same() -> None:
+    """Known fault: the front waited for its end for ever, and answered nobody."""
+    engine = EngineProcess([sys.executable, "-c", "import time; time.sleep(600)"])
+    real, engine._process = engine._process, cast(Any, Undying())
+    try:
+        engine.kill()
+        assert await asyncio.wait_for(engine.receive(), PATIENCE_S) is None
+        assert engine.end() == "the engine process was killed and has not ended"
+    finally:
+        engine.close()
+        real.kill()
+        real.wait()
+
+
+@in_loop
+async def test_what_an_engine_leaves_is_cleared_away_once() -> None:
+    """Its number may be another's later."""
+    engine = EngineProcess(["true"])
+    try:
+        assert await asyncio.wait_for(engine.receive(), PATIENCE_S) is None
+        engine.kill()
+        others = Path(tempfile.mkdtemp(prefix=WIRES.format(engine.pid)))
+    finally:
+        engine.close()
+    os.rmdir(others)
 
 
 def test_an_address_in_use_is_refused(folder: Path) -> None:

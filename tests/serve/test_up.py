@@ -70,8 +70,8 @@ class Up:
         site = Site(lambda node: "127.0.0.1", here.port, (), python=FAKE)
         self.signals, self.view = Signals(), view or Seen()
         self.deployment = deploy(recipe, site, {"port": 0})
-        supervisor = Supervisor(self.deployment, here, self.view, **{"drain": 5.0, **options})
-        self.task = asyncio.create_task(supervisor.run(self.signals))  # type: ignore[arg-type]
+        self.supervisor = Supervisor(self.deployment, here, self.view, **{"drain": 5.0, **options})
+        self.task = asyncio.create_task(self.supervisor.run(self.signals))  # type: ignore[arg-type]
 
     async def ready(self) -> None:
         await until(lambda: self.view.told("processes are ready") or self.task.done())
@@ -157,6 +157,18 @@ async def test_the_others_are_kept_where_that_was_asked() -> None:
 async def test_one_that_never_gets_ready_is_named() -> None:
     async with up(["prefill.env.SICK=1"], patience=6.0) as made:
         with pytest.raises(DeadlineError, match=r"not ready within 6 s.*prefill-0"):
+            await asyncio.wait_for(made.task, PATIENCE_S)
+
+
+@in_loop
+async def test_one_that_does_not_get_ready_when_it_is_started_anew_counts_as_ended(tmp_path: Path) -> None:
+    """Known fault: only the first start had a deadline."""
+    async with up([f"decode.env.ONCE={tmp_path / 'once'}"], on_failure="restart", restarts=2) as made:
+        await made.ready()
+        made.supervisor._patience = 1.0
+        os.kill(made.view.pid("decode-0"), signal.SIGKILL)
+        told = r"decode-0 was not ready within 1 s \(--start-timeout\) and was killed; 2 restarts in 600 s are all"
+        with pytest.raises(PeerError, match=told):
             await asyncio.wait_for(made.task, PATIENCE_S)
 
 

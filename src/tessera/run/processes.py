@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from tessera.core.config.types import Config, MeshConfig
@@ -82,6 +83,8 @@ class Processes:
         mesh = config.mesh
         several = mesh.num_nodes > 1
         host = (mesh.meeting or "").rpartition(":")[0] if several else HOST
+        alive = (lambda: None) if progress is None else partial(progress, 0, 1)  # each wait of a start is one by itself
+        alive()
         with self.stages.timed("processes"):
             with socket.create_server((host, 0)) as meeting:
                 here = ranks_of(mesh.tp, mesh.num_nodes, 0)
@@ -89,8 +92,7 @@ class Processes:
                 address = f"{host}:{meeting.getsockname()[1]}"
             self._meet(mesh)
             self._hub.met()
-        if progress is not None:
-            progress(0, 1)  # a sign of life: hosts may have met after long
+        alive()
         self._hub.send(Begin(config, address, identity(config) if several else ("", "")), self._all)
         loaded: dict[int, Loading] = {}
 
@@ -104,9 +106,9 @@ class Processes:
         self.seats = [seat for rank in self._all if (seat := said[rank].seat) is not None]
 
     def _meet(self, mesh: MeshConfig) -> None:
-        """Until every rank has come."""
+        """Until every rank has come, the last one in time too."""
         try:
-            self._until_all(Hello, lambda rank, message: None, mesh.meet_within)
+            self._until_all(Hello, lambda rank, message: None, mesh.meet_within, anew=False)
         except DeadlineError as error:
             if mesh.num_nodes == 1:
                 raise
@@ -118,11 +120,15 @@ class Processes:
             )
             raise DeadlineError(f"{error}; {why}") from error
 
-    def _until_all(self, kind: type[UpT], note: Callable[[int, Loading], None], seconds: float) -> dict[int, UpT]:
-        """Until every rank has said one thing; they may say how far they are. `seconds`: of silence."""
+    def _until_all(
+        self, kind: type[UpT], note: Callable[[int, Loading], None], seconds: float, anew: bool = True
+    ) -> dict[int, UpT]:
+        """Until every rank has said one thing; they may say how far they are. `seconds`: of silence, or where it does
+        not begin `anew` with what is said, of all."""
         missing, said = set(self._all), {}
+        until = time.monotonic() + seconds
         while missing:
-            found = self._hub.receive(seconds)
+            found = self._hub.receive(seconds if anew else max(until - time.monotonic(), 0.0))
             if found is None:
                 raise DeadlineError(f"ranks {sorted(missing)} did not say {kind.__name__} for {seconds:g} s")
             rank, message = found

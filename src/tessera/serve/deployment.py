@@ -71,7 +71,7 @@ def deploy(recipe: Recipe, site: Site, router: Mapping[str, Any]) -> Deployment:
     cannot be read.
     """
     recipe = recipe if site.packed else across_hosts(recipe)
-    plan = _Placing(recipe, site)
+    plan = _Placing(site)
     workers = [process for role in recipe.roles for process in plan.role(role)]
     if plan.wrong:
         raise ConfigError(plan.wrong)
@@ -115,8 +115,8 @@ def across_hosts(recipe: Recipe) -> Recipe:
 class _Placing:
     """Counts out hosts, GPUs and ports."""
 
-    def __init__(self, recipe: Recipe, site: Site) -> None:
-        self._recipe, self._site = recipe, site
+    def __init__(self, site: Site) -> None:
+        self._site = site
         self._first_host = 0
         self._next_gpu: dict[int, int] = {}
         self.hosts = 1

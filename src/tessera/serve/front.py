@@ -96,15 +96,10 @@ class Front:
                     log.warning("an engine has not ended within %g s and is killed", STOP_SECONDS)
 
     async def _loaded(self, client: EngineClient) -> None:
-        """Until a real generation went through every engine."""
+        """Until a real generation went through every engine. One that hangs meanwhile is ended by the fleet."""
         with self._progress("loading weights", False) as self._fleet.advance:
             for replica in client.replicas:
-                while not replica.warm.is_set():
-                    if replica.stale and not replica.ready.is_set():
-                        seconds = f"{replica.age:.0f} s (allowed: {replica.allowed:g} s; --watchdog-timeout)"
-                        raise DeadlineError(f"loading the model has not moved for {seconds}")
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(replica.warm.wait(), 1.0)
+                await replica.warm.wait()
 
     async def _drain(self, server: Server, seconds: float) -> None:
         """Takes nothing new, lets what runs finish within `seconds`, then aborts it."""

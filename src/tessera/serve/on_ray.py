@@ -30,7 +30,6 @@ START_SECONDS = 120.0  # for Ray to find room for an actor
 ASK_SECONDS = 60.0
 READ_SECONDS = 5.0  # that an actor waits for a line, so that calls end
 MOST_LINES = 10_000  # held for whoever reads
-ENDED = "ended"
 
 
 class Keeper:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import zmq
 
-from tessera.run.children import WIRES, how_it_ended
+from tessera.run.children import KILLED_S, WIRES, how_it_ended
 from tessera.serve.wire import Downward, Upward, addresses, decode_up, encode
 
 WORKER = (sys.executable, "-P", "-m", "tessera.serve.worker")
@@ -35,7 +35,7 @@ class EngineProcess:
         down, up = addresses(self._folder)
         self._down.connect(down)  # the side that connects may send before the other is there
         self._up.bind(up)
-        self._met = False
+        self._met = self._killed = False
         self._process = subprocess.Popen(
             [*command, str(self._folder), str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -50,9 +50,10 @@ class EngineProcess:
         self._down.send(encode(message), zmq.NOBLOCK)
 
     async def receive(self) -> Upward | None:
-        """The next message; None when the process has ended and all that it said is read."""
+        """The next message; None when the process has ended or was killed, and all that it said is read."""
         while not self._there():
-            if not await self._woken() and self._process.poll() is not None and not self._there():
+            over = self._killed or self._process.poll() is not None
+            if not await self._woken() and over and not self._there():
                 return None
         message: Upward = decode_up(self._up.recv(zmq.NOBLOCK))
         if not self._met:  # both ends are connected: nothing needs the folder, and nobody shall have to clear it away
@@ -80,13 +81,18 @@ class EngineProcess:
 
     def end(self) -> str:
         """How it ended, for people."""
-        code = self._process.poll()
-        return f"the engine process {'runs' if code is None else how_it_ended(code)}"
+        code, runs = self._process.poll(), "was killed and has not ended" if self._killed else "runs"
+        return f"the engine process {runs if code is None else how_it_ended(code)}"
 
     def kill(self) -> None:
-        """Ends it at once and removes what it leaves: also the folder in which its ranks had yet to meet it."""
+        """Ends it at once and removes what it leaves: also the folder in which its ranks had yet to meet it. Once, for
+        its number may be another's later. One that is inside a driver may not end: nobody waits for it any more."""
+        if self._killed:
+            return
+        self._killed = True
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILLED_S)
         for folder in (self._folder, *self._folder.parent.glob(f"{WIRES.format(self.pid)}*")):
             shutil.rmtree(folder, ignore_errors=True)
 

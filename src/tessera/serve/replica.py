@@ -83,9 +83,11 @@ class Replica:
         return f"{self.name}: {text}" if self.name else text
 
     def silent(self) -> DeadlineError:
-        """The error of who waits for a step loop that hangs."""
-        text = f"the engine has not stepped for {self.age:.0f} s (allowed: {self.allowed:g} s)"
-        return DeadlineError(self._named(text))
+        """The error of who waits for an engine that hangs."""
+        serves = self.ready.is_set() or self.warm.is_set()
+        what = "the engine has not stepped" if serves else "loading the model has not moved"
+        flag = "" if serves else "; --watchdog-timeout"
+        return DeadlineError(self._named(f"{what} for {self.age:.0f} s (allowed: {self.allowed:g} s{flag})"))
 
     def submit(self, submit: Submit, sink: Sink) -> None:
         """Starts a request. Raises why it cannot."""

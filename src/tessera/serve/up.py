@@ -38,19 +38,19 @@ OnFailure = Literal["exit", "restart", "continue"]
 
 @dataclass(slots=True)
 class Running:
-    """A process and how it does. `silent`: seconds without an answer for which it was killed."""
+    """A process and how it does. `why`: it was killed."""
 
     process: Process
     child: Child
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
     code: int | None = None
-    silent: float = 0.0
+    why: str = ""
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def end(self) -> str:
-        """How it ended, for people: one that was killed for its silence did not run out of memory."""
-        how = f"did not answer for {self.silent:.1f} s and was killed" if self.silent else how_it_ended(self.code or 0)
+        """How it ended, for people: one that was killed for a reason of ours did not run out of memory."""
+        how = f"{self.why} and was killed" if self.why else how_it_ended(self.code or 0)
         return f"{self.process.name} {how}"
 
 
@@ -65,8 +65,9 @@ class View(Protocol):
 
 
 class Supervisor:
-    """Runs one deployment. Seconds: `patience` from the start until all are ready, `drain` for an orderly end,
-    `silence` (up to twice that) until one that was ready must answer a probe, well or not.
+    """Runs one deployment. Seconds: `patience` from the start until all are ready, and until one is that was started
+    anew; `drain` for an orderly end; `silence` (up to twice that) until one that was ready must answer a probe, well or
+    not.
 
     `restarts`: most within ten minutes.
     """
@@ -183,6 +184,9 @@ class Supervisor:
                     return
                 if healthy:
                     break
+                if self._all_ready and time.monotonic() - began > self._patience:
+                    await self._kill(one, f"was not ready within {self._patience:g} s (--start-timeout)")
+                    return
                 await asyncio.sleep(POLL_SECONDS)
             self._ready(one, began)
             if one.process.url:
@@ -205,9 +209,13 @@ class Supervisor:
             if await _health(http, one.process.url, self._probe) is not None:
                 missed, heard = 0, time.monotonic()
             elif (missed := missed + 1) >= PROBES and one.state == "ready" and not self._stopping:
-                one.silent = time.monotonic() - heard
-                await one.child.signal(signal.SIGKILL)
+                await self._kill(one, f"did not answer for {time.monotonic() - heard:.1f} s")
                 return
+
+    async def _kill(self, one: Running, why: str) -> None:
+        """What follows is what follows its end."""
+        one.why = why
+        await one.child.signal(signal.SIGKILL)
 
     async def _stop_all(self) -> None:
         """The router first, so that what runs can finish; then the workers; whoever stays is killed."""

@@ -137,7 +137,8 @@ def _whole(source: Manifest, destination: Manifest) -> Iterator[Conflict]:
     if source.weights != destination.weights:
         yield _both("weights", source.weights, destination.weights, "Serve the same checkpoint on both sides.")
     if source.parts != destination.parts:
-        yield _both("--parts-dtype", source.parts, destination.parts, "Give the same --parts-dtype on both sides.")
+        remedy = "Give the same --parts-dtype on both sides; else it follows the device and --fp8-gemm-backend."
+        yield _both("--parts-dtype", source.parts, destination.parts, remedy)
     kinds = [sorted({m.engine for m in manifest.members}) for manifest in (source, destination)]
     if len({kind for side in kinds for kind in side}) > 1:
         remedy = "Give one --disaggregation-transfer-backend on both sides."

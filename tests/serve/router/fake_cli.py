@@ -1,7 +1,8 @@
 """Stands for `tessera` in tests of `tessera up`: workers are fake servers, the router is the real one.
 
 The environment says what goes wrong: DIE_AFTER: seconds until it ends with 3; SICK: it never gets ready; DEAF: SIGTERM
-does not end it; SLOW: every other probe is answered so many seconds late.
+does not end it; SLOW: every other probe is answered so many seconds late; ONCE: the name of a file, and with that it
+never gets ready when it is started again.
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ class Open(Rooms):
         return found
 
 
+def again() -> bool:
+    """It was started before."""
+    once = Path(os.environ.get("ONCE", os.devnull))
+    found = once.is_file()
+    once.touch()
+    return found
+
+
 async def serve(options: argparse.Namespace) -> int:
     role = {"null": "worker"}.get(options.disaggregation_mode, options.disaggregation_mode)
     if os.environ.get("DEAF"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     fake = Fake(role, Open(), listening=bind(options.host, options.port))
     fake.mode = options.disaggregation_mode
-    fake.health = 503 if os.environ.get("SICK") else 200
+    fake.health = 503 if os.environ.get("SICK") or again() else 200
     fake.health_lag = float(os.environ.get("SLOW", "0"))
     sys.stdout.write(f"a fake {role} with {' '.join(sys.argv[2:])}\n")
     sys.stdout.flush()

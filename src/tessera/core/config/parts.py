@@ -13,6 +13,7 @@ ROUNDS = {  # products that do not stay wide
     "grouped_mm": "torch._grouped_mm gives the dtype of what it is given",
     "deep_gemm": "its products give bfloat16",
 }
+CUT = "of no use here, since parts of experts are rounded: whole experts (--ep-size) or float32 would end that"
 
 
 def parts_phase(
@@ -35,16 +36,19 @@ def parts_phase(
         flags = (f"--parts-dtype {asked}", f"--moe-runner-backend {moe}")
         notes.refuse(flags, ROUNDS[moe], remedy, ("--dtype", "--quantization", "--fp8-gemm-backend"))
         return "model"
+    if asked == "sums" and cuts_experts(spec, mesh):
+        notes.decide("--parts-dtype", asked, CUT)
     return asked
 
 
 def _default(spec: ModelSpec, mesh: Mesh, device: str, fp8: str, notes: Notes) -> str:
     if device != "cuda" or fp8 in ROUNDS:
-        found, why = "model", ROUNDS.get(fp8, "products that stay wide are slow on a CPU")
-        why = f"each rank rounds its part of a sum, since {why}; --parts-dtype float32 ends that"
+        found, why = "model", "products that stay wide are slow on a CPU"
+        if fp8 in ROUNDS:
+            why = f"with --fp8-gemm-backend {fp8} {ROUNDS[fp8]}"
+        why = f"each rank rounds its part of a sum: {why}; --parts-dtype float32 ends that"
     elif cuts_experts(spec, mesh):
-        found = "sums"
-        why = "of no use here, since parts of experts are rounded: whole experts (--ep-size) or float32 would end that"
+        found, why = "sums", CUT
     else:
         found, why = "sums", "a layout rounds nothing that one rank does not"
     if mesh.size > 1:
