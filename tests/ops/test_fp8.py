@@ -190,6 +190,10 @@ def test_experts_that_are_not_rounded(num_tokens: int, shared: bool) -> None:
         mixture = version.experts_of(experts[0])[1]
         versions.append([mixture(x, *experts, ids, weights, beside, kept=Kept(wide, wide)) for wide in (True, False)])
         once = mixture(x, *experts, ids, weights, beside, kept=Kept(True, True, x.dtype))
+        sums = mixture(x, *experts, ids, weights, beside, kept=Kept(False, True, torch.float32))
+        assert sums.dtype == torch.float32
+        assert not len(x) or (sums != sums.bfloat16()).float().mean() > 0.5, "the sum is rounded"
+        assert not len(x) or not torch.equal(sums, versions[-1][0]), "no expert's row is rounded"
         store = stored_narrow if name == "triton" else torch.Tensor.bfloat16
         assert torch.equal(once, store(versions[-1][0])), "only the sum is rounded"
     _wide(*versions[0], versions[1][0], 0.02 if DEVICE == "cuda" else 0.1)

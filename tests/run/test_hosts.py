@@ -50,6 +50,7 @@ def test_another_folder_with_the_same_model_is_the_same(copied: Path) -> None:
         ({"dp": 2, "enable_dp_attention": True}, "--dp-size of host 1: found 2, the first host has 1."),
         ({"load_format": "dummy"}, "--load-format of host 1: found dummy, the first host has auto."),
         ({"attention_backend": "reference"}, "--attention-backend of host 1: found reference, the first host has "),
+        ({"parts_dtype": "float32"}, "--parts-dtype of host 1: found float32, the first host has model."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

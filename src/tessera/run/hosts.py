@@ -38,6 +38,7 @@ ALIKE = {
     "--moe-runner-backend": "kernels.moe",
     "--sampling-backend": "kernels.sampling",
     "--fp8-gemm-backend": "kernels.fp8",
+    "--parts-dtype": "kernels.parts",
 }
 REMEDY = "Start every host with the same model and the same flags, but for --node-rank."
 Identity = tuple[str, str]  # of a model: its spec, its weights

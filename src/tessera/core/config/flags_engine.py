@@ -9,9 +9,7 @@ from tessera.core.config.flag import Flag, Ignored, Unbuilt, positive, real, swi
 
 FRACTION = {"cpu": 0.8, "cuda": 0.85}  # of the free memory, when nobody said
 PAGE = {"cpu": 16, "cuda": 64}  # tokens; CUDA: attention of prompts at 383 instead of 370 TFLOP/s on an H100
-MOST_RANKS = (
-    1024  # of an instance, and as many replicas and hosts: more is a slip, and trying all groups of them takes long
-)
+MOST_RANKS = 1024  # of an instance, and as many replicas and hosts: more is a slip, and trying all groups takes long
 
 FP8_KV = "use 'fp8_e4m3', or keep 'auto' (the model's dtype)"
 NO_SNAPSHOTS = "states are not snapshotted yet; use 'no_buffer'"
