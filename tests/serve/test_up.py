@@ -296,7 +296,7 @@ def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:
     )
     owner = psutil.Popen([sys.executable, str(script)], stdout=-1, text=True)
     pid = int(owner.stdout.readline())
-    wait_until(lambda: psutil.Process(pid).cmdline()[0] == "sleep")
+    wait_until(lambda: psutil.Process(pid).cmdline()[:1] == ["sleep"])
     owner.kill()
     owner.wait(PATIENCE_S)
     owner.stdout.close()
