@@ -109,6 +109,10 @@ def test_sums_alone_are_wide(num_tokens, shared, under_way):
     found = mixture(x, w13, w2, ids, weights, beside, made, sums)
     plain = PLAIN(x, w13, w2, ids, weights, beside, made, sums)
     assert found.dtype == plain.dtype == torch.float32
+    part = experts_reference(x, w13, w2, ids, weights, dtype=torch.float32)
+    if beside is not None:
+        part = add_gated(part, gated_mlp(x, beside.w_in, beside.w_out, gated_product, True), x, beside.gate)
+    assert torch.equal(plain, part), "what is added to the shared one is rounded before"
     limit = 2e-2 if DEVICE == "cpu" else 5e-3
     torch.testing.assert_close(found, plain, rtol=limit, atol=limit * float(plain.abs().max() if len(x) else 0))
     assert not len(x) or (found != found.bfloat16()).float().mean() > 0.5, "the sum is rounded"
